@@ -1,0 +1,65 @@
+"""Execute every notebook on the default phantoms and keep the outputs in nbs/ (make notebooks)."""
+
+import base64
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from check_notebooks import NBS, ROOT, code_stamps, notebooks
+from nbdev.clean import clean_nb
+from PIL import Image
+from traitlets.config import Config
+
+RUN = ROOT / "runs" / "phantom"
+LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette of 256 colours
+SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
+
+
+def execute_all() -> dict[Path, Path]:
+    """Executed copy of each notebook: the chapters from a run of the course, the others one by one."""
+    subprocess.run([Path(sys.executable).parent / "lungct", "run", "--run-dir", RUN], cwd=ROOT, check=True)
+    executed = {}
+    for path in notebooks():
+        chapter = RUN / "notebooks" / path.name
+        if chapter.is_file() and path.parent == NBS:
+            executed[path] = chapter
+        else:
+            executed[path] = RUN / "notebooks" / "appendix" / path.name
+            executed[path].parent.mkdir(parents=True, exist_ok=True)
+            papermill.execute_notebook(path, executed[path], cwd=ROOT, progress_bar=False, config=SOCKETS)
+    return executed
+
+
+def keep(source: Path, executed: Path, stamp: str) -> None:
+    """Take the outputs of `executed` over into `source`, cleaned so that a second refresh makes no noise."""
+    notebook, ran = nbformat.read(source, as_version=4), nbformat.read(executed, as_version=4)
+    results = {cell.id: cell.outputs for cell in ran.cells if cell.cell_type == "code"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [shrink(out) for out in results[cell.id]]
+    clean_nb(notebook, allowed_metadata_keys=["lungct"], allowed_cell_metadata_keys=["tags"])
+    notebook.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    notebook.metadata["lungct"] = {"code": stamp}
+    nbformat.write(notebook, source)
+
+
+def shrink(output):
+    """The output with a large figure reduced to 256 colours, and without the state of widgets."""
+    data = output.get("data", {})
+    data.pop("application/vnd.jupyter.widget-view+json", None)
+    image = data.get("image/png")
+    if image and len(raw := base64.b64decode(image)) > LARGE_FIGURE:
+        packed = io.BytesIO()
+        Image.open(io.BytesIO(raw)).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
+        data["image/png"] = base64.b64encode(packed.getvalue()).decode()
+    return output
+
+
+if __name__ == "__main__":
+    copies, stamps = execute_all(), code_stamps()
+    for source, executed in copies.items():
+        keep(source, executed, stamps[source])
+    print(f"{len(copies)} notebooks refreshed")

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: real series when they are at hand, and a tiny generated cohort."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REAL = os.environ.get("LUNGCT_REAL_DATA", "")
+
+
+def pytest_configure(config):
+    # one place for thread limits: two test processes with default BLAS threads are slower than one
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not REAL:
+        terminalreporter.write_line("Left out: tests on real series, because LUNGCT_REAL_DATA names no folder.")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with `Lung-PET-CT-Dx/` and `Annotation/` of the real collection; the test is skipped without it."""
+    if not REAL:
+        pytest.skip("real series left out: LUNGCT_REAL_DATA names no folder")
+    folder = Path(REAL).resolve()
+    assert (folder / "Lung-PET-CT-Dx").is_dir(), f"LUNGCT_REAL_DATA={REAL} holds no folder Lung-PET-CT-Dx"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory) -> Path:
+    """A cohort of eight small phantoms with every quirk switched on; read only."""
+    from lungct import phantom
+
+    return Path(phantom.make_cohort(tmp_path_factory.mktemp("phantom") / "cohort", patients=8, seed=7, matrix=64))

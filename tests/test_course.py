@@ -1,0 +1,245 @@
+"""The runner on miniature chapters, and the command line on good and bad input."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lungct import course, runs
+
+LUNGCT = [sys.executable, "-c", "from lungct.course import main; main()"]
+
+
+def write_chapter(folder, number, body="", parameters="amount = 1  # how much\n"):
+    """A chapter in miniature: it adds `amount` to what the chapter before it left."""
+    name = runs.CHAPTERS[number - 1]
+    needs = runs.CHAPTERS[number - 2 : number - 1] if number > 1 else ()
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# Chapter {number}\n\n> In miniature."),
+        nbformat.v4.new_code_cell(f'run_dir = "runs/x"  # where\nseed = 0  # chance\n{parameters}',
+                                  metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_markdown_cell("## The work"),
+        nbformat.v4.new_code_cell(
+            "from lungct import runs\n"
+            f"chapter = runs.begin({name!r}, run_dir, {{'amount': amount}}, seed, needs={tuple(needs)!r})\n"
+            + (f"before = runs.load_json(chapter.of({needs[0]!r}) / 'sum.json')['sum']\n" if needs else "before = 0\n")),
+        nbformat.v4.new_code_cell(body or "pass"),
+        nbformat.v4.new_code_cell("chapter.save_json({'sum': before + amount}, 'sum.json')\nchapter.finish();"),
+    ]
+    spec = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def chapters(tmp_path):
+    folder = tmp_path / "nbs"
+    folder.mkdir()
+    for number in range(1, 7):
+        write_chapter(folder, number)
+    return folder
+
+
+def make_course(folder, run_dir, pairs=()):
+    defaults = {name: course.chapter_parameters(folder / f"{name}.ipynb") for name in runs.CHAPTERS}
+    return course.Course(folder, run_dir, defaults, course.read_overrides(list(pairs), defaults))
+
+
+def run(folder, run_dir, pairs=()):
+    said = io.StringIO()
+    course.run_course(make_course(folder, run_dir, pairs), course.Progress(said))
+    return said.getvalue()
+
+
+def total(run_dir):
+    return runs.load_json(run_dir / "06_evaluate" / "sum.json")["sum"]
+
+
+def test_six_chapters_run_in_order_and_then_nothing_is_left_to_do(chapters, tmp_path):
+    first = run(chapters, tmp_path / "run")
+    assert total(tmp_path / "run") == 6
+    assert first.count("done in") == 6 and "The work" in first and "\x1b" not in first and "\r" not in first
+    second = run(chapters, tmp_path / "run")
+    assert second.count("already done") == 6 and "done in" not in second
+    assert (tmp_path / "run" / "notebooks" / "06_evaluate.ipynb").is_file()
+
+
+def test_a_changed_parameter_runs_again_what_depends_on_it(chapters, tmp_path):
+    write_chapter(chapters, 1, parameters="amount = 1  # how much\nfirst = 5  # only here\n")
+    write_chapter(chapters, 3, body="amount = amount + extra", parameters="amount = 1  # how much\nextra = 0  # more\n")
+    run(chapters, tmp_path / "run")
+    chapter3 = chapters / f"{runs.CHAPTERS[2]}.ipynb"
+    text = chapter3.read_text().replace("{'amount': amount}", "{'amount': amount, 'extra': extra}")
+    chapter3.write_text(text)
+    run(chapters, tmp_path / "run")
+    said = run(chapters, tmp_path / "run", [("extra", "10")])
+    assert said.count("already done") == 2 and "extra is now 10, was 0" in said
+    assert total(tmp_path / "run") == 16
+
+
+def test_an_edited_notebook_runs_again(chapters, tmp_path):
+    run(chapters, tmp_path / "run")
+    write_chapter(chapters, 6, body="amount = 100")
+    said = run(chapters, tmp_path / "run")
+    assert said.count("already done") == 5 and "its notebook has changed" in said
+    assert total(tmp_path / "run") == 105
+
+
+def test_a_failed_chapter_stops_the_run_and_the_next_call_goes_on_there(chapters, tmp_path):
+    write_chapter(chapters, 3, body="values = [1, 2]\nvalues[7]")
+    with pytest.raises(course.ChapterFailed, match=r"03_build_volumes failed in cell \d+: IndexError") as failure:
+        run(chapters, tmp_path / "run")
+    assert "values[7]" in str(failure.value) and len(str(failure.value).splitlines()) <= 6
+    kept = nbformat.read(tmp_path / "run" / "notebooks" / "03_build_volumes.ipynb", as_version=4)
+    assert any(out.output_type == "error" for cell in kept.cells for out in cell.get("outputs", []))
+    assert not (tmp_path / "run" / "04_check_labels").exists()
+    write_chapter(chapters, 3)
+    said = run(chapters, tmp_path / "run")
+    assert said.count("already done") == 2 and total(tmp_path / "run") == 6
+
+
+def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, tmp_path):
+    write_chapter(chapters, 1, parameters="amount = 1  # how much\ndicom_path = ''  # images\n")
+    text = (chapters / f"{runs.CHAPTERS[0]}.ipynb").read_text()
+    text = text.replace("chapter = runs.begin", "raise runs.InputError('no DICOM here: look elsewhere')\\nchapter = runs.begin")
+    (chapters / f"{runs.CHAPTERS[0]}.ipynb").write_text(text)
+    with pytest.raises(runs.InputError, match="no DICOM here: look elsewhere"):
+        run(chapters, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_come_from_the_tagged_cell(chapters):
+    assert course.chapter_parameters(chapters / "01_explore_dicom.ipynb") == {"run_dir": "runs/x", "seed": 0, "amount": 1}
+
+
+def test_unknown_parameter_lists_the_known_ones(chapters, tmp_path):
+    with pytest.raises(runs.InputError, match="unknown parameter amuont: the chapters know amount, seed"):
+        make_course(chapters, tmp_path, [("amuont", "3")])
+
+
+@pytest.mark.parametrize(("text", "default", "value"),
+                         [("3", 1, 3), ("3", 1.5, 3.0), ("true", False, True), ("False", True, False), ("1.5", "", "1.5")])
+def test_parameter_has_the_type_of_its_default(text, default, value):
+    parsed = course.parse_parameter("x", text, default)
+    assert parsed == value and type(parsed) is type(default)
+
+
+@pytest.mark.parametrize(("text", "default"), [("many", 1), ("1.5", 1), ("1", True), ("[1]", 0.5)])
+def test_ill_typed_parameter_is_refused(text, default):
+    with pytest.raises(runs.InputError, match=f"parameter x expects {type(default).__name__}"):
+        course.parse_parameter("x", text, default)
+
+
+def test_pairs_lacking_their_value_are_refused():
+    with pytest.raises(runs.InputError, match="-p epochs lacks its value"):
+        course.join_pairs(["run", "-p", "epochs"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        raise io.UnsupportedOperation
+
+
+def test_progress_in_a_terminal_is_one_moving_line(chapters, monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((60, 20)))
+    stream = Terminal()
+    monkeypatch.setattr(stream, "fileno", lambda: 1, raising=False)
+    progress = course.Progress(stream)
+    progress.chapter("01_explore_dicom", nbformat.read(chapters / "01_explore_dicom.ipynb", as_version=4))
+    for index in range(6):
+        progress.cell(None, index)
+    text = stream.getvalue()
+    assert "\n" not in text and "cell 6/6" in text and "The work" in text
+    assert max(len(part) for part in text.split("\r")) <= 60
+
+
+def lungct(*arguments, cwd=None):
+    return subprocess.run([*LUNGCT, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["run", "--dicom-path", "/nowhere", "--annotation-path", "/nowhere"], "--dicom-path /nowhere is not a folder"),
+    (["run", "--dicom-path", "."], "--dicom-path and --annotation-path go together"),
+    (["run", "-p", "epoch", "3"], "unknown parameter epoch: the chapters know"),
+    (["run", "-p", "seed", "lots"], "parameter seed expects int"),
+    (["run", "-p", "seed"], "-p seed lacks its value"),
+    (["predict", "/nowhere", "--model", "m.keras", "--out", "o"], "folder /nowhere is not a folder"),
+    (["phantom", "out", "--quirks", "odd"], "unknown quirk odd: known are"),
+    (["download", "out"], "expected one: name it with --manifest"),
+])
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(arguments, message, tmp_path):
+    done = lungct(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = lungct("run", "--dicom-path", "empty", "--annotation-path", "empty", cwd=tmp_path)
+    assert done.returncode == 2 and "is empty" in done.stderr
+
+
+def test_folder_without_dicom_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "letter.txt").write_text("no DICOM in here")
+    done = lungct("run", "--dicom-path", "data", "--annotation-path", "data", "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "DICOM" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_does_not_import_tensorflow():
+    code = ("import sys; sys.argv = ['lungct', '--help']\nfrom lungct.course import main\ntry: main()\n"
+            "except SystemExit: pass\nassert 'tensorflow' not in sys.modules and 'keras' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("run", "phantom", "download", "predict", "doctor"))
+
+
+def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path):
+    write_chapter(chapters, 2, body="import time\ntime.sleep(120)")
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+            "import test_course as t\nfrom lungct import course\n"
+            f"with course.plain_errors(): t.run(Path({str(chapters)!r}), Path({str(tmp_path / 'run')!r}))\n")
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run" / "02_parse_annotations")
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode != 0 and "interrupted; the same command goes on" in errors
+    assert runs.load_manifest(tmp_path / "run", "02_parse_annotations") is None
+    write_chapter(chapters, 2)
+    assert run(chapters, tmp_path / "run").count("already done") == 1
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.2)
+
+
+def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(chapters, tmp_path):
+    write_chapter(chapters, 3, body="import os, signal, pathlib\nmarker = pathlib.Path(run_dir) / 'killed'\n"
+                                    "if not marker.exists():\n    marker.touch()\n    os.kill(os.getppid(), signal.SIGKILL)\n")
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+            f"import test_course as t\nt.run(Path({str(chapters)!r}), Path({str(tmp_path / 'killed')!r}))\n")
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert first.returncode == -signal.SIGKILL
+    said = run(chapters, tmp_path / "killed")
+    assert said.count("already done") == 2
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "killed").touch()
+    run(chapters, tmp_path / "whole")
+    for name in runs.CHAPTERS:
+        both = [json.loads((tmp_path / d / name / "manifest.json").read_text())["outputs"] for d in ("killed", "whole")]
+        assert both[0] == both[1]

@@ -1,0 +1,176 @@
+"""Run folders: atomic writes, manifests, and the question whether a chapter must run again."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lungct import runs
+
+
+def finished(run_dir, name="01_explore_dicom", parameters=None, seed=0, needs=(), inputs=None, value=1):
+    chapter = runs.begin(name, run_dir, parameters or {}, seed, inputs=inputs, needs=needs)
+    chapter.save_table(pd.DataFrame({"value": [value]}), "table.parquet")
+    chapter.finish()
+    return chapter
+
+
+def test_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), runs.atomic(target) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_atomic_file_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with runs.atomic(tmp_path / "a.txt") as part:
+            part.write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_killed_writer_leaves_the_old_content(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    code = ("import sys, time\nfrom lungct import runs\n"
+            "with runs.atomic(sys.argv[1]) as part:\n"
+            "    part.write_text('half'); print('writing', flush=True); time.sleep(60)\n")
+    child = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+    assert child.stdout.readline().strip() == b"writing"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert target.read_text() == "old"
+
+
+def test_relative_paths_start_at_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "nbs" / "appendix").mkdir(parents=True)
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path / "nbs" / "appendix")
+    assert runs.project_path("runs/x") == tmp_path / "runs" / "x"
+    monkeypatch.chdir("/")
+    assert str(runs.project_path("runs/x")) == "/runs/x"
+
+
+def test_finished_chapter_is_not_stale(tmp_path):
+    finished(tmp_path, parameters={"a": 1})
+    assert runs.stale(tmp_path, "01_explore_dicom", {"a": 1, "seed": 0, "workers": 7}) == []
+
+
+@pytest.mark.parametrize(("asked", "expected"), [({"a": 2}, "a is now 2, was 1"), ({"seed": 3}, "seed is now 3, was 0")])
+def test_changed_parameter_is_told(tmp_path, asked, expected):
+    finished(tmp_path, parameters={"a": 1})
+    assert runs.stale(tmp_path, "01_explore_dicom", asked) == [expected]
+
+
+def test_unfinished_chapter_is_stale(tmp_path):
+    runs.begin("01_explore_dicom", tmp_path, {}, 0).save_json({}, "x.json")
+    assert runs.stale(tmp_path, "01_explore_dicom", {}) == ["it has not finished yet"]
+
+
+def test_begin_removes_the_manifest_first(tmp_path):
+    finished(tmp_path)
+    runs.begin("01_explore_dicom", tmp_path, {}, 0)
+    assert runs.load_manifest(tmp_path, "01_explore_dicom") is None
+
+
+def test_damaged_output_is_told(tmp_path):
+    chapter = finished(tmp_path)
+    (chapter.folder / "table.parquet").write_bytes(b"damaged")
+    assert runs.stale(tmp_path, "01_explore_dicom", {}) == ["its output table.parquet is missing or damaged"]
+
+
+def test_changed_earlier_chapter_makes_the_later_one_stale(tmp_path):
+    finished(tmp_path)
+    finished(tmp_path, "02_parse_annotations", needs=("01_explore_dicom",))
+    assert runs.stale(tmp_path, "02_parse_annotations", {}) == []
+    finished(tmp_path, value=2)
+    assert runs.stale(tmp_path, "02_parse_annotations", {}) == ["01_explore_dicom has changed"]
+
+
+def test_same_result_again_leaves_the_later_chapter_good(tmp_path):
+    finished(tmp_path)
+    finished(tmp_path, "02_parse_annotations", needs=("01_explore_dicom",))
+    finished(tmp_path)
+    assert runs.stale(tmp_path, "02_parse_annotations", {}) == []
+
+
+def test_changed_input_folder_is_told(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.dcm").write_bytes(b"1")
+    finished(tmp_path / "run", inputs={"dicom_path": str(data)})
+    assert runs.stale(tmp_path / "run", "01_explore_dicom", {"dicom_path": str(data)}) == []
+    (data / "b.dcm").write_bytes(b"2")
+    (reason,) = runs.stale(tmp_path / "run", "01_explore_dicom", {"dicom_path": str(data)})
+    assert "dicom_path" in reason and "differs" in reason
+
+
+def test_moved_input_folder_is_still_good(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.dcm").write_bytes(b"1")
+    finished(tmp_path / "run", inputs={"dicom_path": str(data)})
+    moved = data.rename(tmp_path / "moved")
+    assert runs.stale(tmp_path / "run", "01_explore_dicom", {"dicom_path": str(moved)}) == []
+
+
+def test_phantoms_and_a_path_are_different_inputs(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.dcm").write_bytes(b"1")
+    finished(tmp_path / "run", inputs={"dicom_path": ""})
+    (reason,) = runs.stale(tmp_path / "run", "01_explore_dicom", {"dicom_path": str(data)})
+    assert "differs" in reason
+
+
+def test_missing_earlier_chapter_writes_nothing(tmp_path):
+    with pytest.raises(runs.InputError, match="02_parse_annotations needs 01_explore_dicom.*run it first"):
+        runs.begin("02_parse_annotations", tmp_path / "run", {}, 0, needs=("01_explore_dicom",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_input_writes_nothing(tmp_path):
+    with pytest.raises(runs.InputError, match="does not exist"):
+        runs.begin("01_explore_dicom", tmp_path / "run", {}, 0, inputs={"dicom_path": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_chapter_lists_the_known_ones(tmp_path):
+    with pytest.raises(runs.InputError, match="unknown chapter '07'.*01_explore_dicom"):
+        runs.begin("07", tmp_path, {}, 0)
+
+
+def test_input_path_is_what_the_chapter_was_given(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    finished(tmp_path / "real", inputs={"dicom_path": str(data)})
+    finished(tmp_path / "phantoms", inputs={"dicom_path": ""})
+    assert runs.input_path(tmp_path / "real", "01_explore_dicom", "dicom_path") == data
+    expected = tmp_path / "phantoms" / "phantom" / "Lung-PET-CT-Dx"
+    assert runs.input_path(tmp_path / "phantoms", "01_explore_dicom", "dicom_path") == expected
+
+
+def test_json_is_deterministic_and_refuses_nan(tmp_path):
+    a = runs.save_json({"b": 1, "a": [1.5, None]}, tmp_path / "a.json").read_bytes()
+    b = runs.save_json({"a": [1.5, None], "b": 1}, tmp_path / "b.json").read_bytes()
+    assert a == b
+    with pytest.raises(ValueError, match="JSON"):
+        runs.save_json({"x": float("nan")}, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_missing_and_broken_json_name_the_file(tmp_path):
+    with pytest.raises(runs.InputError, match="nowhere.json does not exist"):
+        runs.load_json(tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(runs.InputError, match="broken.json is not valid JSON"):
+        runs.load_json(tmp_path / "broken.json")
