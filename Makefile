@@ -7,7 +7,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint check export notebooks docs lab clean
+.PHONY: help setup run test lint check export notebooks docs bench lab clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ docs: $(STAMP) ## the book, into docs/_build/html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/stage.py
 	$(BIN)/python -m sphinx -q -b html docs/_staging docs/_build/html
+
+bench: $(STAMP) ## speed against peers, into bench/results.md (peers: pip install -e '.[bench]')
+	$(BIN)/python bench/bench.py
 
 lab: $(STAMP) ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs

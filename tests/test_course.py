@@ -107,7 +107,8 @@ def test_a_failed_chapter_stops_the_run_and_the_next_call_goes_on_there(chapters
 def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, tmp_path):
     write_chapter(chapters, 1, parameters="amount = 1  # how much\ndicom_path = ''  # images\n")
     text = (chapters / f"{runs.CHAPTERS[0]}.ipynb").read_text()
-    text = text.replace("chapter = runs.begin", "raise runs.InputError('no DICOM here: look elsewhere')\\nchapter = runs.begin")
+    begin = "chapter = runs.begin"
+    text = text.replace(begin, "raise runs.InputError('no DICOM here: look elsewhere')\\n" + begin)
     (chapters / f"{runs.CHAPTERS[0]}.ipynb").write_text(text)
     with pytest.raises(runs.InputError, match="no DICOM here: look elsewhere"):
         run(chapters, tmp_path / "run")
@@ -115,7 +116,8 @@ def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, t
 
 
 def test_parameters_come_from_the_tagged_cell(chapters):
-    assert course.chapter_parameters(chapters / "01_explore_dicom.ipynb") == {"run_dir": "runs/x", "seed": 0, "amount": 1}
+    expected = {"run_dir": "runs/x", "seed": 0, "amount": 1}
+    assert course.chapter_parameters(chapters / "01_explore_dicom.ipynb") == expected
 
 
 def test_unknown_parameter_lists_the_known_ones(chapters, tmp_path):
@@ -123,8 +125,8 @@ def test_unknown_parameter_lists_the_known_ones(chapters, tmp_path):
         make_course(chapters, tmp_path, [("amuont", "3")])
 
 
-@pytest.mark.parametrize(("text", "default", "value"),
-                         [("3", 1, 3), ("3", 1.5, 3.0), ("true", False, True), ("False", True, False), ("1.5", "", "1.5")])
+@pytest.mark.parametrize(("text", "default", "value"), [
+    ("3", 1, 3), ("3", 1.5, 3.0), ("true", False, True), ("False", True, False), ("1.5", "", "1.5")])
 def test_parameter_has_the_type_of_its_default(text, default, value):
     parsed = course.parse_parameter("x", text, default)
     assert parsed == value and type(parsed) is type(default)
@@ -229,8 +231,9 @@ def wait_for(path, seconds=60):
 
 
 def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(chapters, tmp_path):
-    write_chapter(chapters, 3, body="import os, signal, pathlib\nmarker = pathlib.Path(run_dir) / 'killed'\n"
-                                    "if not marker.exists():\n    marker.touch()\n    os.kill(os.getppid(), signal.SIGKILL)\n")
+    kill_once = ("import os, signal, pathlib\nmarker = pathlib.Path(run_dir) / 'killed'\n"
+                 "if not marker.exists():\n    marker.touch()\n    os.kill(os.getppid(), signal.SIGKILL)\n")
+    write_chapter(chapters, 3, body=kill_once)
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
             f"import test_course as t\nt.run(Path({str(chapters)!r}), Path({str(tmp_path / 'killed')!r}))\n")
     first = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)

@@ -65,7 +65,8 @@ def test_finished_chapter_is_not_stale(tmp_path):
     assert runs.stale(tmp_path, "01_explore_dicom", {"a": 1, "seed": 0, "workers": 7}) == []
 
 
-@pytest.mark.parametrize(("asked", "expected"), [({"a": 2}, "a is now 2, was 1"), ({"seed": 3}, "seed is now 3, was 0")])
+@pytest.mark.parametrize(("asked", "expected"), [
+    ({"a": 2}, "a is now 2, was 1"), ({"seed": 3}, "seed is now 3, was 0")])
 def test_changed_parameter_is_told(tmp_path, asked, expected):
     finished(tmp_path, parameters={"a": 1})
     assert runs.stale(tmp_path, "01_explore_dicom", asked) == [expected]

@@ -1,0 +1,70 @@
+"""Copy the executed notebooks into docs/_staging as a reader wants them: without directives and hidden cells."""
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+
+DOCS = Path(__file__).resolve().parent
+NBS, STAGING = DOCS.parent / "nbs", DOCS / "_staging"
+DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
+
+TOC = """```{toctree}
+:hidden:
+:caption: Course
+01_explore_dicom
+02_parse_annotations
+03_build_volumes
+04_check_labels
+05_train_3d_cnn
+06_evaluate
+```
+
+```{toctree}
+:hidden:
+:caption: Appendix
+appendix/phantom
+appendix/plots
+appendix/runs
+appendix/course
+appendix/report
+appendix/predict
+appendix/doctor
+appendix/download
+```
+"""
+
+
+def readable(notebook):
+    """The notebook without nbdev's directives, without cells that hold nothing else, and without hidden ones."""
+    kept = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            if re.match(r"#\|\s*hide", cell.source):
+                continue
+            cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+            if not cell.source and not cell.outputs:
+                continue
+        kept.append(cell)
+    notebook.cells = kept
+    return notebook
+
+
+def stage() -> int:
+    """Fill docs/_staging anew; returns the number of notebooks."""
+    shutil.rmtree(STAGING, ignore_errors=True)
+    sources = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    for source in sources:
+        target = STAGING / source.relative_to(NBS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        notebook = readable(nbformat.read(source, as_version=4))
+        if source.name == "index.ipynb":
+            notebook.cells.append(nbformat.v4.new_markdown_cell(TOC, id="toc"))
+        nbformat.write(notebook, target)
+    shutil.copy(DOCS / "conf.py", STAGING / "conf.py")
+    return len(sources)
+
+
+if __name__ == "__main__":
+    print(f"{stage()} notebooks staged")

@@ -1,0 +1,664 @@
+"""Chapter 2: hostile XML, one outcome for every file, boxes joined into lesions, the clinical table."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import openpyxl
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct import annotations as an
+from lungct import dicom, runs
+from lungct.annotations import Outcome, XmlProblem
+
+CT, CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+SQUARE = (10, 20, 40, 60)
+VALID = an.format_annotation([("A", SQUARE)])
+
+
+# ---------------------------------------------------------------- reading one file
+
+edge = st.integers(0, 4000)
+corners = st.tuples(edge, edge, edge, edge).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])))
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12).filter(
+    lambda w: "\ufffe" not in w and "\uffff" not in w)
+
+
+@given(st.lists(st.tuples(words, corners), min_size=1, max_size=5), st.integers(1, 5000), st.integers(1, 5000))
+def test_what_is_written_is_read_back(objects, width, height):
+    found = an.parse_annotation(an.format_annotation(objects, width, height).encode())
+    assert [(f["label"], (f["xmin"], f["ymin"], f["xmax"], f["ymax"])) for f in found] == \
+        [(label.strip(), box) for label, box in objects]
+    assert {(f["image_width"], f["image_height"]) for f in found} == {(width, height)}
+
+
+BOMB = ('<!DOCTYPE a [<!ENTITY e0 "ha">'
+        + "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 12)) + "]><annotation>&e11;</annotation>")
+QUADRATIC = '<!DOCTYPE a [<!ENTITY x "' + "y" * 100_000 + '">]><annotation>' + "&x;" * 100_000 + "</annotation>"
+OBJECT = VALID[VALID.index("<object>"):VALID.index("</annotation>")]
+HOSTILE = {
+    "entity bomb": (BOMB, XmlProblem.FORBIDDEN),
+    "quadratic blow-up": (QUADRATIC, XmlProblem.FORBIDDEN),
+    "external entity": ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>' + VALID.replace(">A<", ">&x;<"),
+                        XmlProblem.FORBIDDEN),
+    "external document type": ('<!DOCTYPE a SYSTEM "http://example.org/a.dtd">' + VALID, XmlProblem.FORBIDDEN),
+    "undeclared entity": (VALID.replace(">A<", ">&x;<"), XmlProblem.NOT_XML),
+    "cut off": (VALID[:-20], XmlProblem.NOT_XML),
+    "empty": ("", XmlProblem.NOT_XML),
+    "binary": (b"\x00\x01\xff\xfe" * 50, XmlProblem.NOT_XML),
+    "unknown encoding": ('<?xml version="1.0" encoding="klingon"?>' + VALID, XmlProblem.NOT_XML),
+    "encoding that expat cannot read": ('<?xml version="1.0" encoding="utf-7"?>' + VALID, XmlProblem.NOT_XML),
+    "wrong root": ("<html></html>", XmlProblem.WRONG_ROOT),
+    "no object": ("<annotation></annotation>", XmlProblem.NO_OBJECT),
+    "objects too deep": (f"<annotation><more>{OBJECT}</more></annotation>", XmlProblem.NO_OBJECT),
+    "no name": (VALID.replace("<name>A</name>", ""), XmlProblem.TAG_COUNT),
+    "two names": (VALID.replace("<name>A</name>", "<name>A</name><name>G</name>"), XmlProblem.TAG_COUNT),
+    "no box": (re.sub("<bndbox>.*</bndbox>", "", VALID), XmlProblem.TAG_COUNT),
+    "no corner": (VALID.replace("<ymax>60</ymax>", ""), XmlProblem.TAG_COUNT),
+    "width missing": (VALID.replace("<width>512</width>", ""), XmlProblem.TAG_COUNT),
+    "text": (VALID.replace(">60<", ">sixty<"), XmlProblem.NOT_WHOLE),
+    "nothing": (VALID.replace(">60<", "><"), XmlProblem.NOT_WHOLE),
+    "NaN": (VALID.replace(">60<", ">NaN<"), XmlProblem.NOT_WHOLE),
+    "infinite": (VALID.replace(">60<", ">inf<"), XmlProblem.NOT_WHOLE),
+    "float": (VALID.replace(">60<", ">60.0<"), XmlProblem.NOT_WHOLE),
+    "exponent": (VALID.replace(">60<", ">6e1<"), XmlProblem.NOT_WHOLE),
+    "underscore": (VALID.replace(">60<", ">6_0<"), XmlProblem.NOT_WHOLE),
+    "digits of another script": (VALID.replace(">60<", ">\u0666\u0660<"), XmlProblem.NOT_WHOLE),
+    "more than an integer holds": (VALID.replace(">60<", ">" + "9" * 5000 + "<"), XmlProblem.NOT_WHOLE),
+    "negative": (VALID.replace(">10<", ">-10<"), XmlProblem.NEGATIVE),
+    "swapped in x": (VALID.replace(">40<", ">9<"), XmlProblem.SWAPPED),
+    "swapped in y": (VALID.replace(">60<", ">19<"), XmlProblem.SWAPPED),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_text_is_refused_with_its_reason_and_quickly(name):
+    text, reason = HOSTILE[name]
+    started = time.monotonic()
+    with pytest.raises(an.AnnotationError) as caught:
+        an.parse_annotation(text if isinstance(text, bytes) else text.encode())
+    assert caught.value.reason is reason
+    assert caught.value.detail and len(caught.value.detail) < 300
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("text", [
+    VALID.encode("utf-16"), b"\xef\xbb\xbf" + VALID.encode(), '<?xml version="1.0" encoding="utf-8"?>' + VALID,
+    VALID.replace("<annotation>", '<annotation verified="no">\n  <source>Unknow<database>Unknown</database></source>'),
+    VALID.replace(">60<", "> 60\n<"), VALID.replace("<object>", "<!-- a note --><object>"),
+])
+def test_harmless_variants_are_read(text):
+    assert an.parse_annotation(text)[0]["ymax"] == 60
+
+
+def test_an_annotation_may_leave_out_the_image_size():
+    found = an.parse_annotation(re.sub("<size>.*</size>", "", VALID))
+    assert found[0]["image_width"] is None and found[0]["xmin"] == 10
+
+
+def test_nesting_as_deep_as_a_file_may_be_does_not_exhaust_the_stack():
+    deep = b"<annotation>" + b"<a>" * 130_000 + b"</a>" * 130_000 + b"</annotation>"
+    with pytest.raises(an.AnnotationError, match="no <object>"):
+        an.parse_annotation(deep)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_text_gives_boxes_or_a_reason_never_another_error(data):
+    text = bytearray(VALID.encode())
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text[at:at + data.draw(st.integers(0, 5))] = data.draw(st.binary(max_size=4))
+        text = text or bytearray(b" ")
+    try:
+        for box in an.parse_annotation(bytes(text)):
+            assert 0 <= box["xmin"] <= box["xmax"] and 0 <= box["ymin"] <= box["ymax"]
+    except an.AnnotationError as error:
+        assert error.reason in XmlProblem
+
+
+@pytest.mark.parametrize(("label", "subtype"), [
+    ("A", "A"), ("a", "A"), ("b", "B"), ("g", "G"), (" G\n", "G"), ("e", "E"),
+    ("Q", None), ("A0192", None), ("", None), ("AB", None)])
+def test_labels_are_folded_and_unknown_ones_stay_unknown(label, subtype):
+    assert an.subtype_of(label) == subtype
+
+
+def test_folders_and_patients():
+    assert an.patient_of("A0001") == an.patient_of("Lung_Dx-A0001") == "Lung_Dx-A0001"
+    assert an.patient_subtype("Lung_Dx-B0019") == "B"
+    assert an.patient_subtype("Lung_Dx-Q0019") is None and an.patient_subtype("B0019") is None
+
+
+# ---------------------------------------------------------------- reading a folder
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small annotation folder: two patients, one file with two boxes, one that is broken."""
+    root = tmp_path / "Annotation"
+    texts = {"A0001/1.1.xml": an.format_annotation([("a", SQUARE), ("A", (1, 2, 3, 4))]), "A0001/1.2.xml": VALID,
+             "A0001/notes.txt": "no annotation", "G0002/2.1.XML": an.format_annotation([("G", SQUARE)]),
+             "G0002/2.2.xml": VALID[:50]}
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_all_objects_of_all_files_and_one_row_for_the_broken_one(folder):
+    boxes, problems = an.read_annotations(folder)
+    assert boxes["file"].tolist() == ["A0001/1.1.xml", "A0001/1.1.xml", "A0001/1.2.xml", "G0002/2.1.XML"]
+    assert boxes["object_index"].tolist() == [0, 1, 0, 0]
+    assert boxes["label"].tolist() == ["a", "A", "A", "G"] and boxes["subtype"].tolist() == ["A", "A", "A", "G"]
+    assert boxes["patient_id"].unique().tolist() == ["Lung_Dx-A0001", "Lung_Dx-G0002"]
+    assert boxes["sop_uid"].tolist() == ["1.1", "1.1", "1.2", "2.1"]
+    assert problems[["path", "reason"]].to_numpy().tolist() == [["G0002/2.2.xml", XmlProblem.NOT_XML.value]]
+
+
+def test_one_file_and_one_patient_give_the_same_rows(folder):
+    everything, _ = an.read_annotations(folder)
+    one, problems = an.read_annotations(folder / "A0001" / "1.1.xml")
+    pd.testing.assert_frame_equal(one, everything.iloc[:2])
+    assert problems.empty
+    patient, _ = an.read_annotations(folder / "A0001")
+    pd.testing.assert_frame_equal(patient, everything.iloc[:3])
+
+
+def test_a_relative_path_works_too(folder, monkeypatch):
+    monkeypatch.chdir(folder / "A0001")
+    assert an.read_annotations("1.2.xml")[0]["patient_id"].tolist() == ["Lung_Dx-A0001"]
+
+
+def test_a_folder_without_xml_is_named(folder):
+    (folder / "A0058").mkdir()
+    _, problems = an.read_annotations(folder)
+    empty = problems[problems["reason"] == XmlProblem.NO_XML.value]
+    assert empty["path"].tolist() == ["A0058"] and empty["sop_uid"].isna().all()
+
+
+def test_odd_files_cost_themselves_only(folder):
+    (folder / "A0001" / "huge.xml").write_bytes(b"<annotation>" + b" " * an.MAX_BYTES + b"</annotation>")
+    (folder / "A0001" / "gone.xml").symlink_to(folder / "nowhere.xml")
+    os.mkfifo(folder / "A0001" / "pipe.xml")
+    (folder / "A0001" / "folder.xml").mkdir()
+    boxes, problems = an.read_annotations(folder)
+    assert len(boxes) == 4
+    reasons = problems.set_index("path")["reason"]
+    assert reasons["A0001/huge.xml"] == XmlProblem.TOO_LARGE.value
+    assert reasons["A0001/gone.xml"] == reasons["A0001/pipe.xml"] == XmlProblem.UNREADABLE.value
+    assert reasons["A0001/folder.xml"] == XmlProblem.NO_XML.value
+
+
+def test_a_name_that_is_no_text_can_still_be_saved(folder, tmp_path):
+    (Path(os.fsdecode(os.fsencode(folder / "A0001") + b"/1.\xff.xml"))).write_text(VALID)
+    boxes, _ = an.read_annotations(folder)
+    assert "A0001/1.\\xff.xml" in boxes["file"].tolist()
+    boxes.to_parquet(tmp_path / "boxes.parquet")
+
+
+def test_a_path_that_does_not_exist_is_one_line(tmp_path):
+    with pytest.raises(runs.InputError, match=r"annotation path .*nowhere does not exist: expected"):
+        an.read_annotations(tmp_path / "nowhere")
+
+
+def test_empty_tables_keep_columns_and_types(tmp_path):
+    (tmp_path / "Annotation").mkdir()
+    boxes, problems = an.read_annotations(tmp_path / "Annotation")
+    assert boxes.dtypes.astype(str).to_dict() == an.BOX_COLUMNS
+    assert problems["reason"].tolist() == [XmlProblem.NO_XML.value]
+    boxes.to_parquet(tmp_path / "boxes.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "boxes.parquet"), boxes)
+
+
+# ---------------------------------------------------------------- the ledger
+
+def images(*rows):
+    """rows: (patient, uid, sop class, stack, slice)"""
+    types = dict.fromkeys(["patient_id", "sop_uid", "sop_class_uid", "stack_id"], "str") | {"slice_index": "Int64"}
+    frame = pd.DataFrame(rows, columns=list(types)).astype(types)
+    return frame.assign(rows=pd.Series(512, frame.index, "Int64"), columns=pd.Series(400, frame.index, "Int64"))
+
+
+INSTANCES = images(
+    ("Lung_Dx-A0001", "1.1", CT, "s1", 0), ("Lung_Dx-A0001", "1.2", CT, "s1", 1),
+    ("Lung_Dx-A0001", "1.3", CAPTURE, None, None), ("Lung_Dx-A0001", "1.4", CT, "s2", 0),
+    ("Lung_Dx-A0001", "1.5", CT, None, None), ("Lung_Dx-A0001", "1.6", CT, "s1", None),
+    ("Lung_Dx-G0002", "2.1", CT, "s3", 0))
+STACKS = pd.DataFrame([("s1", "accepted", None), ("s2", "excluded", "too few slices"), ("s3", "accepted", None)],
+                      columns=["stack_id", "status", "reason"]).astype("str")
+
+
+def box_rows(*files):
+    """files: (folder, uid, [(label, box), ...]) with an image size of 400 x 512"""
+    rows = [{"file": f"{folder}/{uid}.xml", "folder": folder, "patient_id": an.patient_of(folder), "sop_uid": uid,
+             "object_index": i, "label": label, "subtype": an.subtype_of(label),
+             "image_width": 400, "image_height": 512, **dict(zip(an.EDGES, box, strict=True))}
+            for folder, uid, objects in files for i, (label, box) in enumerate(objects)]
+    return an._table(rows, an.BOX_COLUMNS)
+
+
+NO_PROBLEMS = an._table([], an.PROBLEM_COLUMNS)
+
+
+def outcomes(*files, problems=NO_PROBLEMS, instances=INSTANCES):
+    ledger = an.reconcile(instances, STACKS, box_rows(*files), problems)
+    assert an.count_outcomes(ledger).sum() == len(ledger) == len({f[:2] for f in files}) + len(problems)
+    return dict(zip(ledger["file"], ledger["outcome"], strict=True))
+
+
+def one(folder, uid, label="A", box=SQUARE):
+    return (folder, uid, [(label, box)])
+
+
+@pytest.mark.parametrize(("file", "outcome"), [
+    (one("A0001", "1.1"), Outcome.MATCHED),
+    (one("A0001", "1.2", "a"), Outcome.MATCHED),
+    (one("A0001", "1.3"), Outcome.SECONDARY_CAPTURE),
+    (one("A0001", "1.4"), Outcome.EXCLUDED_STACK),
+    (one("A0001", "1.5"), Outcome.EXCLUDED_STACK),
+    (one("A0001", "1.6"), Outcome.DROPPED_SLICE),
+    (one("A0001", "9.9"), Outcome.UNKNOWN_UID),
+    (one("A0067", "9.9"), Outcome.NO_IMAGES),
+    (one("A0001", "2.1"), Outcome.OTHER_PATIENT),
+    (one("A0067", "2.1"), Outcome.OTHER_PATIENT),
+    (one("A0001", "1.1", "Q"), Outcome.UNKNOWN_LABEL),
+    (one("A0001", "1.1", "A0192"), Outcome.UNKNOWN_LABEL),
+    (one("A0001", "1.1", "g"), Outcome.OTHER_SUBTYPE),
+    (one("A0001", "1.1", "A", (5, 5, 5, 9)), Outcome.NO_AREA),
+    (one("A0001", "1.1", "A", (5, 5, 401, 9)), Outcome.OUTSIDE_IMAGE),
+    (one("A0001", "1.1", "A", (5, 5, 9, 513)), Outcome.OUTSIDE_IMAGE),
+    (one("A0001", "1.1", "A", (0, 0, 400, 512)), Outcome.MATCHED),
+])
+def test_each_outcome(file, outcome):
+    assert outcomes(file) == {f"{file[0]}/{file[1]}.xml": outcome.value}
+
+
+def test_an_unreadable_file_is_in_the_ledger_with_its_reason(folder):
+    boxes, problems = an.read_annotations(folder)
+    ledger = an.reconcile(INSTANCES, STACKS, boxes, problems).set_index("file")
+    assert ledger.loc["G0002/2.2.xml", "outcome"] == Outcome.UNPARSEABLE.value
+    assert ledger.loc["G0002/2.2.xml", "detail"].startswith("not well-formed XML: ")
+    assert ledger.loc["G0002/2.2.xml", "objects"] == 0 and ledger.loc["A0001/1.1.xml", "objects"] == 2
+
+
+def test_an_image_size_that_disagrees_is_named():
+    boxes = box_rows(one("A0001", "1.1")).assign(image_width=512)
+    ledger = an.reconcile(INSTANCES, STACKS, boxes, NO_PROBLEMS)
+    assert ledger["outcome"].tolist() == [Outcome.OTHER_SIZE.value]
+    assert ledger["detail"].tolist() == ["boxes [[10, 20, 40, 60]] drawn on 512 x 512, image 400 x 512"]
+    boxes = boxes.assign(image_width=None, image_height=None).astype(an.BOX_COLUMNS)
+    assert an.reconcile(INSTANCES, STACKS, boxes, NO_PROBLEMS)["outcome"].tolist() == [Outcome.MATCHED.value]
+
+
+def test_an_image_annotated_in_two_folders_counts_where_its_patient_is():
+    found = outcomes(one("A0001", "1.1"), one("G0002", "1.1", "G"))
+    assert found == {"A0001/1.1.xml": "matched", "G0002/1.1.xml": Outcome.DUPLICATE.value}
+
+
+def test_two_spellings_of_one_folder_do_not_count_a_slice_twice():
+    found = outcomes(one("A0001", "1.1"), one("Lung_Dx-A0001", "1.1"))
+    assert found == {"A0001/1.1.xml": "matched", "Lung_Dx-A0001/1.1.xml": Outcome.DUPLICATE.value}
+
+
+def test_a_name_shared_by_two_folders_without_the_image_is_mentioned():
+    ledger = an.reconcile(INSTANCES, STACKS, box_rows(one("A0067", "7.7"), one("A0068", "7.7")), NO_PROBLEMS)
+    assert ledger["detail"].tolist() == ["also annotated in A0068", "also annotated in A0067"]
+
+
+def test_a_file_is_used_whole_or_not_at_all():
+    assert outcomes(("A0001", "1.1", [("A", SQUARE), ("Q", SQUARE)])) == {"A0001/1.1.xml": Outcome.UNKNOWN_LABEL.value}
+
+
+def test_precedence_location_before_content_and_content_in_order():
+    bad = ("Q", (5, 5, 5, 9))
+    assert outcomes(("A0001", "1.3", [bad]))["A0001/1.3.xml"] == Outcome.SECONDARY_CAPTURE.value
+    assert outcomes(("A0001", "1.1", [bad]))["A0001/1.1.xml"] == Outcome.UNKNOWN_LABEL.value
+    assert outcomes(("A0001", "1.1", [("G", (5, 5, 5, 999))]))["A0001/1.1.xml"] == Outcome.OTHER_SUBTYPE.value
+    assert outcomes(("A0001", "1.1", [("A", (5, 5, 5, 999))]))["A0001/1.1.xml"] == Outcome.NO_AREA.value
+
+
+def test_an_image_stored_twice_counts_as_its_copy_in_use():
+    twice = pd.concat([images(("Lung_Dx-A0001", "1.1", CT, None, None)), INSTANCES], ignore_index=True)
+    assert outcomes(one("A0001", "1.1"), instances=twice)["A0001/1.1.xml"] == "matched"
+
+
+def test_a_class_that_only_starts_like_secondary_capture_is_none():
+    other = images(("Lung_Dx-A0001", "1.1", CAPTURE + "7.1", "s1", 0),
+                   ("Lung_Dx-A0001", "1.2", CAPTURE + ".2", "s1", 1))
+    found = outcomes(one("A0001", "1.1"), one("A0001", "1.2"), instances=other)
+    assert list(found.values()) == ["matched", Outcome.SECONDARY_CAPTURE.value]
+
+
+def test_the_ledger_of_nothing_has_its_columns():
+    nothing = an.reconcile(INSTANCES.iloc[:0], STACKS.iloc[:0], box_rows(), NO_PROBLEMS)
+    assert nothing.dtypes.astype(str).to_dict() == an.LEDGER_COLUMNS
+    assert an.count_outcomes(nothing).sum() == 0 and len(an.count_outcomes(nothing)) == len(Outcome)
+    without_images = an.reconcile(INSTANCES.iloc[:0], STACKS.iloc[:0], box_rows(one("A0001", "1.1")), NO_PROBLEMS)
+    assert without_images["outcome"].tolist() == [Outcome.NO_IMAGES.value]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["A0001", "G0002", "A0067"]),
+                          st.sampled_from(["1.1", "1.2", "1.3", "1.4", "2.1", "9.9"]),
+                          st.sampled_from("AagQ"), corners),
+                unique_by=lambda f: f[:2], max_size=12), st.randoms())
+def test_every_file_has_one_outcome_whatever_the_order_of_the_rows(files, random):
+    boxes = box_rows(*[(folder, uid, [(label, box)]) for folder, uid, label, box in files])
+    order = list(range(len(boxes)))
+    random.shuffle(order)
+    ledger = an.reconcile(INSTANCES, STACKS, boxes, NO_PROBLEMS)
+    pd.testing.assert_frame_equal(ledger, an.reconcile(INSTANCES, STACKS, boxes.iloc[order], NO_PROBLEMS))
+    assert ledger["file"].is_unique and set(ledger["file"]) == set(boxes["file"])
+    assert set(ledger["outcome"]) <= {outcome.value for outcome in Outcome}
+    usable = ledger[ledger["outcome"] == "matched"]
+    assert usable["stack_id"].isin(["s1", "s3"]).all() and usable["slice_index"].notna().all()
+    assert not usable.duplicated(["patient_id", "sop_uid"]).any()
+
+
+def test_no_match_at_all_is_one_line_with_the_folders_expected(folder):
+    boxes, problems = an.read_annotations(folder / "G0002")
+    ledger = an.reconcile(INSTANCES, STACKS, boxes.assign(sop_uid="8.8"), problems)
+    with pytest.raises(runs.InputError, match=r"no matching annotation in here \(1 unparseable, 1 unknown UID\): "
+                                              r"expected folders named like A0001, G0002 that hold"):
+        an.require_match(ledger, INSTANCES, "here")
+    an.require_match(an.reconcile(INSTANCES, STACKS, box_rows(one("A0001", "1.1")), NO_PROBLEMS), INSTANCES, "here")
+
+
+def test_an_empty_annotation_path_means_phantoms_only_after_phantoms(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, asked in (("a", ""), ("b", str(own))):
+        runs.begin("01_explore_dicom", tmp_path / name, {}, 0, inputs={"dicom_path": asked}).finish()
+    assert an.annotation_folder("", tmp_path / "a") == tmp_path / "a" / "phantom" / "Annotation"
+    with pytest.raises(runs.InputError, match="no annotation_path given, but chapter 1 read .*own: name the folder"):
+        an.annotation_folder("", tmp_path / "b")
+    assert an.annotation_folder(str(own), tmp_path / "b") == own
+
+
+# ---------------------------------------------------------------- lesions
+
+def rotation(a, b, c):
+    (ca, sa), (cb, sb), (cc, sc) = ((np.cos(t), np.sin(t)) for t in (a, b, c))
+    return (np.array([[ca, -sa, 0], [sa, ca, 0], [0, 0, 1]]) @ np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
+            @ np.array([[1, 0, 0], [0, cc, -sc], [0, sc, cc]]))
+
+
+def affine_of(angles=(0, 0, 0), spacing=(0.7, 0.7, 5.0), origin=(-170.0, -150.0, -800.0)):
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation(*angles) * np.array(spacing)
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def stack_table(*rows):
+    """rows: (stack_id, series_uid, frame, affine)"""
+    return pd.DataFrame([{"stack_id": s, "series_uid": series, "study_uid": "study", "patient_id": "Lung_Dx-A0001",
+                          "frame_of_reference_uid": frame, "affine": affine.ravel().tolist(),
+                          "rows": 512, "columns": 512, "slices": 60} for s, series, frame, affine in rows])
+
+
+def placed(*rows, stack_id="s1", subtype="A"):
+    """rows: (slice, xmin, ymin, xmax, ymax)"""
+    return an._table([{"file": f"A0001/{stack_id}.{i}.xml", "patient_id": "Lung_Dx-A0001", "object_index": 0,
+                       "subtype": subtype, "label": subtype, "stack_id": stack_id, "slice_index": k,
+                       **dict(zip(an.EDGES, box, strict=True))} for i, (k, *box) in enumerate(rows)], an.BOX_COLUMNS)
+
+
+STACK = stack_table(("s1", "series", "frame", affine_of()), ("s2", "other", "frame", affine_of()))
+place, extent = st.integers(0, 60), st.integers(1, 40)
+box_on_slice = st.tuples(st.integers(0, 12), place, place, extent, extent).map(
+    lambda b: (b[0], b[1], b[2], b[1] + b[3], b[2] + b[4]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(box_on_slice, min_size=1, max_size=14), st.integers(0, 3), st.randoms())
+def test_lesions_cover_their_boxes_have_thickness_and_ignore_the_order_of_rows(rows, max_gap, random):
+    boxes = placed(*rows)
+    lesions, named = an.join_lesions(boxes, STACK, max_gap)
+    assert (lesions["k1"] > lesions["k0"]).all() and (lesions["i1"] > lesions["i0"]).all()
+    assert lesions["boxes"].sum() == len(boxes) and named["lesion_id"].notna().all()
+    hull = named.merge(lesions, on="lesion_id")
+    assert ((hull["k0"] <= hull["slice_index"]) & (hull["slice_index"] < hull["k1"])).all()
+    for low, high, small, large in (("xmin", "xmax", "i0", "i1"), ("ymin", "ymax", "j0", "j1")):
+        assert (hull[small] <= hull[low]).all() and (hull[high] <= hull[large]).all()
+    order = list(range(len(boxes)))
+    random.shuffle(order)
+    again, renamed = an.join_lesions(boxes.iloc[order], STACK, max_gap)
+    pd.testing.assert_frame_equal(lesions, again)
+    pd.testing.assert_frame_equal(named, renamed.sort_index())
+
+
+@settings(max_examples=80)
+@given(st.lists(box_on_slice, min_size=1, max_size=14), st.integers(0, 3))
+def test_a_wider_gap_never_splits_a_lesion(rows, max_gap):
+    rows = np.array(rows)
+    narrow = an.link_boxes(rows[:, 0], rows[:, 1:], max_gap)
+    wide = an.link_boxes(rows[:, 0], rows[:, 1:], max_gap + 1)
+    assert pd.Series(wide).groupby(narrow).nunique().max() == 1
+
+
+def test_gaps_are_bridged_up_to_the_limit_and_counted():
+    rows = [(5, 10, 10, 30, 30), (6, 10, 10, 30, 30), (8, 12, 12, 28, 28)]
+    lesions, _ = an.join_lesions(placed(*rows), STACK, max_gap=1)
+    assert lesions[["k0", "k1", "boxes", "bridged_slices"]].to_numpy().tolist() == [[5, 9, 3, 1]]
+    lesions, _ = an.join_lesions(placed(*rows), STACK, max_gap=0)
+    assert lesions[["k0", "k1", "boxes", "bridged_slices"]].to_numpy().tolist() == [[5, 7, 2, 0], [8, 9, 1, 0]]
+
+
+def test_a_lesion_on_one_slice_is_one_slice_thick():
+    lesions, _ = an.join_lesions(placed((7, 10, 10, 30, 30)), STACK)
+    lesion = lesions.iloc[0]
+    assert (lesion["k0"], lesion["k1"]) == (7, 8)
+    assert lesion["z1_mm"] - lesion["z0_mm"] == pytest.approx(5.0)
+    assert (lesion["x0_mm"], lesion["z0_mm"]) == (pytest.approx(-170 + 0.7 * 9.5), pytest.approx(-800 + 5 * 6.5))
+
+
+def test_two_lesions_side_by_side_stay_apart():
+    lesions, named = an.join_lesions(placed(*[(k, x, 10, x + 20, 30) for k in range(4) for x in (10, 60)]), STACK)
+    assert lesions["boxes"].tolist() == [4, 4] and named["lesion_id"].tolist() == ["s1_0", "s1_1"] * 4
+
+
+def test_stacks_and_subtypes_are_never_joined():
+    boxes = pd.concat([placed((5, 10, 10, 30, 30)), placed((6, 10, 10, 30, 30), stack_id="s2"),
+                       placed((6, 10, 10, 30, 30), subtype="G")], ignore_index=True)
+    assert len(an.join_lesions(boxes, STACK)[0]) == 3
+
+
+def test_boxes_without_a_stack_take_no_part():
+    homeless = placed((6, 10, 10, 30, 30)).assign(stack_id=None)
+    boxes = pd.concat([placed((5, 10, 10, 30, 30)), homeless], ignore_index=True)
+    lesions, named = an.join_lesions(boxes.astype(an.BOX_COLUMNS), STACK)
+    assert lesions["boxes"].tolist() == [1] and named["lesion_id"].isna().tolist() == [False, True]
+
+
+def test_no_box_gives_empty_tables_with_all_columns():
+    lesions, boxes = an.join_lesions(placed(), STACK)
+    assert lesions.dtypes.astype(str).to_dict() == an.LESION_COLUMNS
+    assert boxes.dtypes.astype(str).to_dict() == an.BOX_COLUMNS
+    assert an.pair_lesions(lesions, STACK).dtypes.astype(str).to_dict() == an.PAIR_COLUMNS
+    assert an.describe_lesions(lesions, STACK).empty
+
+
+@pytest.mark.parametrize(("gap", "overlap"), [(-1, 0.5), (1, 0.0), (1, 1.5)])
+def test_a_rule_that_makes_no_sense_is_refused(gap, overlap):
+    with pytest.raises(ValueError, match=f"expected max_gap >= 0 and 0 < min_overlap <= 1, got {gap} and {overlap}"):
+        an.link_boxes([1], [(0, 0, 1, 1)], gap, overlap)
+
+
+angle = st.floats(-0.7, 0.7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(angle, angle, angle), st.tuples(*[st.floats(0.3, 10)] * 3), box_on_slice)
+def test_voxels_to_mm_and_back_on_oblique_stacks(angles, spacing, row):
+    affine = affine_of(angles, spacing)
+    lesions, _ = an.join_lesions(placed(row), stack_table(("s1", "series", "frame", affine)))
+    lesion = lesions.iloc[0]
+    corners = an.box_corners(*lesion[["i0", "j0", "k0", "i1", "j1", "k1"]])
+    corners_mm = dicom.to_mm(affine, corners)
+    back = dicom.to_voxel(affine, corners_mm)
+    np.testing.assert_allclose(back, corners, atol=1e-8)
+    k, i0, j0, i1, j1 = row
+    np.testing.assert_allclose(back.min(axis=0) + 0.5, (i0, j0, k), atol=1e-8)
+    np.testing.assert_allclose(back.max(axis=0) + 0.5, (i1, j1, k + 1), atol=1e-8)
+    hull = lesion[an.CORNERS_MM].to_numpy(float)
+    assert (corners_mm >= hull[:3] - 1e-9).all() and (corners_mm <= hull[3:] + 1e-9).all()
+
+
+# ---------------------------------------------------------------- two readings
+
+def test_the_same_lesion_in_two_stacks_is_linked_across_different_grids():
+    shifted = affine_of(spacing=(1.4, 1.4, 2.5))
+    stacks = stack_table(("s1", "x", "frame", affine_of()), ("s2", "y", "frame", shifted))
+    # edge e of the coarse grid is at -170 + 1.4 (e - 0.5) mm, of the fine one at -170 + 0.7 (e - 0.5) mm
+    boxes = pd.concat([placed((4, 40, 40, 80, 80), (5, 40, 40, 80, 80), (20, 200, 200, 240, 240)),
+                       placed(*[(k, 20, 20, 40, 40) for k in (8, 9, 10, 11)], stack_id="s2")], ignore_index=True)
+    lesions, _ = an.join_lesions(boxes, stacks)
+    pairs = an.pair_lesions(lesions, stacks)
+    assert pairs[["lesion_a", "lesion_b", "kind"]].to_numpy().tolist() == [["s1_0", "s2_0", "reconstruction"]]
+    assert 0.7 < pairs["iou"].iloc[0] < 1 and pairs["volume_ratio"].iloc[0] == pytest.approx(1)
+    assert pairs["centre_distance_mm"].iloc[0] < 2
+
+
+def test_only_one_study_and_one_frame_of_reference_are_compared():
+    boxes = pd.concat([placed((5, 10, 10, 30, 30), stack_id=s) for s in ("s1", "s2", "s3", "s4")], ignore_index=True)
+    stacks = stack_table(*[(s, "x", frame, affine_of()) for s, frame in
+                           (("s1", "f"), ("s2", "f"), ("s3", "g"), ("s4", None))])
+    pairs = an.pair_lesions(an.join_lesions(boxes, stacks)[0], stacks)
+    assert pairs[["lesion_a", "lesion_b", "kind"]].to_numpy().tolist() == [["s1_0", "s2_0", "phase"]]
+    assert pairs["iou"].tolist() == [pytest.approx(1.0)]
+
+
+def test_iou_by_hand():
+    cube = (0, 0, 0, 2, 2, 2)
+    iou = an.iou_3d([cube], [cube, (1, 0, 0, 3, 2, 2), (2, 0, 0, 4, 2, 2)])
+    assert iou.tolist() == [[1.0, pytest.approx(1 / 3), 0.0]]
+
+
+def test_size_and_place_by_hand():
+    lesions, _ = an.join_lesions(placed((29, 246, 246, 266, 286), (30, 246, 246, 266, 286)), STACK)
+    found = an.describe_lesions(lesions, STACK).iloc[0]
+    assert found["extent_mm"] == pytest.approx(28) and found["height_mm"] == pytest.approx(10)
+    assert found["aside_mm"] == pytest.approx(0) and found["level"] == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------- the clinical table
+
+HEADERS = ["No.", "NewPatientID", "Sex", "Age", "weight (kg)", "T-Stage", "N-Stage", "\uff2d-Stage",
+           "Histopathological grading", "Smoking History"]
+
+
+def spreadsheet(path, *rows, headers=HEADERS):
+    book = openpyxl.Workbook()
+    for row in (headers, *rows):
+        book.active.append(row)
+    book.save(path)
+    return path
+
+
+def test_the_clinical_table_is_cleaned_and_what_is_not_understood_is_noted(tmp_path):
+    path = spreadsheet(tmp_path / "c.xlsx", [1, "A0002", "F", None, 60.5, 3, 0, 3, " G3", 0],
+                       [2, "A0001", "M", 58, 65, "2b", 3, "1b", "G2-G3", 1],
+                       [3, "A0003", "f", "old", None, "is", "9", 0, None, None])
+    found = an.read_clinical(path)
+    assert found.dtypes.astype(str).to_dict() == an.CLINICAL_COLUMNS
+    assert found["patient_id"].tolist() == ["Lung_Dx-A0001", "Lung_Dx-A0002", "Lung_Dx-A0003"]
+    first, second, third = found.to_dict("records")
+    assert (first["t"], first["n"], first["m"], first["grade"], first["smoking"]) == ("2b", "3", "1b", "G2-3", 1)
+    assert (second["t"], second["grade"], second["weight_kg"]) == ("3", "G3", 60.5)
+    assert pd.isna(second["m"]) and pd.isna(second["age_years"]) and second["notes"] == "m '3' is no known value"
+    assert third["sex"] == "F" and pd.isna(third["smoking"])
+    assert third["notes"] == "age_years 'old' is no known value; n '9' is no known value"
+
+
+@pytest.mark.parametrize(("spelled", "grade"), [
+    ("G1-2", "G1-2"), ("G1-G2", "G1-2"), (" G1", "G1"), ("g3", "G3"), ("\uff27\uff12", "G2")])
+def test_spellings_of_grade(spelled, grade):
+    assert an._clean("grade", spelled) == (grade, "")
+
+
+def test_a_patient_listed_twice_is_kept_once_and_noted(tmp_path):
+    row = [1, "A0001", "M", 58, 65, "2b", 3, "1b", "G2", 1]
+    found = an.read_clinical(spreadsheet(tmp_path / "c.xlsx", row, [2, "A0001", "F", *row[3:]]))
+    assert found["sex"].tolist() == ["M"] and "listed more than once" in found["notes"].iloc[0]
+
+
+def test_a_file_that_is_no_clinical_table_is_one_line(tmp_path):
+    text = tmp_path / "c.xlsx"
+    text.write_text("age,sex")
+    with pytest.raises(runs.InputError, match="cannot be read as .xlsx"):
+        an.read_clinical(text)
+    with pytest.raises(runs.InputError, match="has no column age, smoking history"):
+        lacking = [header for header in HEADERS if header not in ("Age", "Smoking History")]
+        an.read_clinical(spreadsheet(tmp_path / "d.xlsx", headers=lacking))
+    with pytest.raises(runs.InputError, match="nowhere.xlsx"):
+        an.read_clinical(tmp_path / "nowhere.xlsx")
+
+
+def test_the_clinical_table_is_found_in_the_folder_or_beside_it(tmp_path):
+    folder = tmp_path / "Annotation"
+    folder.mkdir()
+    assert an.find_clinical(folder) is None
+    beside = spreadsheet(tmp_path / "statistics-clinical-2020.xlsx")
+    assert an.find_clinical(folder) == beside
+    assert an.find_clinical(folder) != spreadsheet(folder / "other.xlsx")
+
+
+def test_conflicts_between_table_and_headers():
+    same = {"sex": "M", "age_years": 60.0, "weight_kg": 70.0, "notes": ""}
+    clinical = an._table([{"patient_id": patient, **same} for patient in "abcd"], an.CLINICAL_COLUMNS)
+    headers = pd.DataFrame([("a", "M", 61, 70.9), ("b", "F", 60, None), ("c", None, 50, 80.0), ("c", "M", 60, 75.0),
+                            ("e", "F", 1, 1.0)], columns=["patient_id", "sex", "age_years", "weight_kg"])
+    found = an.clinical_conflicts(clinical, headers.astype({"age_years": "Int64"}))
+    assert found.to_numpy().tolist() == [["b", "sex", "M", "F"], ["c", "weight_kg", "70", "75, 80"]]
+    assert an.clinical_conflicts(clinical.iloc[:0], headers).empty
+
+
+# ---------------------------------------------------------------- the real annotations
+
+@pytest.fixture(scope="module")
+def real_folder():
+    if not os.environ.get("LUNGCT_REAL_DATA"):
+        pytest.skip("LUNGCT_REAL_DATA is unset: the real annotations were left out")
+    return Path(os.environ["LUNGCT_REAL_DATA"])
+
+
+def test_the_real_annotations_agree_with_a_recount_by_regular_expression(real_folder):
+    boxes, problems = an.read_annotations(real_folder / "Annotation")
+    texts = {path: path.read_text() for path in (real_folder / "Annotation").rglob("*.xml")}
+    assert boxes["file"].nunique() + problems["sop_uid"].notna().sum() == len(texts)
+    names = [name for text in texts.values() for name in re.findall(r"<name>\s*(.*?)\s*</name>", text)]
+    assert boxes["label"].value_counts().to_dict() == pd.Series(names).value_counts().to_dict()
+    for tag in an.EDGES:
+        numbers = [int(n) for text in texts.values() for n in re.findall(rf"<{tag}>(\d+)</{tag}>", text)]
+        assert sorted(boxes[tag]) == sorted(numbers)
+    assert set(boxes["folder"]) == {path.parent.name for path in texts}
+
+
+def test_real_folders_share_names_and_a_folder_lends_none_of_its_images(real_folder):
+    boxes, problems = an.read_annotations(real_folder / "Annotation")
+    shared = boxes.groupby("sop_uid")["folder"].agg(set)
+    shared = shared[shared.map(len) > 1]
+    assert len(shared) and all(folders == {"A0003", "A0004"} for folders in shared)
+    uid = shared.index[0]
+    instances = images(("Lung_Dx-A0003", uid, CT, "s1", 0)).assign(rows=512, columns=512)
+    ledger = an.reconcile(instances, STACKS, boxes, problems).set_index("file")
+    assert ledger.loc[f"A0003/{uid}.xml", "outcome"] == "matched"
+    assert ledger.loc[f"A0004/{uid}.xml", "outcome"] == Outcome.DUPLICATE.value
+    assert (ledger["outcome"] == "matched").sum() == 1
+
+
+def test_the_real_clinical_table(real_folder):
+    clinical = an.read_clinical(an.find_clinical(real_folder / "Annotation"))
+    assert len(clinical) == 355 and clinical["patient_id"].is_unique
+    assert set(clinical["grade"].dropna()) == {"G1", "G1-2", "G2", "G2-3", "G3"}
+    assert clinical["grade"].notna().sum() == 145
+    assert clinical["m"].isna().sum() == 3 and clinical["notes"].str.startswith("m ").sum() == 3
+    assert clinical["age_years"].notna().sum() == 354 and clinical["weight_kg"].notna().sum() == 351
+    assert clinical["sex"].value_counts().to_dict() == {"M": 190, "F": 165}

@@ -1,0 +1,724 @@
+"""Chapter 1: every file accounted for, every series judged, voxels and millimetres as SimpleITK has them."""
+
+import math
+import os
+import zlib
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    PositronEmissionTomographyImageStorage,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
+
+from lungct import dicom
+from lungct.dicom import Exclusion, FileProblem
+
+GEOMETRY_TOLERANCE_MM = 1e-4
+AXIAL = [1, 0, 0, 0, 1, 0]
+
+
+# ---- made-up files ---------------------------------------------------------------------------------------------------
+
+def write_slice(path, number=1, position=(0, 0, 0), pixels=None, syntax=ImplicitVRLittleEndian, **changes):
+    """Write one CT slice; `changes` set elements by keyword, None removes them."""
+    pixels = np.full((4, 6), 1064, np.uint16) if pixels is None else pixels
+    image = Dataset()
+    image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, f"1.2.3.{zlib.crc32(os.fsencode(path))}"
+    image.PatientID, image.StudyInstanceUID, image.SeriesInstanceUID = "Toy", "1.2.1", "1.2.2"
+    image.Modality, image.ImageType, image.InstanceNumber = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"], number
+    image.ImagePositionPatient, image.ImageOrientationPatient = [float(x) for x in position], AXIAL
+    image.PixelSpacing, image.SliceThickness = [0.8, 0.5], 1.25
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.Rows, image.Columns = pixels.shape[:2]
+    image.PixelRepresentation = int(pixels.dtype.kind == "i")
+    image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
+    image.RescaleSlope, image.RescaleIntercept = 1, -1024
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    image.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    image["PixelData"].VR = "OW"
+    for keyword, value in changes.items():
+        if value is None:
+            image.pop(keyword, None)
+        else:
+            setattr(image, keyword, value)
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = syntax
+    if syntax == RLELossless:
+        image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        image.compress(RLELossless)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_series(folder, depths, **changes):
+    """Axial slices at these z; a callable change gets the slice's place in the list."""
+    for i, z in enumerate(depths):
+        own = {key: value(i) if callable(value) else value for key, value in changes.items()}
+        position = own.pop("position", (0, 0, z))
+        write_slice(folder / f"{i + 1:03}.dcm", own.pop("number", i + 1), position, **own)
+    return folder
+
+
+def stacks_of(folder, min_slices=4, with_root=True):
+    instances, problems = dicom.index_dicom(folder, workers=1)
+    assert problems.empty
+    return dicom.build_stacks(instances, min_slices, folder if with_root else None)
+
+
+def only(stacks):
+    assert len(stacks) == 1, stacks[["slices", "reason", "detail"]]
+    return stacks.iloc[0]
+
+
+# ---- converters ------------------------------------------------------------------------------------------------------
+
+PLAIN = dicom._Decoding()
+
+
+@pytest.mark.parametrize("raw, value", [
+    (b"1.5", 1.5), (b" 0.8417 ", 0.8417), (b"-2\0", -2), (b"1\\2", 1), (b"1e3", 1000),
+    (b"", None), (b" ", None), (b"abc", None), (b"1,5", None), (b"nan", None), (b"inf", None), (b"1_0", None),
+])
+def test_number(raw, value):
+    assert dicom._number(raw, PLAIN) == value
+
+
+@pytest.mark.parametrize("raw, value", [
+    (b"12 ", 12), (b"3.000000", 3), (b"-7", -7), (b"3.5", None), (b"9" * 40, None), (b"", None)])
+def test_whole(raw, value):
+    assert dicom._whole(raw, PLAIN) == value
+
+
+@pytest.mark.parametrize("raw, value", [
+    (b"061Y", 61), (b"018M", 1.5), (b"061Y ", 61), (b"Y", None), (b"061", None), (b"", None)])
+def test_age(raw, value):
+    assert dicom._age(raw, PLAIN) == value
+
+
+def test_text_keeps_several_values_and_reads_other_alphabets():
+    assert dicom._text(b"ORIGINAL \\PRIMARY\0", PLAIN) == "ORIGINAL\\PRIMARY"
+    assert dicom._text("Müller".encode("latin-1"), dicom._Decoding(("latin_1",))) == "Müller"
+    assert dicom._text("肺".encode(), dicom._Decoding(("UTF8",))) == "肺"
+    assert dicom._text(b" \0", PLAIN) is None
+
+
+@given(st.binary(max_size=40))
+def test_converters_never_raise(raw):
+    for convert in (dicom._number, dicom._whole, dicom._age, dicom._short, dicom._stored_value):
+        value = convert(raw, PLAIN)
+        assert value is None or math.isfinite(value)
+
+
+def test_header_agrees_with_pydicom(real_data):
+    files = sorted((real_data / "Lung-PET-CT-Dx").rglob("*.dcm"))[::25]
+    for path in files:
+        row, dataset = dicom.read_header(path), pydicom.dcmread(path, stop_before_pixels=True)
+        for column, (keyword, _) in dicom._HEADER.items():
+            element = dataset.get(keyword)
+            if column == "age_years":
+                expected = float(str(element)[:3])
+            elif element in (None, ""):
+                expected = None
+            elif isinstance(element, pydicom.multival.MultiValue):
+                expected = "\\".join(map(str, element)) if column == "image_type" else list(map(float, element))
+            else:
+                expected = element
+            assert row[column] == expected, (path, column)
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture()
+def tree(tmp_path):
+    write_series(tmp_path / "tree", [0, 5, 10])
+    return tmp_path / "tree"
+
+
+def problem_of(folder, path):
+    instances, problems = dicom.index_dicom(folder, workers=1)
+    files, unlisted = dicom.list_files(folder)
+    assert len(instances) + len(problems) == len(files) + len(unlisted)
+    assert set(instances["path"]) | set(problems["path"]) == set(files) | {row["path"] for row in unlisted}
+    row = problems.set_index("path").loc[path]
+    return row["reason"], row["detail"]
+
+
+def test_good_tree(tree):
+    instances, problems = dicom.index_dicom(tree)
+    assert problems.empty and instances["path"].tolist() == ["001.dcm", "002.dcm", "003.dcm"]
+    assert instances.dtypes.astype(str).to_dict() == dicom.INSTANCE_DTYPES
+    assert problems.dtypes.astype(str).to_dict() == dicom.PROBLEM_DTYPES
+    row = instances.iloc[1]
+    assert row["position_mm"] == [0, 0, 5] and row["pixel_spacing_mm"] == [0.8, 0.5] and row["rows"] == 4
+    assert row["file_bytes"] - row["pixel_offset"] == 4 * 6 * 2
+
+
+@pytest.mark.parametrize("name, content, problem, words", [
+    ("notes.dcm", b"text" * 100, FileProblem.NOT_DICOM, "DICM"),
+    ("short.dcm", b"x", FileProblem.NOT_DICOM, "DICM"),
+    ("nothing.dcm", b"", FileProblem.ZERO_BYTE, "empty"),
+    ("LICENSE", b"words\n" * 50, FileProblem.NOT_DICOM, "DICM"),
+    ("ohne Ende – ü.txt", b"y", FileProblem.NOT_DICOM, "DICM"),
+])
+def test_other_files(tree, name, content, problem, words):
+    (tree / name).write_bytes(content)
+    reason, detail = problem_of(tree, name)
+    assert reason == problem.value and words in detail
+
+
+@pytest.mark.parametrize("cut, problem", [(1, "truncated"), (48, "truncated"), (60, "truncated")])
+def test_truncated(tree, cut, problem):
+    content = write_slice(tree / "004.dcm").read_bytes()
+    (tree / "004.dcm").write_bytes(content[:-cut])
+    assert problem_of(tree, "004.dcm")[0] == problem
+
+
+def test_truncated_says_how_much(tree):
+    content = write_slice(tree / "004.dcm").read_bytes()
+    (tree / "004.dcm").write_bytes(content[:-10])
+    assert problem_of(tree, "004.dcm")[1] == "pixel data has 38 of 48 bytes"
+
+
+def test_cut_inside_the_header_costs_that_file(tree):
+    content = write_slice(tree / "004.dcm").read_bytes()
+    for end in range(133, len(content) - 60, 37):
+        (tree / "004.dcm").write_bytes(content[:end])
+        assert problem_of(tree, "004.dcm")[0] in ("truncated", "unreadable", "no image")
+
+
+def test_duplicate_uid_names_the_first(tree):
+    (tree / "zz copy.dcm").write_bytes((tree / "002.dcm").read_bytes())
+    assert problem_of(tree, "zz copy.dcm") == ("duplicate SOP UID", "same SOP Instance UID as 002.dcm")
+
+
+def test_links_and_pipes(tree):
+    (tree / "gone.dcm").symlink_to(tree / "nowhere")
+    (tree / "round").symlink_to(tree)
+    (tree / "self").symlink_to(tree / "self")
+    os.mkfifo(tree / "pipe.dcm")
+    assert problem_of(tree, "gone.dcm")[0] == "dangling link"
+    assert problem_of(tree, "self")[0] == "dangling link"
+    assert problem_of(tree, "round")[0] == "folder already read"
+    assert problem_of(tree, "pipe.dcm")[0] == "not a regular file"
+
+
+def test_linked_folder_is_read(tree, tmp_path):
+    write_series(tmp_path / "elsewhere", [50, 55], SOPInstanceUID=lambda i: f"1.9.{i}")
+    (tree / "link").symlink_to(tmp_path / "elsewhere")
+    instances, problems = dicom.index_dicom(tree)
+    assert len(instances) == 5 and problems.empty
+
+
+def test_no_permission(tree, monkeypatch):
+    read = dicom.read_header
+
+    def locked(path):
+        if path.endswith("002.dcm"):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(dicom, "read_header", locked)      # root may read everything, so the lock is played
+    assert problem_of(tree, "002.dcm") == ("no permission", "Permission denied")
+
+
+def test_locked_folder(tree, monkeypatch):
+    (tree / "locked").mkdir()
+    scan = os.scandir
+
+    def locked(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert problem_of(tree, "locked") == ("no permission", "Permission denied")
+
+
+def test_name_that_is_not_utf8(tree):
+    with open(os.fsencode(tree) + b"/\xff.dcm", "wb") as stream:
+        stream.write(b"x")
+    assert problem_of(tree, r"\udcff.dcm")[0] == "name is not UTF-8"
+
+
+def test_dicomdir_and_objects_without_pixels(tree):
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.1.3.10", "1.2"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    directory = Dataset()
+    directory.file_meta, directory.FileSetID = meta, "X"
+    directory.save_as(tree / "DICOMDIR", enforce_file_format=True)
+    assert problem_of(tree, "DICOMDIR")[0] == "DICOMDIR"
+    report = Dataset()
+    report.SOPClassUID, report.SOPInstanceUID, report.SeriesInstanceUID = "1.2.840.10008.5.1.4.1.1.88.11", "1.5", "1.6"
+    report.file_meta = FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report.save_as(tree / "report.dcm", enforce_file_format=True)
+    assert problem_of(tree, "report.dcm") == ("no image", "Basic Text SR Storage holds no pixels")
+
+
+def test_missing_uid_is_named(tree):
+    write_slice(tree / "004.dcm", SeriesInstanceUID=None)
+    assert problem_of(tree, "004.dcm") == ("unreadable", "SeriesInstanceUID (0020,000E) is missing")
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: None, "does not exist"),
+    (lambda path: path.mkdir(), "is empty"),
+    (lambda path: path.write_text("x"), "is a file"),
+    (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), r"holds no DICOM image \(1 not DICOM\)"),
+])
+def test_hopeless_folders(tmp_path, make, words):
+    make(tmp_path / "in")
+    with pytest.raises(ValueError, match=words) as caught:
+        dicom.index_dicom(tmp_path / "in")
+    assert "\n" not in str(caught.value) and str(tmp_path / "in") in str(caught.value)
+
+
+def test_processes_give_the_same_table(tmp_path):
+    template = write_slice(tmp_path / "t.dcm", SOPInstanceUID="1.2.3.10000").read_bytes()
+    (tmp_path / "many").mkdir()
+    for i in range(2000):
+        (tmp_path / "many" / f"{i:04}.dcm").write_bytes(template.replace(b"1.2.3.10000", b"1.2.3.1%04d" % i))
+    calls = []
+    two, _ = dicom.index_dicom(tmp_path / "many", workers=2, progress=lambda done, files: calls.append((done, files)))
+    one, _ = dicom.index_dicom(tmp_path / "many", workers=1)
+    pd.testing.assert_frame_equal(one, two)
+    assert len(one) == 2000 and calls[-1] == (2000, 2000) and calls == sorted(calls)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(132, 700), st.integers(0, 255)), min_size=1, max_size=6),
+       end=st.integers(0, 700))
+def test_mutated_files_never_stop_the_index(tmp_path, changes, end):
+    path = tmp_path / "mutant.dcm"
+    content = bytearray(write_slice(path).read_bytes())
+    for at, value in changes:
+        content[at % len(content)] = value
+    path.write_bytes(content[: end + 132] if end < 300 else content)
+    good, bad = dicom._read_many(str(tmp_path), ["mutant.dcm"])
+    assert len(good) + len(bad) == 1
+    for row in good:
+        dicom.build_stacks(dicom._table(good, dicom.INSTANCE_DTYPES))
+        assert row["rows"] > 0
+    for row in bad:
+        assert row["reason"] in set(FileProblem) and row["detail"]
+
+
+# ---- reasons ---------------------------------------------------------------------------------------------------------
+
+EVEN = [0, 5, 10, 15, 20, 25]
+REASONS = {
+    Exclusion.SECONDARY_CAPTURE: (EVEN, {"SOPClassUID": SecondaryCaptureImageStorage}, "Secondary Capture"),
+    Exclusion.OTHER_MODALITY: (EVEN, {"Modality": "MR"}, "modality MR"),
+    Exclusion.LOCALIZER: (EVEN, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "LOCALIZER"),
+    Exclusion.TOO_FEW_SLICES: ([0, 5, 10], {}, "3 slices, at least 4 needed"),
+    Exclusion.DUPLICATE_POSITIONS: ([7] * 6, {"number": 1, "pixels": lambda i: np.full((4, 6), i, np.uint16)},
+                                    "6 images at 1 positions"),
+    Exclusion.GAP: ([0, 5, 10, 20, 25, 30], {}, "between 10.0 and 20.0 mm"),
+    Exclusion.UNEVEN_SPACING: ([0, 5, 11, 15, 20, 25], {}, "slice 2 is 1.00 mm off"),
+    Exclusion.TILTED_GANTRY: (EVEN, {"position": lambda i: (0, i, 5 * i)}, "lean 11.3 degrees"),
+    Exclusion.NO_GEOMETRY: (EVEN, {"ImagePositionPatient": None}, "ImagePositionPatient (0020,0032) missing in 6 of 6"),
+    Exclusion.MIXED_SIZE: (EVEN, {"PixelSpacing": lambda i: [0.8, 0.5 + (i == 2) / 10]}, "5 of 4 x 6 pixels"),
+    Exclusion.MISSING_RESCALE: (EVEN, {"RescaleSlope": None}, "RescaleSlope (0028,1053) missing in 6 of 6"),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS, ids=lambda reason: reason.value)
+def test_each_reason(tmp_path, reason):
+    depths, changes, words = REASONS[reason]
+    stacks, instances = stacks_of(write_series(tmp_path / "s", depths, **changes))
+    row = only(stacks)
+    assert (row["status"], row["reason"]) == ("excluded", reason.value)
+    assert words in row["detail"]
+    assert row["ordered_by"] == ("instance number" if reason is Exclusion.NO_GEOMETRY else "position")
+    assert instances["stack_id"].eq(row["stack_id"]).all()
+
+
+def test_unsupported_syntax(tmp_path):
+    instances, _ = dicom.index_dicom(write_series(tmp_path / "s", EVEN))
+    stacks, _ = dicom.build_stacks(instances.assign(transfer_syntax_uid="1.2.840.10008.1.2.4.100"), 4)
+    assert only(stacks)["reason"] == "unsupported syntax" and "MPEG2" in only(stacks)["detail"]
+
+
+def test_missing_decoder_is_named(tmp_path, monkeypatch):
+    class Absent:
+        is_available = False
+        missing_dependencies = ("pylibjpeg",)
+
+    monkeypatch.setattr(dicom, "get_decoder", lambda uid: Absent)
+    instances, _ = dicom.index_dicom(write_series(tmp_path / "s", EVEN))
+    stacks, _ = dicom.build_stacks(instances.assign(transfer_syntax_uid="1.2.840.10008.1.2.4.80"), 4)
+    assert "needs one of: pylibjpeg" in only(stacks)["detail"]
+
+
+def test_thick_slice_is_a_localizer(tmp_path):
+    stacks, _ = stacks_of(write_series(tmp_path / "s", [0], SliceThickness=410))
+    assert only(stacks)["reason"] == "localizer"
+
+
+def test_colour_is_a_capture_whatever_it_says(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint16)
+    stacks, _ = stacks_of(write_series(tmp_path / "s", EVEN, pixels=pixels, SamplesPerPixel=3, PlanarConfiguration=0,
+                                       PhotometricInterpretation="RGB"))
+    assert only(stacks)["reason"] == "secondary capture" and "RGB" in only(stacks)["detail"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(9)), st.floats(0.1, 10), st.floats(-500, 500))
+def test_order_of_files_and_numbers_does_not_matter(order, step, start):
+    row = {"patient_id": "T", "series_uid": "1", "modality": "CT", "sop_class_uid": str(CTImageStorage),
+           "orientation": [1.0, 0, 0, 0, 1, 0], "pixel_spacing_mm": [1.0, 1.0], "rows": 4, "columns": 4,
+           "rescale_slope": 1.0, "rescale_intercept": 0.0, "transfer_syntax_uid": str(ImplicitVRLittleEndian)}
+    rows = [row | {"path": f"{i}", "instance_number": 9 - i, "position_mm": [0.0, 0.0, start + k * step]}
+            for i, k in enumerate(order)]
+    stacks, instances = dicom.build_stacks(dicom._table(rows, dicom.INSTANCE_DTYPES))
+    assert only(stacks)["status"] == "accepted" and math.isclose(only(stacks)["spacing_mm"][2], step, rel_tol=1e-6)
+    assert instances["slice_index"].tolist() == list(order)
+
+
+# ---- what a series is ------------------------------------------------------------------------------------------------
+
+def different(i):
+    return np.full((4, 6), i, np.uint16)
+
+
+def test_phases_by_acquisition_number(tmp_path):
+    stacks, instances = stacks_of(write_series(
+        tmp_path / "s", EVEN * 3, pixels=different, AcquisitionNumber=lambda i: 3 - i // 6, number=lambda i: i % 6))
+    assert stacks["slices"].tolist() == [6, 6, 6] and stacks["status"].eq("accepted").all()
+    assert sorted(stacks["phase"]) == [1, 2, 3] and stacks["stack_id"].is_unique
+    numbers = instances.merge(stacks[["stack_id", "phase"]]).groupby("phase")["acquisition_number"].unique()
+    assert [list(n) for n in numbers] == [[1], [2], [3]]
+
+
+def test_phases_by_passes_and_by_turns(tmp_path):
+    passes, _ = stacks_of(write_series(tmp_path / "a", EVEN * 2, pixels=different))
+    turns, instances = stacks_of(write_series(tmp_path / "b", sorted(EVEN * 2), pixels=different))
+    for stacks in (passes, turns):
+        assert stacks["slices"].tolist() == [6, 6] and stacks["status"].eq("accepted").all()
+    assert instances.groupby("stack_id")["instance_number"].apply(lambda n: len({k % 2 for k in n})).tolist() == [1, 1]
+
+
+def test_unordered_phases_are_not_guessed(tmp_path):
+    numbers = np.random.default_rng(1).permutation(12)
+    stacks, _ = stacks_of(write_series(
+        tmp_path / "s", EVEN * 2, pixels=different, number=lambda i: int(numbers[i])))
+    assert only(stacks)["reason"] == "duplicate positions"
+
+
+def test_a_whole_phase_survives_a_broken_one(tmp_path):
+    depths = EVEN + [0, 5, 15, 20, 25]
+    stacks, _ = stacks_of(write_series(
+        tmp_path / "s", depths, pixels=different, AcquisitionNumber=lambda i: 1 + (i >= 6)))
+    by_phase = stacks.set_index("phase")
+    assert by_phase.loc[1, "status"] == "accepted" and by_phase.loc[1, "slices"] == 6
+    assert by_phase.loc[2, "reason"] == "gap"
+
+
+def test_step_and_shoot_stays_whole(tmp_path):
+    stacks, _ = stacks_of(write_series(tmp_path / "s", EVEN, AcquisitionNumber=lambda i: i))
+    assert only(stacks)["status"] == "accepted"
+
+
+def test_equal_repeats_are_dropped_and_counted(tmp_path):
+    folder = write_series(tmp_path / "s", [*EVEN, 10, 10], pixels=lambda i: different(2 if i > 5 else i))
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["status"] == "accepted" and only(stacks)["slices"] == 6
+    assert only(stacks)["dropped_duplicates"] == 2
+    dropped = instances[instances["slice_index"].isna()]
+    assert len(dropped) == 2 and dropped["stack_id"].eq(only(stacks)["stack_id"]).all()
+    unknown, _ = stacks_of(folder, with_root=False)
+    assert unknown["dropped_duplicates"].sum() == 0 and "accepted" in set(unknown["status"])
+
+
+def test_localizer_and_lost_positions_leave_the_volume(tmp_path):
+    write_series(tmp_path / "s", EVEN)
+    write_slice(tmp_path / "s" / "101.dcm", 101, (0, 0, 0), ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    write_slice(tmp_path / "s" / "102.dcm", 102, (0, 0, 0), ImagePositionPatient=None)
+    write_slice(tmp_path / "s" / "103.dcm", 103, (0, 0, 0), np.zeros((8, 8), np.uint16))
+    stacks, instances = stacks_of(tmp_path / "s")
+    assert stacks["status"].value_counts().to_dict() == {"accepted": 1, "excluded": 3}
+    assert stacks.set_index("status").loc["accepted", "slices"] == 6
+    assert instances["stack_id"].notna().all()
+
+
+def test_real_collection(real_data):
+    root = real_data / "Lung-PET-CT-Dx"
+    instances, problems = dicom.index_dicom(root)
+    stacks, _ = dicom.build_stacks(instances, root=root)
+    assert len(instances) == 477 and problems["path"].tolist() == ["LICENSE"]
+    phases = stacks[stacks["patient_id"] == "Lung_Dx-E0003"].groupby("series_uid")["slices"].apply(list)
+    assert sorted(phases) == [[53], [53, 53, 53]]
+    assert stacks[stacks["patient_id"] == "Lung_Dx-E0003"]["status"].eq("accepted").all()
+    fragments = stacks[stacks["patient_id"] == "Lung_Dx-A0003"]
+    assert sorted(zip(fragments["slices"], fragments["reason"].fillna(""), strict=True)) == [
+        (1, "too few slices"), (1, "too few slices"), (2, "too few slices"), (12, "")]
+
+
+def test_phantoms_tell_their_quirks(phantom_dir):
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    instances, problems = dicom.index_dicom(root, workers=1)
+    stacks, _ = dicom.build_stacks(instances, root=root)
+    quirks = pd.read_parquet(phantom_dir / "truth" / "quirks.parquet").dropna(subset="series_uid")
+    found = quirks.merge(stacks, on="series_uid").groupby("quirk")
+    assert problems.empty
+    for quirk, reason in {"secondary_capture": "secondary capture", "localizer": "localizer",
+                          "single_slice_series": "too few slices", "slice_gap": "gap"}.items():
+        assert reason in set(found.get_group(quirk)["reason"].dropna()), quirk
+    assert found.get_group("multi_phase").groupby("series_uid")["stack_id"].nunique().min() > 1
+    assert found.get_group("pet")["suv_refusal"].isna().any()
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def test_empty_tables(tmp_path):
+    empty = dicom._table([], dicom.INSTANCE_DTYPES)
+    stacks, instances = dicom.build_stacks(empty)
+    assert len(stacks) == len(instances) == 0
+    assert stacks.dtypes.astype(str).to_dict() == dicom.STACK_DTYPES
+    assert instances.dtypes.astype(str).to_dict() == dicom.INSTANCE_DTYPES
+    stacks.to_parquet(tmp_path / "s.parquet")
+    assert list(pd.read_parquet(tmp_path / "s.parquet")) == list(stacks)
+
+
+def test_tables_survive_parquet(tmp_path):
+    stacks, instances = stacks_of(write_series(tmp_path / "s", EVEN))
+    instances.to_parquet(tmp_path / "i.parquet")
+    again = pd.read_parquet(tmp_path / "i.parquet")
+    assert (again.dtypes == instances.dtypes).all()
+    stack = dicom.read_stack(again, tmp_path / "s")
+    rebuilt, _ = dicom.build_stacks(again, 4, tmp_path / "s")
+    assert np.array_equal(np.reshape(rebuilt["affine"][0], (4, 4)), stack.affine)
+    assert stack.stack_id == stacks["stack_id"][0] == rebuilt["stack_id"][0]
+
+
+def test_stack_id_is_a_safe_file_name(tmp_path):
+    stacks, _ = stacks_of(write_series(tmp_path / "s", EVEN, PatientID="a/b c"))
+    assert only(stacks)["stack_id"].startswith("a_b_c_") and only(stacks)["patient_id"] == "a/b c"
+    stacks, _ = stacks_of(write_series(tmp_path / "t", EVEN, PatientID=None))
+    assert only(stacks)["stack_id"].startswith("unknown_")
+
+
+# ---- voxels and millimetres ------------------------------------------------------------------------------------------
+
+def compare_with_simpleitk(instances, root):
+    stack = dicom.read_stack(instances, root)
+    rows = instances.dropna(subset="slice_index").sort_values("slice_index")
+    image = sitk.ReadImage([os.path.join(root, path) for path in rows["path"]])
+    values = sitk.GetArrayFromImage(image)
+    if stack.modality == "CT":
+        values = np.maximum(values, dicom.AIR_HU)
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    corner = np.array(stack.values_zyx.shape[::-1]) - 1
+    assert np.abs(dicom.to_mm(stack.affine, [[0, 0, 0], corner]) - dicom.to_mm(affine, [[0, 0, 0], corner])).max() \
+        <= GEOMETRY_TOLERANCE_MM
+    return stack, values
+
+
+def test_real_stacks_equal_simpleitk(real_data):
+    root = real_data / "Lung-PET-CT-Dx"
+    instances, _ = dicom.index_dicom(root)
+    stacks, instances = dicom.build_stacks(instances)
+    accepted = stacks[stacks["status"] == "accepted"]
+    assert len(accepted) == 10
+    for stack_id in accepted["stack_id"]:
+        stack, values = compare_with_simpleitk(instances[instances["stack_id"] == stack_id], root)
+        assert stack.hu_zyx.dtype == np.int16 and np.array_equal(stack.hu_zyx, values)
+    assert stack.padding_voxels > 0, "the GE series of E0003 has padding around its round field of view"
+
+
+def rotation(angles):
+    a, b, c = angles
+    about_z = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]])
+    about_y = np.array([[math.cos(c), 0, math.sin(c)], [0, 1, 0], [-math.sin(c), 0, math.cos(c)]])
+    return about_z @ about_x @ about_y
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian,
+                                    DeflatedExplicitVRLittleEndian], ids=lambda uid: uid.name)
+@pytest.mark.parametrize("kind, slope, intercept", [
+    ("<u2", 1, -1024), ("<i2", 1, -1024), ("<u2", 0.5, -1000.25), ("<i2", 2, 0)])
+def test_oblique_stacks_equal_simpleitk(tmp_path, syntax, kind, slope, intercept):
+    random = np.random.default_rng(3)
+    turned = rotation((0.4, -0.3, 0.2))
+    volume = random.integers(0 if kind == "<u2" else -900, 3000, (7, 5, 9)).astype(kind)
+    write_series(tmp_path / "s", range(7), number=lambda i: int(7 - i), pixels=lambda i: volume[i], syntax=syntax,
+                 position=lambda i: (np.array([-30.5, 12.25, 100]) + turned[:, 2] * 2.3 * i).round(9).tolist(),
+                 ImageOrientationPatient=[*turned[:, 0].round(12), *turned[:, 1].round(12)],
+                 RescaleSlope=slope, RescaleIntercept=intercept)
+    _, instances = stacks_of(tmp_path / "s")
+    stack, values = compare_with_simpleitk(instances, tmp_path / "s")
+    assert np.allclose(stack.spacing_zyx_mm, (2.3, 0.8, 0.5))
+    assert stack.hu_zyx.dtype == (np.int16 if slope in (1, 2) else np.float32)
+    assert np.array_equal(stack.hu_zyx, np.maximum(volume.astype(float) * slope + intercept, -1024))
+    assert np.array_equal(stack.hu_zyx, values)
+
+
+def test_run_length_encoding(tmp_path):
+    volume = np.random.default_rng(0).integers(0, 3000, (6, 8, 8)).astype(np.uint16)
+    folder = write_series(tmp_path / "s", EVEN, pixels=lambda i: volume[i], syntax=RLELossless)
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["status"] == "accepted"
+    assert np.array_equal(dicom.read_stack(instances, folder).hu_zyx, volume.astype(int) - 1024)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 13])
+def test_unused_bits_are_not_values(tmp_path, bits):
+    values = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    dirty = values | np.uint16(1 << bits)
+    _, instances = stacks_of(write_series(tmp_path / "s", EVEN, pixels=dirty, BitsStored=bits, HighBit=bits - 1))
+    stack = dicom.read_stack(instances, tmp_path / "s")
+    assert np.array_equal(stack.hu_zyx[0], values.astype(int) - 1024)
+
+
+def test_padding_is_air_and_counted(tmp_path):
+    pixels = np.full((4, 6), 1064, np.int16)
+    pixels[0, :3], pixels[1, :2], pixels[2, 0] = -2000, -1500, 4         # padding, far below air, -1020 HU
+    _, instances = stacks_of(write_series(tmp_path / "s", EVEN, pixels=pixels, PixelPaddingValue=-2000))
+    stack = dicom.read_stack(instances, tmp_path / "s")
+    assert stack.hu_zyx[0, :3, 0].tolist() == [-1024, -1024, -1020]
+    assert stack.padding_voxels == 6 * 5
+
+
+def test_padding_range(tmp_path):
+    pixels = np.array([[0, 3, 5, 6], [1000, 1064, 5, 2]], np.uint16)
+    _, instances = stacks_of(write_series(
+        tmp_path / "s", EVEN, pixels=pixels, PixelPaddingValue=5, PixelPaddingRangeLimit=2))
+    stack = dicom.read_stack(instances, tmp_path / "s")
+    assert stack.hu_zyx[0].tolist() == [[-1024, -1024, -1024, -1018], [-24, 40, -1024, -1024]]
+    assert stack.padding_voxels == 6 * 4
+
+
+def test_values_beyond_int16_widen(tmp_path):
+    pixels = np.full((4, 6), 60000, np.uint16)
+    _, instances = stacks_of(write_series(tmp_path / "s", EVEN, pixels=pixels))
+    stack = dicom.read_stack(instances, tmp_path / "s")
+    assert stack.hu_zyx.dtype == np.float32 and (stack.hu_zyx == 60000 - 1024).all()
+
+
+def test_read_stack_refuses(tmp_path):
+    folder = write_series(tmp_path / "s", [0, 5, 10, 20, 25, 30])
+    _, instances = stacks_of(folder)
+    with pytest.raises(ValueError, match=r"stack Toy_.* cannot be read as a volume: gap \(1 gap, the first between"):
+        dicom.read_stack(instances, folder)
+    with pytest.raises(ValueError, match="instances of one stack, got 0"):
+        dicom.read_stack(instances.iloc[:0], folder)
+    with pytest.raises(ValueError, match="instances of one stack, got 2"):
+        dicom.read_stack(instances.assign(stack_id=["a", "b"] * 3), folder)
+
+
+def test_file_changed_since_the_index(tmp_path):
+    folder = write_series(tmp_path / "s", EVEN)
+    _, instances = stacks_of(folder)
+    write_slice(folder / "002.dcm", 2, (0, 0, 5), np.zeros((8, 8), np.uint16))
+    with pytest.raises(ValueError, match=r"002.dcm: expected 4 x 6 pixels, got shape \(8, 8\)"):
+        dicom.read_stack(instances, folder)
+
+
+angle = st.floats(-3.1, 3.1)
+spacing = st.floats(0.2, 10)
+
+
+@given(st.tuples(angle, angle, angle), st.tuples(spacing, spacing, spacing),
+       st.lists(st.tuples(*[st.floats(-600, 600)] * 3), min_size=1, max_size=5))
+def test_voxel_to_mm_and_back(angles, spacing_xyz, points):
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(angles) * spacing_xyz
+    affine[:3, 3] = (-250, -180, 900)
+    points = np.array(points)
+    assert np.allclose(dicom.to_voxel(affine, dicom.to_mm(affine, points)), points, atol=1e-6)
+    assert dicom.to_voxel(affine, dicom.to_mm(affine, points[0])).shape == (3,)
+
+
+# ---- PET -------------------------------------------------------------------------------------------------------------
+
+PET = dict.fromkeys(dicom.INSTANCE_DTYPES) | {
+    "units": "BQML", "decay_correction": "START", "weight_kg": 70.0, "radionuclide_dose_bq": 350e6, "half_life_s": 6586.2,
+    "injection_time": "100000", "series_time": "114946.2", "acquisition_time": "114946.2", "corrected_image": "DECY\\ATTN"}
+
+
+@pytest.mark.parametrize("changes, factor", [
+    ({}, 70_000 / 175e6),                                                       # one half-life
+    ({"decay_correction": "ADMIN"}, 70_000 / 350e6),
+    ({"injection_time": "114946.2"}, 70_000 / 350e6),
+    ({"weight_kg": 35.0}, 35_000 / 175e6),
+    ({"injection_datetime": "20090101100000.00+0800", "injection_time": None}, 70_000 / 175e6),
+    ({"injection_time": "230000", "series_time": "004946.2", "acquisition_time": "004946.2"}, 70_000 / 175e6),
+    ({"series_time": "150000"}, 70_000 / 175e6),                                # rewritten series time: acquisition counts
+    ({"acquisition_time": "120500"}, 70_000 / 175e6),                           # a later bed: the series time counts
+    ({"corrected_image": None}, 70_000 / 175e6),
+])
+def test_suv_by_hand(changes, factor):
+    assert dicom.suv_factor(PET | changes) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"weight_kg": None}, r"PatientWeight \(0010,1030\) is missing"), ({"weight_kg": 0.0}, "PatientWeight .* is 0"),
+    ({"weight_kg": math.nan}, "PatientWeight .* is missing"),
+    ({"radionuclide_dose_bq": None}, r"RadionuclideTotalDose \(0018,1074\) is missing"),
+    ({"radionuclide_dose_bq": 350.0}, "RadionuclideTotalDose .* is 350"),
+    ({"half_life_s": None}, r"RadionuclideHalfLife \(0018,1075\) is missing"),
+    ({"injection_time": None}, r"RadiopharmaceuticalStartTime \(0018,1072\) is missing"),
+    ({"injection_time": "120000"}, "RadiopharmaceuticalStartTime .* 23.8 h before"),
+    ({"series_time": None, "acquisition_time": None}, r"SeriesTime \(0008,0031\) is missing"),
+    ({"units": "CNTS"}, r"Units \(0054,1001\) is CNTS, expected BQML"), ({"units": None}, "Units .* is missing"),
+    ({"decay_correction": "NONE"}, r"DecayCorrection \(0054,1102\) is NONE, expected START or ADMIN"),
+    ({"corrected_image": "DECY\\SCAT"}, r"CorrectedImage \(0028,0051\)"),
+])
+def test_suv_refused_with_the_tag(changes, words):
+    with pytest.raises(dicom.SuvError, match=words):
+        dicom.suv_factor(PET | changes)
+
+
+def tracer(**changes):
+    item = Dataset()
+    item.RadiopharmaceuticalStartTime, item.RadionuclideTotalDose, item.RadionuclideHalfLife = "100000", 350e6, 6586.2
+    for keyword, value in changes.items():
+        setattr(item, keyword, value)
+    return [item]
+
+
+def write_pet(folder, **changes):
+    volume = np.random.default_rng(0).integers(0, 30000, (6, 4, 6)).astype(np.int16)
+    elements = {
+        "SOPClassUID": PositronEmissionTomographyImageStorage, "Modality": "PT", "Units": "BQML", "DecayCorrection": "START",
+        "PatientWeight": 70, "SeriesTime": "114946.2", "AcquisitionTime": lambda i: f"{115530 - i}", "RescaleIntercept": 0,
+        "CorrectedImage": ["DECY", "ATTN"], "RadiopharmaceuticalInformationSequence": tracer(),
+        "RescaleSlope": lambda i: 0.5 + i / 4, "pixels": lambda i: volume[i]} | changes
+    return write_series(folder, EVEN, **elements), volume
+
+
+def test_pet_volume(tmp_path):
+    folder, volume = write_pet(tmp_path / "pet")
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["modality"] == "PT" and pd.isna(only(stacks)["suv_refusal"])
+    stack, values = compare_with_simpleitk(instances, folder)
+    slopes = 0.5 + np.arange(6)[:, None, None] / 4
+    assert stack.hu_zyx is None and stack.suv_zyx.dtype == np.float32
+    assert np.allclose(stack.suv_zyx, volume * slopes * 0.0004, rtol=1e-6)
+    assert np.allclose(stack.suv_zyx, values * 0.0004, rtol=1e-6)
+
+
+def test_pet_without_weight_is_refused(tmp_path):
+    folder, _ = write_pet(tmp_path / "pet", PatientWeight=None)
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["status"] == "accepted" and "PatientWeight" in only(stacks)["suv_refusal"]
+    with pytest.raises(dicom.SuvError, match="PatientWeight"):
+        dicom.read_stack(instances, folder)

@@ -1,0 +1,87 @@
+"""The download: a series is there whole or not at all, and the same command goes on."""
+
+import zipfile
+
+import pytest
+
+from lungct import download, runs
+
+UIDS = ["1.2.3", "1.2.4", "1.2.5"]
+
+
+@pytest.fixture
+def collection(tmp_path):
+    (tmp_path / "c.tcia").write_text("downloadServerUrl=somewhere\nListOfSeriesToDownload=\n" + "\n".join(UIDS) + "\n")
+    rows = "".join(f"{uid},2\n" for uid in UIDS)
+    (tmp_path / "metadata.csv").write_text("Series UID,Number of Images\n" + rows)
+    return tmp_path
+
+
+def server(uid, folder, slices=2):
+    archive = folder / f"{uid}.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for number in range(slices):
+            packed.writestr(f"1-{number}.dcm", f"slice {number}")
+    return archive
+
+
+def test_all_series_arrive_and_a_second_call_fetches_nothing(collection):
+    said = download.download_collection("", str(collection), fetch=server)
+    assert "0 series were in place, 3 fetched" in said
+    assert sorted(p.name for p in (collection / "Lung-PET-CT-Dx").iterdir()) == UIDS
+    assert "3 series were in place, 0 fetched" in download.download_collection("", str(collection), fetch=server)
+
+
+def test_incomplete_series_is_refused_and_tried_again(collection):
+    with pytest.raises(runs.InputError, match=r"3 series failed, first: series 1.2.3 has 1 images, expected 2"):
+        download.download_collection("", str(collection), fetch=lambda uid, folder: server(uid, folder, slices=1))
+    assert list((collection / "Lung-PET-CT-Dx").iterdir()) == []
+    assert "3 fetched" in download.download_collection("", str(collection), fetch=server)
+
+
+def test_damaged_archive_is_refused(collection):
+    def broken(uid, folder):
+        archive = server(uid, folder)
+        archive.write_bytes(archive.read_bytes().replace(b"slice 1", b"sl1ce 1"))
+        return archive
+
+    with pytest.raises(OSError, match="arrived damaged"):
+        download.download_series("1.2.3", collection, 2, broken)
+    assert not (collection / "1.2.3").exists()
+
+
+def test_leftovers_of_an_interrupted_download_are_forgotten(collection):
+    leftover = collection / "Lung-PET-CT-Dx" / ".incoming-abc" / "unpacked"
+    leftover.mkdir(parents=True)
+    download.download_collection("", str(collection), fetch=server)
+    assert not leftover.exists()
+
+
+def test_limit_fetches_only_so_many(collection):
+    assert "1 fetched" in download.download_collection("", str(collection), limit=1, fetch=server)
+
+
+def test_members_that_point_outside_stay_inside(collection):
+    def hostile(uid, folder):
+        archive = folder / f"{uid}.zip"
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.writestr("../../../escaped.dcm", "x")
+            packed.writestr("1-1.dcm", "x")
+        return archive
+
+    download.download_series("1.2.3", collection, None, hostile)
+    outside = [p for p in collection.rglob("escaped.dcm") if "1.2.3" not in p.parts]
+    assert outside == [] and not (collection.parent / "escaped.dcm").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "names no series"), ("a=b\n", "names no series")])
+def test_manifest_without_series_is_refused(tmp_path, text, message):
+    (tmp_path / "x.tcia").write_text(text)
+    with pytest.raises(runs.InputError, match=message):
+        download.read_manifest(tmp_path / "x.tcia")
+
+
+def test_real_manifest(real_data):
+    uids = download.read_manifest(real_data / "Lung-PET-CT-Dx-NBIA-Manifest-122220.tcia")
+    expected = download.expected_images(real_data)
+    assert len(uids) == 1295 and set(uids) == set(expected) and sum(expected.values()) == 251_135

@@ -1,0 +1,455 @@
+"""Chapter 6: metrics against hand-computed cases, an independent brute-force implementation, and scikit-learn."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from lungct import evaluation as ev
+from lungct import runs
+
+PATIENTS = [f"P{i:02}" for i in range(12)]
+
+
+def boxes(rows):
+    """Cubes of side 10 mm at given x: (stack_id, x, score)."""
+    table = pd.DataFrame(rows, columns=["stack_id", "x0_mm", "score"])
+    table = table.astype({"stack_id": "str", "x0_mm": float, "score": float})
+    table = table.assign(y0_mm=0.0, z0_mm=0.0, x1_mm=table["x0_mm"] + 10, y1_mm=10.0, z1_mm=10.0)
+    return table.assign(lesion_id=[f"L{i}" for i in range(len(table))])
+
+
+def scans(*pairs):
+    return pd.DataFrame(pairs, columns=["stack_id", "patient_id"])
+
+
+# matching ---------------------------------------------------------------------------------------------------------
+
+def test_iou_by_hand():
+    cube, shifted = [0, 0, 0, 2, 2, 2], [1, 0, 0, 3, 2, 2]
+    assert np.allclose(ev.iou_matrix([cube, shifted], [cube]), [[1], [1 / 3]])
+    assert ev.iou_matrix([[0] * 6], [[0] * 6]).item() == 0        # no volume: no overlap, and no division by zero
+    assert ev.iou_matrix(np.zeros((0, 6)), [cube]).shape == (0, 1)
+
+
+def test_centre_rule_includes_lower_edge_only():
+    lesion = [[0, 0, 0, 10, 10, 10]]
+    for x, expected in ((0.0, 0), (10.0, ev.FALSE_POSITIVE)):
+        found = ev.match_detections([[x - 1, 4, 4, x + 1, 6, 6]], [1.0], lesion)
+        assert found.tolist() == [expected]
+
+
+def test_each_lesion_is_found_once_and_the_best_score_is_served_first():
+    lesion = [[0, 0, 0, 10, 10, 10]]
+    box = [1, 1, 1, 9, 9, 9]
+    assert ev.match_detections([box, box, box], [0.1, 0.9, 0.5], lesion).tolist() == [ev.REPEAT, 0, ev.REPEAT]
+
+
+def test_a_detection_between_two_lesions_takes_the_free_one():
+    lesions = [[0, 0, 0, 10, 10, 10], [2, 0, 0, 12, 10, 10]]
+    near_first, near_both = [3, 3, 3, 5, 7, 7], [4, 3, 3, 6, 7, 7]
+    assert ev.match_detections([near_first, near_both], [0.9, 0.8], lesions).tolist() == [0, 1]
+
+
+def test_no_lesions_and_no_detections():
+    assert ev.match_detections(np.zeros((0, 6)), [], [[0, 0, 0, 1, 1, 1]]).tolist() == []
+    assert ev.match_detections([[0, 0, 0, 1, 1, 1]], [0.5], np.zeros((0, 6))).tolist() == [ev.FALSE_POSITIVE]
+    assert ev.match_detections([[0, 0, 0, 1, 1, 1]], [0.5], np.zeros((0, 6)), 0.1).tolist() == [ev.FALSE_POSITIVE]
+
+
+# FROC and average precision ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hand():
+    found = boxes([("one", 1, 0.9), ("two", 90, 0.8), ("two", 2, 0.7), ("one", 3, 0.6), ("one", 90, 0.4),
+                   ("one", 50, 0.4)])
+    truth = boxes([("one", 0, 1), ("one", 50, 1), ("two", 0, 1)])
+    return ev.score_scans(found.drop(columns="lesion_id"), truth, scans(("one", "P1"), ("two", "P2")))
+
+
+def test_froc_by_hand(hand):
+    false, found, threshold = ev.froc(hand)
+    assert np.allclose(false, [0, 0, 0.5, 0.5, 0.5, 1])
+    assert np.allclose(found, [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1])
+    assert threshold[0] == np.inf and np.allclose(threshold[1:], [0.9, 0.8, 0.7, 0.6, 0.4])
+    assert np.allclose(ev.sensitivity_at((false, found, threshold), [0.49, 0.5, 8]), [1 / 3, 2 / 3, 1])
+    assert np.isclose(ev.detection_scores({"centre": hand, "iou_0.1": hand, "iou_0.5": hand})["cpm"], 16 / 21)
+
+
+def test_average_precision_by_hand(hand):
+    assert np.isclose(ev.average_precision(hand), (1 + 2 / 3 + 1 / 2) / 3)
+
+
+def test_a_scan_without_detections_still_counts(hand):
+    truth = boxes([("one", 0, 1), ("two", 0, 1)])
+    found = boxes([("one", 1, 0.9)]).drop(columns="lesion_id")
+    scored = ev.score_scans(found, truth, scans(("one", "P1"), ("two", "P2")))
+    assert scored.scans.tolist() == [1, 1] and ev.sensitivity_at(ev.froc(scored), 8) == 0.5
+
+
+def test_detections_of_other_scans_are_left_out():
+    scored = ev.score_scans(boxes([("elsewhere", 1, 0.9)]).drop(columns="lesion_id"), boxes([("one", 0, 1)]),
+                            scans(("one", "P1")))
+    assert len(scored.table) == 0 and ev.average_precision(scored) == 0
+
+
+def test_nothing_at_all_is_undefined_and_does_not_crash():
+    nothing = ev.score_scans(boxes([]).drop(columns="lesion_id"), boxes([]), scans())
+    scores = ev.detection_scores(dict.fromkeys(ev.RULES, nothing))
+    assert all(np.isnan(value) for value in scores.values())
+    estimates, table = ev.estimate_all(lambda w: ev.detection_scores(dict.fromkeys(ev.RULES, nothing), w), [], n=10)
+    assert set(estimates) == set(scores) and not any(e.estimable for e in estimates.values()) and table.empty
+
+
+def brute_force(found, truth, stacks, min_iou, threshold):
+    """Hits and false positives at one threshold, matched anew with plain loops: an implementation of its own."""
+    hits = false = repeats = 0
+    for stack in stacks["stack_id"]:
+        lesions = truth[truth["stack_id"] == stack][ev.CORNERS_MM].to_numpy().tolist()
+        mine = found[(found["stack_id"] == stack) & (found["score"] >= threshold)]
+        taken = set()
+        for box in mine.sort_values("score", ascending=False, kind="stable")[ev.CORNERS_MM].to_numpy().tolist():
+            good = []
+            for j, lesion in enumerate(lesions):
+                if min_iou is None:
+                    centre = [(box[a] + box[a + 3]) / 2 for a in range(3)]
+                    ok = all(lesion[a] <= centre[a] < lesion[a + 3] for a in range(3))
+                    value = -sum((centre[a] - (lesion[a] + lesion[a + 3]) / 2) ** 2 for a in range(3)) ** 0.5
+                else:
+                    shared = side = other = 1.0
+                    for a in range(3):
+                        shared *= max(0.0, min(box[a + 3], lesion[a + 3]) - max(box[a], lesion[a]))
+                        side *= box[a + 3] - box[a]
+                        other *= lesion[a + 3] - lesion[a]
+                    value = shared / (side + other - shared)
+                    ok = value >= min_iou
+                if ok:
+                    good.append((value, -j))
+            free = [g for g in good if g[1] not in taken]
+            if free:
+                taken.add(max(free)[1])
+                hits += 1
+            elif good:
+                repeats += 1
+            else:
+                false += 1
+    return hits, false, repeats
+
+
+@st.composite
+def cohorts(draw):
+    stacks = scans(*[(f"s{i}", f"p{i // 2}") for i in range(draw(st.integers(1, 5)))])
+    names = st.sampled_from(stacks["stack_id"].tolist())
+    place = st.integers(0, 60)
+    score = st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+    found = boxes(draw(st.lists(st.tuples(names, place, score), max_size=14)))
+    truth = boxes(draw(st.lists(st.tuples(names, place, st.just(1.0)), min_size=1, max_size=6)))
+    return found.drop(columns="lesion_id"), truth, stacks, draw(st.sampled_from([None, 0.1, 0.5]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(cohorts())
+def test_froc_and_precision_agree_with_brute_force(cohort):
+    found, truth, stacks, min_iou = cohort
+    scored = ev.score_scans(found, truth, stacks, min_iou)
+    false, sensitivity, threshold = ev.froc(scored)
+    area, before = 0.0, 0
+    for f, s, t in zip(false, sensitivity, threshold, strict=True):
+        hits, wrong, repeats = brute_force(found, truth, stacks, min_iou, t)
+        assert np.isclose(f, wrong / len(stacks)) and np.isclose(s, hits / len(truth))
+        if hits > before:
+            area += (hits - before) / len(truth) * hits / (hits + wrong + repeats)
+        before = hits
+    assert np.isclose(ev.average_precision(scored), area)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohorts(), st.integers(0, 10**6))
+def test_weights_are_copies_of_patients(cohort, seed):
+    """A resample by weights gives what a cohort with really copied patients gives."""
+    found, truth, stacks, min_iou = cohort
+    scored = ev.score_scans(found, truth, stacks, min_iou)
+    weights = np.random.default_rng(seed).integers(0, 3, len(scored.patients))
+    copies = [(p, c) for p, w in zip(scored.patients, weights, strict=True) for c in range(w)]
+    if not copies:
+        return
+
+    def copy(table):
+        owner = table["stack_id"].map(stacks.set_index("stack_id")["patient_id"])
+        parts = [table[owner == p].assign(stack_id=lambda t, c=c: t["stack_id"] + f"_{c}") for p, c in copies]
+        return pd.concat(parts, ignore_index=True)
+
+    many = pd.concat([stacks[stacks["patient_id"] == p].assign(stack_id=lambda t, c=c: t["stack_id"] + f"_{c}",
+                                                               patient_id=f"{p}_{c}") for p, c in copies])
+    copied = ev.score_scans(copy(found), copy(truth), many, min_iou)
+    by_weight, by_copy = ev.sensitivity_at(ev.froc(scored, weights)), ev.sensitivity_at(ev.froc(copied))
+    assert np.allclose(by_weight, by_copy, equal_nan=True)
+    assert np.isclose(ev.average_precision(scored, weights), ev.average_precision(copied), equal_nan=True)
+
+
+# intervals --------------------------------------------------------------------------------------------------------
+
+def test_resamples_are_copies_of_patients():
+    draws = ev.resamples(PATIENTS, n=500, seed=3)
+    assert draws.shape == (501, 12) and (draws.sum(axis=1) == 12).all() and (draws[0] == 1).all()
+    assert np.array_equal(draws, ev.resamples(PATIENTS, n=500, seed=3))
+    assert not np.array_equal(draws, ev.resamples(PATIENTS, n=500, seed=4))
+    with pytest.raises(ValueError, match="each named once: got 3 names, 2 different"):
+        ev.resamples(["A", "A", "B"])
+
+
+def test_the_interval_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=200)
+    made = ev.bootstrap_interval(lambda w: w @ values / w.sum(), [f"P{i}" for i in range(200)], n=4000, bounds=None)
+    error = values.std() / 200**0.5
+    assert np.isclose(made.value, values.mean(), atol=1e-6)
+    assert np.isclose(made.high - made.low, 2 * 1.96 * error, rtol=0.05)
+
+
+def test_coverage_of_a_share():
+    """95 % intervals hold the truth about 95 % of the time (percentile intervals a little less at 40 patients)."""
+    rng, inside = np.random.default_rng(0), 0
+    for seed in range(200):
+        right = rng.random(40) < 0.7
+        made = ev.bootstrap_interval(lambda w, r=right: w @ r / w.sum(), [f"P{i}" for i in range(40)], n=300, seed=seed)
+        inside += made.low <= 0.7 <= made.high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_a_collapsed_interval_gets_the_exact_bound():
+    perfect = ev.bootstrap_interval(lambda w: 1.0, PATIENTS)
+    assert np.isclose(perfect.low, 0.025 ** (1 / 12), atol=1e-6) and perfect.high == 1
+    none = ev.bootstrap_interval(lambda w: 0.0, PATIENTS)
+    assert none.low == 0 and np.isclose(none.high, 1 - 0.025 ** (1 / 12), atol=1e-6)
+    no_difference = ev.bootstrap_interval(lambda w: 0.0, PATIENTS, bounds=(-1, 1))
+    assert no_difference.low < 0 < no_difference.high
+
+
+def test_too_few_patients_give_no_number():
+    made = ev.bootstrap_interval(lambda w: 1.0, PATIENTS[:9])
+    assert (made.value, made.low, made.high, made.estimable) == (None, None, None, False)
+    assert made.n == 9 and str(made) == "not estimable (at least 10 patients needed)"
+
+
+def test_undefined_resamples_give_no_number():
+    rare = np.arange(12) == 0                                     # absent from about a third of the resamples
+    made = ev.bootstrap_interval(lambda w: 1.0 if w @ rare else np.nan, PATIENTS)
+    assert not made.estimable and "of the resamples" in made.reason
+    assert ev.bootstrap_interval(lambda w: np.nan, PATIENTS).reason == "undefined on these patients"
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals():
+    hard = np.random.default_rng(2).random(40)
+    first, second = hard < 0.8, hard < 0.65
+    table = ev.resampled(lambda w: {"a": w @ first / w.sum(), "b": w @ second / w.sum()}, [f"P{i}" for i in range(40)])
+    a, b = (ev.summarise(table[name].to_numpy(), 40) for name in "ab")
+    paired = ev.summarise((table["a"] - table["b"]).to_numpy(), 40, (-1, 1))
+    assert b.high > a.low and paired.low > 0
+
+
+# grids, controls, groups ------------------------------------------------------------------------------------------
+
+def test_detection_table_sorts_and_has_types_even_when_empty():
+    stacks = scans(("s", "p")).assign(role="test", affine=[np.eye(4).ravel().tolist()])
+    two = ev.detection_table(stacks, [(np.array([[0, 0, 0, 1, 1, 1], [2, 2, 2, 4, 4, 4]]), np.array([0.2, 0.8]))])
+    assert two["score"].tolist() == [0.8, 0.2] and two["rank"].tolist() == [1, 2]
+    assert two["x1_mm"].tolist() == [3.5, 0.5]
+    none = ev.detection_table(stacks, [(np.zeros((0, 6)), np.zeros(0))])
+    assert len(none) == 0 and none.dtypes.to_dict() == two.dtypes.to_dict()
+
+
+def test_wrong_scans_never_gives_a_patient_his_own():
+    stacks = scans(("a1", "A"), ("a2", "A"), ("b1", "B"), ("c1", "C"), ("c2", "C"))
+    donors = ev.wrong_scans(stacks)
+    owner = stacks.set_index("stack_id")["patient_id"]
+    assert all(owner[donor] != owner[stack] for stack, donor in donors.items())
+    assert ev.wrong_scans(scans(("a1", "A"))).isna().all()
+
+
+def test_position_prior():
+    train = np.array([[0, 0, 0, 2, 2, 2], [0, 0, 0, 2, 2, 4], [9, 9, 9, 12, 12, 12.0]])
+    found, share = ev.position_prior(train, groups=2)
+    assert np.allclose(found[0], [0, 0, 0, 2, 2, 3]) and np.allclose(share, [2 / 3, 1 / 3])
+    assert ev.position_prior(np.zeros((0, 6)))[0].shape == (0, 6)
+    assert len(ev.position_prior(np.ones((5, 6)))[0]) == 1            # identical boxes are one group
+
+
+def test_threshold_comes_from_validation(hand):
+    assert ev.operating_threshold(hand, 0.4) == 0.9 and ev.operating_threshold(hand, 1) == 0.4
+    nothing = ev.score_scans(boxes([]).drop(columns="lesion_id"), boxes([]), scans())
+    assert ev.operating_threshold(nothing) is None
+
+
+def test_sensitivity_by_group_counts_even_where_it_cannot_estimate(hand):
+    lesions = boxes([("one", 0, 1), ("one", 50, 1), ("two", 0, 1)]).assign(patient_id=["P1", "P1", "P2"])
+    table = ev.sensitivity_by(hand, lesions, pd.Series(["left", "right", "left"]), threshold=0.5)
+    facts = table[["group", "patients", "lesions", "found"]].to_numpy().tolist()
+    assert facts == [["left", 2, 2, 2], ["right", 1, 1, 0]]
+    assert not any(e.estimable for e in table["estimate"])
+
+
+def test_agreement_pairs_within_one_frame_of_reference_only():
+    lesions = boxes([("a", 0, 1), ("b", 2, 1), ("b", 60, 1), ("c", 0, 1)]).assign(patient_id="P")
+    stacks = pd.DataFrame({"stack_id": ["a", "b", "c"], "frame_of_reference_uid": ["1", "1", "2"]})
+    pairs = ev.annotation_agreement(lesions, stacks)
+    assert pairs[["lesion_a", "lesion_b"]].to_numpy().tolist() == [["L0", "L1"]]
+    assert np.isclose(pairs["iou"].item(), 8 / 12) and pairs["distance_mm"].item() == 2
+    assert list(ev.annotation_agreement(lesions.iloc[:0], stacks)) == list(pairs)
+
+
+# subtypes ---------------------------------------------------------------------------------------------------------
+
+def test_patients_are_means_of_their_stacks():
+    rows = pd.DataFrame({"patient_id": ["P", "P", "Q", "R"], "subtype": ["A", "A", "G", None],
+                         "p_A": [0.9, 0.5, 0.2, 0.5], "p_G": [0.1, 0.5, 0.8, 0.5]})
+    table = ev.patient_probabilities(rows, ["A", "G"])
+    assert table["patient_id"].tolist() == ["P", "Q"] and np.allclose(table["p_A"], [0.7, 0.2])
+    with pytest.raises(ValueError, match="several for P"):
+        ev.patient_probabilities(rows.assign(subtype=["A", "G", "G", None]), ["A", "G"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4))
+def test_subtype_scores_agree_with_scikit_learn_on_copied_patients(seed, classes):
+    rng = np.random.default_rng(seed)
+    truth = np.r_[np.arange(classes), rng.integers(0, classes, 10)]
+    probability = rng.dirichlet(np.ones(classes), len(truth))
+    weights = rng.integers(1, 4, len(truth))
+    rows = np.repeat(np.arange(len(truth)), weights)
+    made = ev.subtype_scores(truth, probability, weights)
+    called = probability.argmax(1)
+    assert np.isclose(made["balanced_accuracy"], balanced_accuracy_score(truth[rows], called[rows]))
+    auc = [roc_auc_score(truth == k, probability[:, k], sample_weight=weights) for k in range(classes)]
+    assert np.isclose(made["auc_macro"], np.mean(auc))
+    squared = ((probability - np.eye(classes)[truth]) ** 2).sum(1)
+    assert np.isclose(made["brier"], np.average(squared, weights=weights))
+
+
+def subtype_table(counts, seed=0):
+    truth = np.repeat(np.arange(len(counts)), counts)
+    probability = np.random.default_rng(seed).dirichlet(np.ones(len(counts)), len(truth))
+    names = [f"P{i}" for i in range(len(truth))]
+    values = ev.resampled(lambda w: ev.subtype_scores(truth, probability, w), names, 100)
+    return truth, values
+
+
+def test_rules_for_subtypes():
+    truth, values = subtype_table([8, 4])
+    made = ev.subtype_estimates(values, truth, ["A", "G"])
+    assert made["auc_A"].reason == "8 patients in the class, 4 outside, at least 5 each needed"
+    assert made["balanced_accuracy"].estimable and made["brier"].estimable and made["balanced_accuracy"].n == 12
+    truth, values = subtype_table([10, 2])
+    assert ev.subtype_estimates(values, truth, ["A", "G"])["balanced_accuracy"].reason == (
+        "at least 3 patients a class needed, G has 2")
+    truth, values = subtype_table([3, 1])
+    made = ev.subtype_estimates(values, truth, ["A", "G"])
+    assert {e.reason for e in made.values()} == {"at least 10 patients needed"}
+
+
+def test_no_patients_no_subtype_numbers():
+    values = ev.resampled(lambda w: ev.subtype_scores(np.zeros(0, int), np.zeros((0, 2)), w), [], 10)
+    made = ev.subtype_estimates(values, np.zeros(0, int), ["A", "G"])
+    assert set(made) == {"balanced_accuracy", "brier", "auc_macro", "auc_A", "auc_G"}
+    assert not any(e.estimable for e in made.values())
+
+
+def test_chance_is_chance():
+    truth = np.repeat([0, 1, 2, 3], 5)
+    made = ev.chance_range(truth, np.eye(4)[truth], n=300)           # a perfect network, with the labels dealt out anew
+    assert abs(made.value - 0.25) < 0.03 and made.low < 0.25 < made.high < 0.7
+    assert not ev.chance_range(truth[:4], np.eye(4)[truth[:4]]).estimable
+
+
+# the artifact -----------------------------------------------------------------------------------------------------
+
+def made_up_cohort(seed=0):
+    """Twelve patients with two scans each: lesions, and boxes that find most of them."""
+    rng = np.random.default_rng(seed)
+    stacks = scans(*[(f"{p}_{k}", p) for p in PATIENTS for k in range(2)])
+    truth = boxes([(stack, 20.0 * k, 1.0) for stack in stacks["stack_id"] for k in range(2)])
+    places = [(stack, rng.uniform(0, 60), rng.random()) for stack in stacks["stack_id"] for _ in range(5)]
+    found = boxes(places)
+    return found.drop(columns="lesion_id"), truth, stacks
+
+
+def metrics_bytes(found, truth, stacks, path):
+    scored = ev.score_rules(found, truth, stacks)
+    estimates, _ = ev.estimate_all(lambda w: ev.detection_scores(scored, w), scored["centre"].patients, 200, seed=0)
+    runs.save_json({"metrics": ev.as_plain(estimates)}, path)
+    return path.read_bytes()
+
+
+def test_the_same_inputs_in_any_order_give_the_same_bytes(tmp_path):
+    found, truth, stacks = made_up_cohort()
+    first = metrics_bytes(found, truth, stacks, tmp_path / "a.json")
+    assert metrics_bytes(found, truth, stacks, tmp_path / "b.json") == first
+    mixed = (table.sample(frac=1, random_state=1) for table in (found, truth, stacks))
+    assert metrics_bytes(*mixed, tmp_path / "c.json") == first
+    assert metrics_bytes(*made_up_cohort(1), tmp_path / "d.json") != first
+
+
+def test_the_artifact_holds_numbers_or_reasons_never_both(tmp_path):
+    few = ev.not_estimable("at least 10 patients needed", 4)
+    runs.save_json(ev.as_plain({"some": few, "table": pd.DataFrame({"e": [few]})}), tmp_path / "x.json")
+    saved = runs.load_json(tmp_path / "x.json")
+    assert saved["some"] == saved["table"][0]["e"] == {
+        "value": None, "low": None, "high": None, "n": 4, "estimable": False, "unit": "",
+        "reason": "at least 10 patients needed"}
+
+
+def test_a_withheld_model_withholds_the_difference():
+    number, few = ev.Estimate(0.5, 0.4, 0.6, 12, True, None), ev.not_estimable("too few", 3)
+    table = pd.DataFrame({"m": [0.5, 0.6, 0.4]})
+    assert not ev.paired_difference(table, table, "m", number, few).estimable
+    none = ev.paired_difference(table, table, "m", number, number)
+    assert none.value == 0 and none.low < 0 < none.high
+
+
+def test_median_distance(hand):
+    assert ev.median_distance(hand, 0.4) == 1.0 and ev.median_distance(hand, 0.7) == 1.5
+    assert ev.median_distance(hand, 0.4, np.array([0, 3])) == 2.0 and np.isnan(ev.median_distance(hand, 0.95))
+
+
+def test_prediction_table_keeps_unknown_subtypes_empty():
+    stacks = scans(("a", "P"), ("b", "Q")).assign(role=["test", "unused"], target=[1, -1])
+    table = ev.prediction_table(stacks, [0.5, 0.25], np.array([[0.25, 0.75], [0.5, 0.5]]), ["A", "G"])
+    assert table["subtype"].iloc[0] == "G" and pd.isna(table["subtype"].iloc[1])
+    assert list(table) == ["stack_id", "patient_id", "role", "subtype", "score", "p_A", "p_G"]
+    assert table["p_G"].tolist() == [0.75, 0.5]
+
+
+def test_model_card_says_what_it_must():
+    few = ev.not_estimable("at least 10 patients needed", 1)
+    side_car = {"grid": {"size": 64, "spacing_mm": 6.0}, "classes": [], "model_hash": "m", "training_hash": "t"}
+    counts = pd.DataFrame({"patients": [1], "scans": [2], "lesions": [3]}, index=["test"])
+    card = ev.model_card([{"label": "L", "text": "T"}], {"some/metric": few}, side_car, counts, phantoms=True)
+    for words in ("Not for clinical use", "generated phantoms, not patients", "| test | 1 | 2 | 3 |", "- **L**: T",
+                  "| some/metric | not estimable (at least 10 patients needed) | 1 |", "64 x 64 x 64 voxels of 6.0 mm"):
+        assert words in card
+    assert "phantom" not in ev.model_card([], {}, side_car, counts, phantoms=False)
+
+
+# pictures and sentences -------------------------------------------------------------------------------------------
+
+def test_occlusion_lights_up_what_the_score_needs():
+    volume = np.zeros((16, 16, 16), "float32")
+    seen = ev.occlusion_map(lambda v: v[:, 4:8, 8:12, 8:12].mean(axis=(1, 2, 3)), volume, z=6, cube=4, stride=4)
+    assert np.unravel_index(np.nanargmax(seen), seen.shape) == (8, 8) and seen[0, 0] == 0
+
+
+def sentence(low, high, phantoms=True):
+    one = ev.Estimate(0.5, low, high, 12, True, None)
+    names = ("detection/network/sensitivity_at_1", "detection/network/cpm", "subtype/network/auc_macro",
+             "subtype/network/balanced_accuracy", "subtype/network_minus_tabular/balanced_accuracy")
+    items = ev.headline(dict.fromkeys(names, one), patients=12, phantoms=phantoms)
+    return {item["label"]: item["text"] for item in items}
+
+
+def test_headline_says_phantoms_and_who_wins():
+    assert all("12 phantom test patients" in text for text in sentence(0.1, 0.9).values())
+    assert not any("phantom" in text for text in sentence(0.1, 0.9, phantoms=False).values())
+    assert sentence(0.1, 0.9)["Network against tabular baseline"].startswith("the network beats it")
+    assert sentence(-0.1, 0.9)["Network against tabular baseline"].startswith("the network is not shown to beat it")
+    assert sentence(-0.5, -0.1)["Network against tabular baseline"].startswith("the network is worse")

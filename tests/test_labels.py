@@ -1,0 +1,564 @@
+"""Chapter 4: targets, patient splits, the audit's findings one by one, and the tabular baselines."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct import labels as lab
+from lungct import runs
+
+SHARES = (0.6, 0.2, 0.2)
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return lab.example_cohort()
+
+
+def found(tables, severity="error"):
+    return {f.name for f in lab.audit(**tables) if f.severity == severity}
+
+
+def cohort_of(subtypes, volumes=1, **columns):
+    """Tables of one annotated stack (or more) a patient; `subtypes` maps patient to letter."""
+    rows = [{"stack_id": f"{p}_{k}", "patient_id": p, "study_uid": f"s{p}", "lesions": 1, "lesions_outside": 0,
+             "reason": None, **columns} for p in subtypes for k in range(volumes)]
+    cohort = pd.DataFrame(rows, columns=["stack_id", "patient_id", "study_uid", "lesions", "lesions_outside", "reason",
+                                         *columns])
+    lesions = cohort[["stack_id", "patient_id"]].assign(subtype=cohort["patient_id"].map(subtypes), boxes=3)
+    return cohort, lesions
+
+
+# ---------------------------------------------------------------- targets
+
+
+def test_subtype_is_the_vote_of_the_boxes():
+    votes = pd.DataFrame({"patient_id": ["P", "P", "T", "T", "Q"], "subtype": ["A", "G", "B", "E", None],
+                          "boxes": [9, 1, 2, 2, 5]})
+    result = lab.vote_subtypes(votes)
+    assert result.loc["P", "subtype"] == "A" and result.loc["P", "share"] == pytest.approx(0.9)
+    assert pd.isna(result.loc["T", "subtype"])
+    assert "Q" not in result.index
+
+
+def test_each_reason_for_leaving_a_volume_out():
+    cohort, lesions = cohort_of(dict.fromkeys(["built", "failed", "bare", "out", "unknown", "tied"], "A"))
+    cohort = cohort.set_index("patient_id", drop=False)
+    cohort.loc["failed", "reason"] = "could not be built"
+    cohort.loc["bare", "lesions"] = 0
+    cohort.loc["out", "lesions_outside"] = 1
+    lesions.loc[lesions["patient_id"] == "unknown", "subtype"] = None
+    lesions = pd.concat([lesions, pd.DataFrame({"patient_id": ["tied"], "subtype": ["G"], "boxes": [3]})])
+    table = lab.make_labels(cohort.reset_index(drop=True), lesions).set_index("patient_id")
+    expected = {"failed": lab.Unused.NOT_BUILT, "bare": lab.Unused.UNLABELLED, "out": lab.Unused.OUTSIDE,
+                "unknown": lab.Unused.NO_SUBTYPE, "tied": lab.Unused.TIED}
+    assert table["reason"].dropna().to_dict() == {k: v.value for k, v in expected.items()}
+    assert table.loc["built", "role"] == "unassigned" and table.loc["built", "weight"] == 1
+    assert (table.drop(index="built")[["role", "target", "weight"]] == ["unused", -1, 0.0]).all(axis=None)
+
+
+def test_a_stack_that_was_not_built_has_null_counts():
+    cohort, lesions = cohort_of({"P": "A", "Q": "B"})
+    cohort = cohort.astype({"lesions": "Int64", "lesions_outside": "Int64", "reason": "str"})
+    cohort.loc[0, ["lesions", "lesions_outside", "reason"]] = [pd.NA, pd.NA, "could not be built"]
+    table = lab.make_labels(cohort, lesions)
+    assert table["reason"].tolist()[0] == "volume was not built" and table["lesions"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("policy", "classes", "targets", "used"), [
+    ("keep", ["A", "E", "G"], [0, 1, 2], 3), ("merge", ["A", "G"], [0, 0, 1], 3),
+    ("set aside", ["A", "G"], [0, -1, 1], 2)])
+def test_policies_for_class_e(policy, classes, targets, used):
+    table = lab.make_labels(*cohort_of({"P1": "A", "P2": "E", "P3": "G"}), class_e=policy)
+    assert lab.class_names(table) == classes
+    assert table["target"].tolist() == targets
+    assert table["subtype"].tolist() == ["A", "E", "G"]  # what was annotated stays visible under every policy
+    assert table["reason"].isna().sum() == used
+
+
+def test_unknown_policy_names_the_choices():
+    with pytest.raises(runs.InputError, match='class_e is \'drop\': expected "keep", "merge" or "set aside"'):
+        lab.make_labels(*cohort_of({"P": "A"}), class_e="drop")
+
+
+def test_many_reconstructions_weigh_as_one_patient():
+    table = lab.make_labels(*cohort_of({"P": "A", "Q": "B"}, volumes=4))
+    assert table.groupby("patient_id")["weight"].sum().tolist() == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------- split
+
+
+@st.composite
+def cohorts(draw):
+    sizes = draw(st.tuples(*[st.integers(0, 14)] * 4))
+    names = draw(st.lists(st.integers(0, 10**6), min_size=sum(sizes), max_size=sum(sizes), unique=True))
+    letters = [letter for letter, n in zip("ABEG", sizes, strict=True) for _ in range(n)]
+    subtypes = {f"P{n}": letter for n, letter in zip(names, letters, strict=True)}
+    return cohort_of(subtypes, volumes=draw(st.integers(1, 3)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohorts(), st.integers(0, 5))
+def test_every_patient_has_exactly_one_role_whatever_the_order(tables, seed):
+    table = lab.make_labels(*tables)
+    split = lab.split_patients(table, SHARES, seed)
+    roles = split.groupby("patient_id")["role"].agg(["nunique", "first"])
+    assert (roles["nunique"] == 1).all() and roles["first"].isin(lab.ROLES).all()
+    shared = lab.shared_between_roles(split).to_numpy()
+    assert (shared == np.diag(np.diag(shared))).all()
+    again = lab.split_patients(table.sample(frac=1, random_state=seed), SHARES, seed).sort_index()
+    pd.testing.assert_frame_equal(split, again)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohorts(), st.integers(0, 10**6), st.sampled_from("ABEG"))
+def test_a_newcomer_moves_at_most_two_of_his_own_subtype(tables, number, letter):
+    cohort, lesions = tables
+    more = [pd.concat(pair) for pair in zip((cohort, lesions), cohort_of({f"new{number}": letter}), strict=True)]
+    before, after = (lab.split_patients(lab.make_labels(*t)).drop_duplicates("patient_id").set_index("patient_id")
+                     for t in ((cohort, lesions), more))
+    joint = before.join(after["role"].rename("role_after"))
+    moved = joint[joint["role"] != joint["role_after"]]
+    assert len(moved) <= 2 and (moved["subtype"] == letter).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 500), st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 8)))
+def test_role_counts_add_up_and_grow_by_single_steps(n, parts):
+    shares = [p / sum(parts) for p in parts]
+    now, then = lab.role_counts(n, shares), lab.role_counts(n + 1, shares)
+    assert sum(now) == n and min(now) >= 0
+    assert all(count == 0 for count, share in zip(now, shares, strict=True) if share == 0)
+    if n >= 3:
+        assert all(count >= 1 for count, share in zip(now, shares, strict=True) if share > 0)
+    assert set(np.diff([np.cumsum(now), np.cumsum(then)], axis=0).ravel()) <= {0, 1}
+
+
+def test_tied_patients_share_a_role_through_any_link():
+    cohort, lesions = cohort_of({f"P{i:02}": "AG"[i % 2] for i in range(30)})
+    cohort["frame_of_reference_uid"] = [f"f{i // 3}" for i in range(30)]  # three neighbours lie on one table
+    split = lab.split_patients(lab.make_labels(cohort, lesions))
+    assert (split.groupby("frame_of_reference_uid")["role"].nunique() == 1).all()
+    assert set(split["role"]) == set(lab.ROLES)
+
+
+def test_empty_and_missing_links_tie_nobody():
+    table = pd.DataFrame({"patient_id": ["P", "Q", "R"], "study_uid": ["", None, None]})
+    assert lab.patient_groups(table).tolist() == ["P", "Q", "R"]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.6, 0.6, -0.2), (0, 0.5, 0.5), (0.6, 0.2, 0.1)])
+def test_shares_that_are_no_shares(shares):
+    with pytest.raises(runs.InputError, match="expected three shares that sum to 1"):
+        lab.split_patients(lab.make_labels(*cohort_of({"P": "A"})), shares)
+
+
+def test_another_seed_gives_another_split(clean):
+    roles = [lab.split_patients(clean["labels"], seed=s)["role"].tolist() for s in (0, 1)]
+    assert roles[0] != roles[1]
+
+
+# ---------------------------------------------------------------- the audit, finding by finding
+
+
+def test_the_clean_cohort_passes(clean):
+    findings = lab.audit(**clean)
+    assert {(f.name, f.severity) for f in findings} == {("too-few-patients", "warning"), ("class-balance", "info")}
+    assert lab.verdict(findings) == "passed with warnings"
+    lab.stop_on_errors(findings)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_other_clean_cohorts_have_no_errors(seed):
+    assert not found(lab.example_cohort(seed=seed))
+
+
+def first_with(labels, role):
+    return labels.index[labels["role"] == role][0]
+
+
+def constant(t):
+    t["labels"]["target"] = t["labels"]["target"].clip(upper=0)
+
+
+def missing(t):
+    t["labels"].loc[first_with(t["labels"], "train"), "target"] = -1
+
+
+def absent_class(t):
+    rows = (t["labels"]["subtype"] == "B") & (t["labels"]["role"] == "test")
+    t["labels"].loc[rows, "role"] = "train"
+
+
+def reading_order(t):
+    part = pd.factorize(t["labels"]["patient_id"])[0]
+    used = t["labels"]["target"] >= 0
+    t["labels"].loc[used, "role"] = np.array(lab.ROLES)[np.digitize(part, [26, 35])][used]
+
+
+def cap(t):
+    late = ~t["labels"]["patient_id"].isin(t["labels"]["patient_id"].unique()[:12])
+    t["labels"].loc[late, ["role", "target", "reason"]] = ["unused", -1, "over the limit"]
+
+
+def two_roles(t):
+    used = t["labels"][t["labels"]["role"] == "train"]
+    t["labels"].loc[used.index[used.duplicated("patient_id")][0], "role"] = "test"
+
+
+def share(column):
+    def fault(t):
+        a, b = (first_with(t["labels"], role) for role in ("train", "test"))
+        t["labels"].loc[a, column] = t["labels"].loc[b, column]
+    return fault
+
+
+def twins(t):
+    a, b = (t["labels"].loc[first_with(t["labels"], role), "stack_id"] for role in ("train", "test"))
+    table = t["voxels"].set_index("stack_id")["coarse_hu"]
+    table[b] = (np.array(table[a]) + 5).tolist()
+    t["voxels"]["coarse_hu"] = table.to_numpy()
+
+
+def empty_mask(t):
+    t["voxels"]["mask_voxels"] = 0
+
+
+def beside(t):
+    t["voxels"].loc[3, "face_gap"] = 3.0
+
+
+def without_voxels(t):
+    t["voxels"].loc[3, "face_gap"] = np.inf
+
+
+def folder(t):
+    t["labels"]["subtype"] = t["labels"]["subtype"].replace({"G": "A"})
+
+
+def letters(t):
+    t["boxes"]["label"] = t["boxes"]["label"].str.lower()
+    t["boxes"]["subtype"] = None
+
+
+def last_box(t):
+    t["boxes"] = t["boxes"].drop_duplicates("file", keep="last")
+
+
+def fewer_lesions(t):
+    t["lesions"] = t["lesions"].iloc[1:]
+
+
+def lost_volume(t):
+    t["labels"] = t["labels"].drop(index=first_with(t["labels"], "train"))
+
+
+def doubled_volume(t):
+    t["labels"] = pd.concat([t["labels"], t["labels"].iloc[:1]], ignore_index=True)
+
+
+def negative(t):
+    bare = t["labels"]["lesions"] == 0
+    t["labels"].loc[bare, ["role", "target"]] = ["train", 0]
+
+
+def scanner(t):
+    t["cohort"]["slice_thickness_mm"] = t["cohort"]["patient_id"].str[8].map({"A": 5.0, "B": 1.0, "E": 3.0, "G": 2.0})
+    t["cohort"]["kernel"] = t["cohort"]["patient_id"].str[8]
+
+
+def raw_numbers(t):
+    t["cohort"][["hu_min", "hu_mean"]] = [0.0, 624.0]
+
+
+def padding(t):
+    t["cohort"].loc[4, "hu_min"] = -3024.0
+
+
+def nan_table(t):
+    t["cohort"].loc[4, "hu_mean"] = np.nan
+
+
+def nan_voxels(t):
+    t["voxels"].loc[4, "finite"] = False
+
+
+FAULTS = [("constant-label", constant), ("missing-label", missing), ("class-missing-from-role", absent_class),
+          ("reading-order", reading_order), ("reading-order", cap), ("patient-in-two-roles", two_roles),
+          ("study-in-two-roles", share("study_uid")), ("scan-in-two-roles", share("frame_of_reference_uid")),
+          ("duplicate-in-two-roles", share("voxel_hash")), ("twins-in-two-roles", twins), ("empty-mask", empty_mask),
+          ("mask-and-boxes-disagree", beside), ("mask-and-boxes-disagree", without_voxels),
+          ("label-against-folder", folder),
+          ("letters-lost", letters), ("boxes-lost", last_box), ("lesions-lost", fewer_lesions),
+          ("volumes-lost", lost_volume), ("volumes-lost", doubled_volume), ("unlabelled-as-negative", negative),
+          ("acquisition-predicts-label", scanner), ("outside-hu-range", raw_numbers), ("outside-hu-range", padding),
+          ("not-a-number", nan_table), ("not-a-number", nan_voxels)]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=[f"{n}-{f.__name__}" for n, f in FAULTS])
+def test_a_faulty_cohort_is_stopped(clean, name, fault):
+    tables = {key: value.copy() if isinstance(value, pd.DataFrame) else value for key, value in clean.items()}
+    fault(tables)
+    findings = lab.audit(**tables)
+    assert name in {f.name for f in findings if f.severity == "error"}
+    assert all(f.message and f.evidence and f.remedy for f in findings)
+    with pytest.raises(lab.AuditFailed, match=name):
+        lab.stop_on_errors(findings)
+
+
+def test_warnings_that_do_not_stop(clean):
+    stray_letter = pd.concat([clean["lesions"], clean["lesions"].iloc[:1].assign(subtype="G", boxes=1, lesion_id="x")])
+    cut = clean["cohort"].assign(lesions_cut=1)
+    assert "letters-within-a-patient" in found(clean | {"lesions": stray_letter}, "warning")
+    assert "lesions-outside-grid" in found(clean | {"cohort": cut}, "warning")
+    tied = clean["labels"].assign(study_uid=clean["labels"]["study_uid"].replace("1.A0002", "1.A0001"))
+    assert "patients-tied-together" in found(clean | {"labels": tied}, "warning")
+
+
+def test_class_balance_that_no_draw_explains():
+    tables = lab.example_cohort({"A": 60, "B": 60})
+    patients = tables["labels"]["patient_id"].unique()
+    rank = tables["labels"]["patient_id"].map({p: i for i, p in enumerate(patients)})
+    # most A train and most B test, with some of each everywhere
+    mostly = np.where((tables["labels"]["subtype"] == "A") ^ (rank % 10 == 0), "train", "test")
+    tables["labels"]["role"] = np.where(tables["labels"]["target"] >= 0, mostly, "unused")
+    assert "class-balance" in found(tables, "warning")
+
+
+def test_a_class_too_small_for_every_role_only_warns():
+    tables = lab.example_cohort({"A": 12, "E": 1, "G": 12})
+    assert "class-missing-from-role" in found(tables, "warning") - found(tables)
+
+
+def test_checks_without_their_table_are_named(clean):
+    bare = lab.audit(clean["labels"], clean["cohort"])
+    said = next(f for f in bare if f.name == "not-checked")
+    assert said.severity == "info" and "empty-mask (needs voxels)" in said.evidence
+
+
+def test_override_has_to_name_the_finding(clean):
+    findings = lab.audit(**(clean | {"labels": clean["labels"].assign(target=clean["labels"]["target"].clip(upper=0))}))
+    assert lab.verdict(findings) == "failed"
+    with pytest.raises(lab.AuditFailed, match='override="constant-label"'):
+        lab.stop_on_errors(findings)
+    assert lab.verdict(findings, "constant-label") == "passed with warnings"
+    assert lab.audit_report(findings, clean["labels"], " constant-label ")["overridden"] == ["constant-label"]
+    with pytest.raises(runs.InputError, match="override names everything, which is no finding: expected some of"):
+        lab.verdict(findings, "everything")
+
+
+def test_the_report_is_json_and_counts_patients(clean, tmp_path):
+    report = lab.audit_report(lab.audit(**clean), clean["labels"])
+    runs.save_json(report, tmp_path / "audit.json")
+    back = runs.load_json(tmp_path / "audit.json")
+    assert back["classes"] == ["A", "B", "E", "G"] and back["verdict"] == "passed with warnings"
+    counts = back["counts"]["patients_by_role"]
+    assert sum(sum(n.values()) for n in counts.values()) == back["counts"]["labelled_patients"] == 44
+    assert {tuple(sorted(f)) for f in back["findings"]} == {("evidence", "message", "name", "remedy", "severity")}
+
+
+@pytest.mark.slow
+def test_the_acquisition_test_is_calibrated():
+    p = np.array([acquisition_by_lot(seed) for seed in range(200)])
+    assert (p <= 0.05).mean() <= 0.10 and 0.40 <= (p <= 0.5).mean() <= 0.60
+
+
+def acquisition_by_lot(seed):
+    rng = np.random.default_rng(1000 + seed)
+    table = pd.DataFrame({"target": rng.permutation(np.repeat([0, 1, 2], (25, 10, 6)))})
+    table["manufacturer"] = rng.choice(["GE", "Philips", "SIEMENS"], len(table))
+    table["slice_thickness_mm"] = rng.choice([1.0, 5.0, np.nan], len(table))
+    return lab.acquisition_test(table, permutations=99, seed=seed)[1]
+
+
+@pytest.mark.slow
+def test_clean_cohorts_raise_statistical_alarms_rarely():
+    checks = {"reading-order", "acquisition-predicts-label", "class-balance"}
+    audits = (lab.audit(**lab.example_cohort(seed=s)) for s in range(100, 140))
+    assert np.mean([any(f.name in checks and f.severity != "info" for f in findings) for findings in audits]) <= 0.05
+
+
+# ---------------------------------------------------------------- voxels
+
+
+def boxed(shape=(12, 12, 12)):
+    mask = np.zeros(shape, np.uint8)
+    mask[4:8, 3:6, 2:9] = 1
+    hu = np.random.default_rng(0).normal(-500, 200, shape).astype("int16")
+    return SimpleNamespace(ct_hu=hu, mask=mask, boxes_zyx=np.array([[4, 3, 2, 8, 6, 9]], "float32"))
+
+
+def test_a_right_mask_reaches_all_faces():
+    facts = lab.inspect_volume(boxed())
+    assert facts["mask_voxels"] == 4 * 3 * 7 and facts["face_gap"] == 0 and facts["finite"]
+
+
+def test_a_mask_drawn_slice_by_slice_need_not_fill_the_hull():
+    volume = boxed()
+    volume.mask[4:6, 5, 2:5] = 0
+    assert lab.inspect_volume(volume)["face_gap"] == 0
+
+
+def test_a_lesion_without_voxels_and_one_hidden_by_another():
+    volume = boxed()
+    volume.boxes_zyx = np.vstack([volume.boxes_zyx, [[0, 0, 0, 2, 2, 2]]])
+    assert lab.inspect_volume(volume)["face_gap"] == np.inf
+    volume.boxes_zyx[1] = [5, 4, 3, 6, 5, 4]  # inside the first: its voxels may carry the other number
+    assert lab.inspect_volume(volume)["face_gap"] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 12), st.floats(0, 4), st.floats(0.2, 5))
+def test_a_box_edge_inside_a_voxel_is_tolerated(size, start, length):
+    end = min(start + length, size)
+    mask = np.zeros((size,) * 3, np.uint8)
+    inside = slice(int(start), max(int(np.ceil(end)), int(start) + 1))
+    mask[inside, inside, inside] = 1
+    facts = lab.inspect_volume(SimpleNamespace(ct_hu=mask, mask=mask, boxes_zyx=[[start] * 3 + [end] * 3]))
+    assert facts["face_gap"] <= lab.FACE_VOXELS
+
+
+def test_swapped_axes_are_noticed():
+    volume = boxed()
+    volume.mask = volume.mask.transpose(2, 1, 0)
+    facts = lab.inspect_volume(volume)
+    assert facts["face_gap"] == 3
+
+
+def test_nan_in_ct_or_pet_is_noticed_and_voxels_are_hashed_without_names():
+    plain, broken = boxed(), boxed()
+    broken.pet_suv = np.full((2, 2, 2), np.nan)
+    assert not lab.inspect_volume(broken)["finite"]
+    assert lab.inspect_volume(plain)["voxel_hash"] == lab.inspect_volume(broken)["voxel_hash"] != ""
+    plain.ct_hu = np.full((12, 12, 12), -1024)
+    assert lab.inspect_volume(plain)["voxel_hash"] == ""  # an empty cube ties nobody
+
+
+def test_coarse_distance_is_in_hu():
+    a = boxed()
+    b = SimpleNamespace(**{**vars(a), "ct_hu": a.ct_hu + 7})
+    table = lab.inspect_volumes(["a", "b"], {"a": a, "b": b}.get)
+    assert lab.coarse_distances_hu(table)[0, 1] == pytest.approx(7, abs=0.1)
+    assert lab.coarse_distances_hu(table).diagonal() == pytest.approx(0, abs=0.1)
+
+
+# ---------------------------------------------------------------- small cohorts
+
+
+@pytest.mark.parametrize("patients", ["", "A0001", "A0001 G0001", "A0001 A0002 A0003 E0003"])
+def test_small_cohorts_go_through(patients):
+    subtypes = {f"Lung_Dx-{p}": p[0] for p in patients.split()}
+    facts = lab.example_cohort({"A": 2})["cohort"].iloc[0][["hu_min", "hu_mean", "hu_max", "lesions_cut", "affine",
+                                                           "grid_size", "manufacturer", "kernel", "slices"]]
+    cohort, lesions = cohort_of(subtypes, **facts)
+    split = lab.split_patients(lab.make_labels(cohort, lesions))
+    findings = lab.audit(split, cohort, lesions=lesions)
+    assert lab.verdict(findings) == ("passed with warnings" if subtypes else "failed")
+    assert lab.audit_report(findings, split)["counts"]["labelled_patients"] == len(subtypes)
+    corners = dict.fromkeys(("x0_mm", "y0_mm", "z0_mm"), 0.0) | dict.fromkeys(("x1_mm", "y1_mm", "z1_mm"), 20.0)
+    features = lab.tabular_features(lesions.assign(**corners), cohort)
+    scores = lab.baseline_scores(features)
+    assert scores["auc"].isna().all() and scores["reason"].str.startswith("not estimable").all()
+    assert len(lab.baseline_probabilities(features, split)) == len(subtypes)
+
+
+def test_four_patients_are_split_train_validation_test():
+    table = lab.make_labels(*cohort_of({"A1": "A", "A2": "A", "A3": "A", "E3": "E"}))
+    roles = lab.split_patients(table).set_index("patient_id")["role"]
+    assert sorted(roles[["A1", "A2", "A3"]]) == ["test", "train", "validation"] and roles["E3"] == "train"
+
+
+def test_empty_tables_keep_their_types(tmp_path):
+    table = lab.split_patients(lab.make_labels(*cohort_of({})))
+    full = lab.split_patients(lab.make_labels(*cohort_of({"P": "A"})))
+    kinds = ["subtype", "target", "lesions", "role", "weight", "reason"]
+    assert table[kinds].dtypes.to_dict() == full[kinds].dtypes.to_dict()
+    runs.save_table(table, tmp_path / "labels.parquet")
+    assert len(runs.load_table(tmp_path / "labels.parquet")) == 0
+
+
+# ---------------------------------------------------------------- numbers and baselines
+
+
+def test_macro_auc_equals_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 60)
+    scores = rng.dirichlet(np.ones(3), 60).round(1)  # rounded, so that there are ties
+    expected = np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(3)])
+    assert lab.macro_auc(scores, np.eye(3)[y]) == pytest.approx(expected)
+
+
+def test_interval_width_is_wilsons():
+    # Wilson's interval for 8 of 10, as in Agresti and Coull (1998): 0.490 to 0.943
+    assert float(lab.interval_width(10, 0.8)) == pytest.approx(0.943 - 0.490, abs=1e-3)
+    assert float(lab.interval_width(0)) == 1
+    need = lab.patients_needed(0.2)
+    assert lab.interval_width(need) <= 0.2 < lab.interval_width(need - 1)
+
+
+def tabular(n=90, seed=0, effect=3.0):
+    rng = np.random.default_rng(seed)
+    letters = np.array(["A", "B", "G"])[np.arange(n) % 3]
+    frame = pd.DataFrame({"subtype": letters, "lateral": rng.normal(size=n), "posterior": rng.normal(size=n),
+                          "superior": rng.normal(size=n), "log_size": rng.normal(size=n) + effect * (letters == "G")},
+                         index=[f"P{i}" for i in range(n)])
+    frame.loc["P4", "posterior"] = np.nan
+    return frame
+
+
+def test_baselines_see_what_is_there_and_nothing_else():
+    with_signal = lab.baseline_scores(tabular()).set_index("baseline")
+    assert with_signal.loc["majority", "auc"] == 0.5
+    assert with_signal.loc["majority", "balanced_accuracy"] == pytest.approx(1 / 3)
+    assert with_signal.loc["size", "auc"] > 0.7 and with_signal.loc["size", "low"] > 0.5
+    row = lab.baseline_scores(tabular(effect=0.0)).set_index("baseline").loc["position + size"]
+    assert row["low"] < 0.55 and row["low"] < row["auc"] < row["high"]
+
+
+def test_rare_classes_are_left_out_of_the_folds_by_name():
+    frame = tabular()
+    frame.iloc[:2, 0] = "E"
+    assert lab.baseline_scores(frame)["classes"].unique().tolist() == ["ABG"]
+
+
+def test_baseline_for_the_test_patients_learns_from_training_alone(clean):
+    lesions = clean["lesions"].assign(x0_mm=0.0, y0_mm=0.0, z0_mm=0.0, x1_mm=np.arange(len(clean["lesions"])) + 10.0,
+                                      y1_mm=20.0, z1_mm=20.0)
+    features = lab.tabular_features(lesions, clean["cohort"])
+    chances = lab.baseline_probabilities(features, clean["labels"])
+    assert list(chances.columns) == ["p_A", "p_B", "p_E", "p_G"] and np.allclose(chances.sum(axis=1), 1)
+    test = clean["labels"].loc[clean["labels"]["role"] == "test", "patient_id"].unique()
+    changed = features.copy()
+    changed.loc[test[0], "log_size"] = 99.0
+    again = lab.baseline_probabilities(changed, clean["labels"])
+    pd.testing.assert_frame_equal(chances.drop(index=test[0]), again.drop(index=test[0]))
+
+
+def test_clinical_features_keep_gaps_as_gaps():
+    frame = pd.DataFrame({"patient_id": ["P", "Q"], "sex": ["M", None], "age_years": [60.0, None],
+                          "smoking": [1.0, None]})
+    lesions = pd.DataFrame({"stack_id": ["s"], "patient_id": ["P"], "subtype": ["A"], "boxes": [1],
+                            "x0_mm": [0.0], "x1_mm": [9.0], "y0_mm": [0.0], "y1_mm": [4.0],
+                            "z0_mm": [0.0], "z1_mm": [4.0]})
+    cohort = pd.DataFrame({"stack_id": ["s"], "affine": [np.eye(4).ravel()], "grid_size": [3]})
+    row = lab.tabular_features(lesions, cohort, frame).loc["P"]
+    assert row[["age_years", "male", "smoking"]].tolist() == [60.0, 1.0, 1.0]
+    assert row["lateral"] == pytest.approx(3.5) and np.exp(row["log_size"]) == pytest.approx(9)
+    assert lab._clinical_features(frame).loc["Q"].isna().all()
+
+
+def test_the_bar_of_the_collection(real_data):
+    features = lab.collection_features(real_data)
+    features = features[features["subtype"].isin(["A", "G"])]
+    scores = lab.baseline_scores(features).set_index("baseline")
+    assert len(features) == 310
+    assert scores.loc["size", "auc"] == pytest.approx(0.75, abs=0.01)
+    full = scores.loc["position + size + clinical"]
+    assert 0.82 <= full["auc"] <= 0.85 and full["low"] < 0.83 < full["high"]

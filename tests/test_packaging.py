@@ -1,0 +1,90 @@
+"""The files that install the project agree with each other, and an import costs little."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+PINS = {canonicalize_name(name): Version(number) for name, number in (line.split("==") for line in LINES)}
+
+
+def requirements():
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *(t for extra in extras.values() for t in extra)]]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_requirement_is_pinned_to_a_version_it_allows(requirement):
+    name = canonicalize_name(requirement.name)
+    assert name in PINS, f"{name} is in pyproject.toml but not in constraints.txt"
+    assert requirement.specifier.contains(PINS[name])
+
+
+def test_constraints_hold_versions_only():
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in LINES)
+
+
+def test_the_extras_are_there():
+    assert set(PROJECT["optional-dependencies"]) == {"dev", "docs", "bench", "gpu"}
+    assert PROJECT["optional-dependencies"]["gpu"] == ["tensorflow[and-cuda]"]
+
+
+def test_conda_installs_the_same_environment():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(item for item in environment["dependencies"] if str(item).startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.split("=")[1])
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert pip == ["--constraint constraints.txt", "--editable .[dev]"]
+    assert "--constraint constraints.txt --editable '.[dev]'" in (ROOT / "Makefile").read_text()
+
+
+def test_settings_and_package_agree_on_version_and_python():
+    settings = (ROOT / "settings.ini").read_text()
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "lungct" / "__init__.py").read_text()).group(1)
+    assert f"version = {version}\n" in settings
+    assert f">={re.search(r'min_python = (.+)', settings).group(1)}" in PROJECT["requires-python"]
+
+
+def test_installed_packages_are_those_of_the_constraints():
+    code = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    found = {canonicalize_name(name): Version(number) for name, number in (line.split("==") for line in listed)}
+    wanted = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert {name: found.get(name) for name in wanted} == {name: PINS[name] for name in wanted}
+
+
+@pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "phantom", "plots", "runs",
+                                    "course", "report", "doctor", "download"])
+def test_import_does_not_load_tensorflow(module):
+    name = "lungct" if module == "lungct" else f"lungct.{module}"
+    code = f"import {name}, sys; assert not {{'tensorflow', 'keras', 'torch', 'jax'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_library_never_imports_nbdev_or_prints():
+    for path in (ROOT / "lungct").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*(from|import) (nbdev|fastcore|execnb)", text, re.M), path.name
+        assert not re.search(r"import \*", text), path.name
+        if path.name != "course.py":  # the command line speaks to a person
+            assert not re.search(r"^\s*print\(", text, re.M), path.name
+
+
+def test_no_host_of_a_registry_is_named():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    hosts = re.compile(r"(pypi|pythonhosted|npmjs|deb\.debian)\.(org|com)")
+    for name in filter(None, tracked):
+        path = ROOT / name
+        if path.is_file() and path != Path(__file__):
+            assert not hosts.search(path.read_text(encoding="utf-8", errors="ignore")), name

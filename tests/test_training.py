@@ -1,0 +1,433 @@
+"""Chapter 5: targets, losses, augmentation, the loop, checkpoints, the model file, at sizes that train in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct import runs, training
+from lungct.training import Examples, Settings
+
+SIZE = 16
+
+
+def toys(n=4, size=SIZE, targets=(0, 1), seed=0):
+    """Volumes with one bright block each; its size says which subtype it is."""
+    rng = np.random.default_rng(seed)
+    hu = rng.normal(-800, 30, (n, size, size, size))
+    boxes = []
+    for i in range(n):
+        low = rng.integers(1, size // 2, 3)
+        high = low + (3 if targets[i % len(targets)] == 0 else 6)
+        hu[i, low[0] : high[0], low[1] : high[1], low[2] : high[2]] = 40
+        boxes.append(np.array([[*low, *high]], "float32"))
+    names = np.array([f"p{i}" for i in range(n)])
+    return Examples(hu.astype("int16"), boxes, np.array([targets[i % len(targets)] for i in range(n)]), names, names)
+
+
+def network(classes=("A", "G"), size=SIZE, seed=0, filters=(8,)):
+    training.reproducible(seed)
+    return training.build_network(size, classes, filters)
+
+
+def quick(**changes):
+    return Settings(**({"epochs": 3, "batch_size": 2, "patience": 3} | changes))
+
+
+# ---- examples
+
+
+def test_gather_takes_annotated_volumes_of_the_role_in_the_order_of_the_cohort():
+    table = pd.DataFrame({"stack_id": ["s3", "s1", "s2", "s4"]})
+    boxes = [np.full((i, 6), i) for i in range(4)]
+    cohort = SimpleNamespace(table=table, ct_hu=np.arange(4).reshape(4, 1, 1, 1), boxes_zyx=boxes)
+    labels = pd.DataFrame({"stack_id": ["s1", "s2", "s3", "s4"], "patient_id": ["a", "b", "c", "d"],
+                           "target": [0, 1, 1, 0], "lesions": [1, 0, 2, 1],
+                           "role": ["train", "train", "train", "test"]})
+    got = training.gather(cohort, labels, "train")
+    assert got.stack_id.tolist() == ["s3", "s1"]  # s2 has no boxes: unlabelled, not negative
+    assert got.patient_id.tolist() == ["c", "a"] and got.target.tolist() == [1, 0]
+    assert got.ct_hu.ravel().tolist() == [0, 1] and [len(b) for b in got.boxes_zyx] == [0, 1]
+    nobody = training.gather(cohort, labels, "validation")
+    assert len(nobody) == 0 and nobody.target.dtype == int
+
+
+def test_normalise_maps_each_window_to_the_unit_interval():
+    got = np.asarray(training.normalise(np.array([-3024, -1000, -160, 40, 240, 400, 3000])))
+    assert got.shape == (7, 2) and got.dtype == np.float32
+    assert np.allclose(got[:, 0], [0, 0, 0.6, 1040 / 1400, 1240 / 1400, 1, 1])
+    assert np.allclose(got[:, 1], [0, 0, 0, 0.5, 1, 1, 1])
+
+
+# ---- targets and decoding
+
+
+@st.composite
+def separate_boxes(draw):
+    """Up to three boxes, each in an octant of its own of a 32-voxel grid, so that none hides another."""
+    octants = draw(st.lists(st.tuples(*[st.sampled_from([0, 16])] * 3), min_size=1, max_size=3, unique=True))
+    number = st.floats(0, 1, width=32)
+    boxes = []
+    for corner in octants:
+        extent = np.array([2 + 8 * draw(number) for _ in range(3)])
+        low = np.array(corner) + 1 + np.array([draw(number) for _ in range(3)]) * (14 - extent)
+        boxes.append([*low, *(low + extent)])
+    return np.array(boxes, "float32")
+
+
+@settings(max_examples=40, deadline=None)
+@given(separate_boxes())
+def test_encode_and_decode_are_inverse(boxes):
+    heat, box = training.encode_targets(boxes, 32)
+    (found, scores), = training.decode_detections(heat[None], box[None, ..., :6])
+    full = found[scores == 1]
+    assert len(full) == len(boxes)
+    for one in boxes:
+        assert np.abs(full - one).max(axis=1).min() < 1e-3
+
+
+def test_no_boxes_give_an_empty_map_and_no_detections():
+    heat, box = training.encode_targets(np.zeros((0, 6)), 16)
+    assert heat.shape == (8, 8, 8, 1) and box.shape == (8, 8, 8, 7) and not heat.any() and not box.any()
+    (found, scores), = training.decode_detections(heat[None], box[None, ..., :6])
+    assert found.shape == (0, 6) and scores.shape == (0,)
+
+
+def test_decode_sorts_by_score_and_keeps_at_most_top():
+    heat, box = np.zeros((1, 8, 8, 8, 1), "float32"), np.zeros((1, 8, 8, 8, 6), "float32")
+    for i, score in enumerate((0.3, 0.9, 0.6)):
+        heat[0, 1 + 3 * i % 8, 4, 2 * i, 0] = score
+    (_, scores), = training.decode_detections(heat, box)
+    assert np.allclose(scores, [0.9, 0.6, 0.3])
+    (_, scores), = training.decode_detections(heat, box, top=2)
+    assert np.allclose(scores, [0.9, 0.6])
+    (_, scores), = training.decode_detections(heat, box, min_score=0.7)
+    assert np.allclose(scores, [0.9])
+
+
+def test_boxes_never_leave_the_grid():
+    heat, box = np.zeros((1, 8, 8, 8, 1), "float32"), np.zeros((1, 8, 8, 8, 6), "float32")
+    heat[0, 0, 7, 4], box[0, 0, 7, 4] = 1, [-3, 3, 0, 9, 9, -9]
+    (found, _), = training.decode_detections(heat, box)
+    assert (found >= 0).all() and (found <= 16).all()
+
+
+@pytest.mark.parametrize(("other", "expected"), [
+    ([0, 0, 0, 2, 2, 2], 1.0), ([1, 0, 0, 3, 2, 2], 4 / 12), ([2, 0, 0, 4, 2, 2], 0.0), ([5, 5, 5, 5, 5, 5], 0.0)])
+def test_box_iou_by_hand(other, expected):
+    assert training.box_iou([0, 0, 0, 2, 2, 2], other) == pytest.approx(expected)
+
+
+# ---- losses
+
+
+def test_heat_loss_by_hand():
+    true = np.array([[1, 0.5, 0, 0], [0, 0, 0, 0]], "float32").reshape(2, 4, 1, 1, 1)
+    guess = np.array([[0.8, 0.4, 0.3, 0.1]] * 2, "float32").reshape(2, 4, 1, 1, 1)
+    one = -(0.2**2 * np.log(0.8) + 0.5**4 * 0.4**2 * np.log(0.6) + 0.3**2 * np.log(0.7) + 0.1**2 * np.log(0.9))
+    none = -sum(p**2 * np.log(1 - p) for p in (0.8, 0.4, 0.3, 0.1))
+    assert np.allclose(training.heat_loss(true, guess), [one, none], rtol=1e-5)
+
+
+def test_heat_loss_stays_finite_at_zero_and_one():
+    true = np.array([1, 0], "float32").reshape(1, 2, 1, 1, 1)
+    assert np.isfinite(np.asarray(training.heat_loss(true, 1 - true))).all()
+
+
+def test_box_loss_counts_only_weighted_cells():
+    true = np.zeros((2, 2, 1, 1, 7), "float32")
+    true[0, 0, 0, 0] = [1, 2, 3, 0, 0, 0, 0.5]
+    true[0, 1, 0, 0, 6] = 1.0
+    guess = np.zeros((2, 2, 1, 1, 6), "float32")
+    guess[0, 1] = 0.3
+    expected = (0.5 * 6 + 1.0 * 6 * 0.3) / (6 * 1.5)
+    assert np.allclose(training.box_loss(true, guess), [expected, 0])  # the second volume has no box
+
+
+def test_subtypes_are_smoothed_and_absent_ones_are_silent():
+    rows = training.encode_subtypes(np.array([1, -1]), 2, smoothing=0.2)
+    assert np.allclose(rows, [[0.1, 0.9], [0, 0]])
+    guess = np.array([[0.25, 0.75], [0.5, 0.5]], "float32")
+    assert np.allclose(training.subtype_loss(rows, guess), [-(0.1 * np.log(0.25) + 0.9 * np.log(0.75)), 0])
+
+
+# ---- augmentation
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_boxes_follow_the_voxels(seed):
+    hu = np.full((2, 32, 32, 32), -1000, "int16")
+    hu[:, 11:17, 13:21, 9:15] = 1000
+    moved, boxes = training.augment(hu, [np.array([[11, 13, 9, 17, 21, 15]])] * 2, np.random.default_rng(seed), shift=3,
+                                    noise_hu=0, offset_hu=0)
+    for volume, box in zip(np.asarray(moved) + 1000, boxes, strict=True):
+        for axis in range(3):
+            weight = volume.sum(axis=tuple({0, 1, 2} - {axis}))
+            middle = np.average(np.arange(32) + 0.5, weights=weight)
+            spread = np.sqrt(12 * np.average((np.arange(32) + 0.5 - middle) ** 2, weights=weight))
+            assert middle == pytest.approx(box[0, [axis, axis + 3]].mean(), abs=0.15)  # a sharp block, linearly sampled
+            assert spread == pytest.approx(box[0, axis + 3] - box[0, axis], rel=0.12)
+
+
+def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
+    hu = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 8, 8)).astype("int16")
+    boxes = [np.array([[1, 2, 1, 3, 4, 4]], "float32")] * 6
+    none = dict.fromkeys(("shift", "scale", "gain", "offset_hu", "noise_hu"), 0)
+    moved, got = training.augment(hu, boxes, np.random.default_rng(1), **none)
+    sides = [bool(box[0, 2] != 1) for box in got]
+    assert set(sides) == {True, False}
+    for volume, old, box, mirrored in zip(np.asarray(moved), hu, got, sides, strict=True):
+        assert np.allclose(volume, old[..., ::-1] if mirrored else old, atol=1e-2)
+        assert box.tolist() == [[1, 2, 4, 3, 4, 7] if mirrored else [1, 2, 1, 3, 4, 4]]
+
+
+def test_margins_are_air_and_lost_boxes_are_dropped():
+    matrix, = training.axis_matrices([1.0], [3.0], [False], 4)
+    assert np.array_equal(matrix @ [5, 6, 7, 8], [0, 0, 0, 5])
+    assert training.move_boxes([[0, 0, 0, 2, 2, 2]], [1, 1, 1], [0, 0, -4], [False] * 3, 8).shape == (0, 6)
+    cut = training.move_boxes([[0, 0, 0, 4, 4, 4]], [1, 1, 1], [0, 0, -1], [False] * 3, 8)
+    assert cut.tolist() == [[0, 0, 0, 4, 4, 3]]
+
+
+# ---- sampling
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(0, 1000))
+def test_every_patient_is_drawn_once_however_many_volumes_it_has(volumes, seed):
+    names = np.repeat([f"p{i}" for i in range(len(volumes))], volumes)
+    examples = Examples(np.zeros((len(names), 1, 1, 1)), [None] * len(names), np.zeros(len(names), int), names, names)
+    rows = training.sample_patients(examples, len(volumes), np.random.default_rng(seed), balance=0)
+    assert sorted(names[rows]) == sorted(set(names))
+
+
+def test_balance_tilts_towards_rare_subtypes():
+    names = np.array([f"p{i}" for i in range(10)])
+    target = np.array([0] * 9 + [1])
+    examples = Examples(np.zeros((10, 1, 1, 1)), [None] * 10, target, names, names)
+    shares = [(training.sample_patients(examples, 4000, np.random.default_rng(0), b) == 9).mean() for b in (0, 0.5, 1)]
+    assert shares == pytest.approx([0.1, 0.25, 0.5], abs=0.002)
+
+
+# ---- network
+
+
+def test_network_outputs_and_limits():
+    net = network(("A", "B", "G"))
+    out = net.predict_on_batch(training.normalise(toys(2).ct_hu))
+    assert out["heat"].shape == (2, 8, 8, 8, 1) and out["box"].shape == (2, 8, 8, 8, 6)
+    assert out["subtype"].shape == (2, 3)
+    assert out["heat"].max() < 0.2 and np.allclose(out["subtype"].sum(axis=1), 1, atol=1e-5)
+    assert set(network(["A"]).output) == {"heat", "box"}  # nothing to tell apart
+    with pytest.raises(runs.InputError, match="grid size 20 is not a multiple of 8"):
+        training.build_network(20, "AG", (8, 8, 8))
+    with pytest.raises(runs.InputError, match=r"filters \(12, 16\): expected multiples of 8"):
+        training.build_network(16, "AG", (12, 16))
+
+
+def test_costs_by_hand():
+    table = training.layer_costs(training.predecessor_cnn(16, "ABG")).set_index("layer")
+    assert table.loc["block0", "parameters"] == 27 * 2 * 32 + 32
+    assert table.loc["block1", "multiply_adds_m"] == 27 * 32 * 64 * 8**3 / 1e6
+    assert table.loc["dense", "parameters"] == 2**3 * 128 * 512 + 512
+
+
+def test_one_volume_does_not_change_another_in_its_batch():
+    net, batch = network(), toys(2)
+    together = training.predict(net, batch.ct_hu, batch_size=2)[0]
+    alone = training.predict(net, batch.ct_hu[:1], batch_size=2)[0]
+    assert np.allclose(together.heat, alone.heat, atol=1e-6)
+
+
+# ---- the loop
+
+
+def test_overfits_a_handful_of_volumes():
+    net, few = network(filters=(8, 16)), toys(4)
+    lessons = Settings(epochs=120, batch_size=4, learning_rate=0.01, augmented=False, patience=120)
+    history = training.fit(net, few, few, lessons)
+    assert history.loss.iloc[-1] < history.loss.iloc[0] / 5
+    assert history.val_found.iloc[-1] == 1
+    got = training.predict(net, few.ct_hu)
+    assert [int(g.probabilities.argmax()) for g in got] == few.target.tolist()
+    assert np.mean([training.box_iou(g.boxes_zyx[0], b[0]) for g, b in zip(got, few.boxes_zyx, strict=True)]) > 0.5
+
+
+def test_no_training_volume_is_an_input_error():
+    with pytest.raises(runs.InputError, match="no training volume"):
+        training.fit(network(), toys(4).take([]))
+
+
+def test_empty_validation_keeps_the_last_weights():
+    net = network()
+    history = training.fit(net, toys(4), toys(4).take([]), quick(patience=1))
+    assert len(history) == 3 and not [c for c in history if c.startswith("val_")]
+    assert training.best_epoch(history.to_dict("records")) == 3
+
+
+def test_one_class_trains_the_detector_alone():
+    few = toys(4, targets=(0,))
+    history = training.fit(network(["A"]), few, few, quick())
+    losses = ["loss", "heat_loss", "box_loss"]
+    assert list(history) == ["epoch", *losses, *(f"val_{name}" for name in losses), "val_found"]
+
+
+def test_volumes_without_subtype_and_without_boxes_train():
+    few = toys(4, targets=(-1, 0))
+    few.boxes_zyx[1] = np.zeros((0, 6), "float32")
+    history = training.fit(network(), few, few.take([0]), quick())
+    assert np.isfinite(history.to_numpy()).all()
+
+
+def test_early_stopping_reads_the_history():
+    rows = [{"epoch": e + 1, "val_loss": v} for e, v in enumerate([3.0, 1.0, 2.0, 2.0])]
+    assert training.best_epoch(rows) == 2
+    assert training._stalled(rows, 2) and not training._stalled(rows, 3)
+
+
+def test_best_weights_are_kept():
+    few, states = toys(4), {}
+    net = network()
+    history = training.fit(net, few, few, quick(epochs=5, learning_rate=0.3),
+                           report=lambda row: states.update({row["epoch"]: net.get_weights()}))
+    best = training.best_epoch(history.to_dict("records"))
+    assert all(np.array_equal(a, b) for a, b in zip(net.get_weights(), states[best], strict=True))
+
+
+def test_nan_names_the_volumes_of_the_batch():
+    net = network()
+    weights = net.get_weights()
+    net.set_weights([np.full_like(w, np.nan) for w in weights])
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 1, step 0.*p[0-3], p[0-3].*learning_rate"):
+        training.fit(net, toys(4), settings=quick())
+
+
+def test_the_predecessor_trains():
+    training.reproducible(0)
+    history = training.fit(training.predecessor_cnn(SIZE, "AG"), toys(4), toys(4), quick(epochs=1))
+    assert list(history) == ["epoch", "loss", "val_loss", "val_subtype_loss"]
+
+
+# ---- checkpoints
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import test_training as t
+def unplug(row):
+    if row["epoch"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.training.fit(t.network(filters=(8, 16)), t.toys(4), t.toys(2, seed=9), t.quick(epochs=4), folder=sys.argv[1], report=unplug)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_ends_with_the_same_bits(tmp_path):
+    here = os.path.dirname(__file__)
+    child = subprocess.run([sys.executable, "-c", CHILD, tmp_path, here], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+
+    def finish(folder, seen):
+        net = network(filters=(8, 16))
+        report = lambda row: seen.append(row["epoch"])  # noqa: E731
+        return net, training.fit(net, toys(4), toys(2, seed=9), quick(epochs=4), folder, report)
+
+    resumed, late = finish(tmp_path, after := [])
+    whole, history = finish(None, every := [])
+    assert after == [3, 4] and every == [1, 2, 3, 4]
+    pd.testing.assert_frame_equal(late, history, check_exact=True)
+    assert all(np.array_equal(a, b) for a, b in zip(resumed.get_weights(), whole.get_weights(), strict=True))
+    assert saved(resumed, tmp_path / "a") == saved(whole, tmp_path / "b")
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    few, seen = toys(4), []
+    whole = training.fit(network(), few, settings=quick(), folder=tmp_path)
+    newest = max(tmp_path.glob("*.npz"))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    again = training.fit(network(), few, settings=quick(), folder=tmp_path,
+                         report=lambda row: seen.append(row["epoch"]))
+    assert seen == [3] and "cannot be read" in caplog.text
+    pd.testing.assert_frame_equal(whole, again, check_exact=True)
+
+
+def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
+    few, seen = toys(4), []
+    training.fit(network(), few, settings=quick(epochs=1), folder=tmp_path)
+    (tmp_path / "notes.npz").write_text("not ours")
+    training.fit(network(), few, settings=quick(epochs=1, learning_rate=0.001), folder=tmp_path,
+                 report=lambda row: seen.append(row["epoch"]))
+    assert seen == [1] and (tmp_path / "notes.npz").exists()
+    assert len(list(tmp_path.glob("*-00001.npz"))) == 1  # the other training's state was cleared away
+
+
+# ---- the model file
+
+
+def saved(net, folder, **changes):
+    facts = {"classes": ["A", "G"], "spacing_mm": 6.0, "training_hash": "x", "settings": quick(), "validation": {}}
+    training.save_model(net, folder, **(facts | changes))
+    return (folder / "model.keras").read_bytes(), (folder / "model.json").read_bytes()
+
+
+def test_same_seed_same_bytes(tmp_path):
+    files = []
+    for name in "ab":
+        net = network()
+        training.fit(net, toys(4), settings=quick(epochs=1))
+        files.append(saved(net, tmp_path / name))
+    assert files[0] == files[1]
+    other = network(seed=1)
+    assert saved(other, tmp_path / "c")[0] != files[0][0]
+
+
+def test_saved_and_loaded_predicts_the_same(tmp_path):
+    net = network()
+    saved(net, tmp_path)
+    loaded, facts = training.load_model(tmp_path, size=SIZE, spacing_mm=6.0)
+    assert facts["classes"] == ["A", "G"] and facts["grid"] == {"size": SIZE, "spacing_mm": 6.0}
+    one, two = (training.predict(model, toys(1).ct_hu)[0] for model in (net, loaded))
+    assert np.array_equal(one.heat, two.heat) and np.array_equal(one.probabilities, two.probabilities)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.keras"]
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    saved(network(), tmp_path)
+    with pytest.raises(runs.InputError, match=r"spacing_mm = 6.0, expected 4.0"):
+        training.load_model(tmp_path, spacing_mm=4.0)
+    with pytest.raises(runs.InputError, match=r"size = 16, expected 64"):
+        training.load_model(tmp_path / "model.keras", size=64)
+    facts = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(facts | {"windows_hu": [[-1000, 1000]]}))
+    with pytest.raises(runs.InputError, match="windows_hu"):
+        training.load_model(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(facts | {"model_hash": "0"}))
+    with pytest.raises(runs.InputError, match="model_hash = 0"):
+        training.load_model(tmp_path)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(runs.InputError, match="model.json does not exist"):
+        training.load_model(tmp_path)
+    with pytest.raises(runs.InputError, match="does not exist: train one with chapter 5"):
+        training.load_model(tmp_path / "nowhere" / "model.keras")
+
+
+def test_predict_refuses_another_grid_and_takes_nothing():
+    words = r"volumes have shape \(8, 8, 8\), the network was trained on \(16, 16, 16\)"
+    with pytest.raises(runs.InputError, match=words):
+        training.predict(network(), np.zeros((1, 8, 8, 8), "int16"))
+    assert training.predict(network(), np.zeros((0, SIZE, SIZE, SIZE), "int16")) == []
+    bare = training.predict(network(["A"]), toys(1).ct_hu)[0]
+    assert bare.probabilities.shape == (0,)

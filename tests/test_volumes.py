@@ -1,0 +1,711 @@
+"""Chapter 3: nothing is lost between the scanner's voxels and the cube, and the store survives what happens to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from lungct import dicom, runs, volumes
+from lungct.volumes import Grid, axis_weights, build_cohort, find_lungs, load_cohort, load_volume, resample_area
+
+SUPERSAMPLE = 0.02  # HU-scale tolerance of float32 sums
+
+
+def stack_of(hu_zyx, affine, name="toy"):
+    hu_zyx, affine = np.asarray(hu_zyx, np.int16), np.asarray(affine, float)
+    return dicom.Stack(stack_id=name, hu_zyx=hu_zyx, affine=affine, modality="CT", sop_uids=(), padding_voxels=0)
+
+
+def affine_of(spacing_xyz, origin=(0, 0, 0), directions=None):
+    affine = np.eye(4)
+    affine[:3, :3] = (np.eye(3) if directions is None else directions) * np.asarray(spacing_xyz, float)
+    affine[:3, 3] = origin
+    return affine
+
+
+def rotation(degrees, axes=(0, 1)):
+    turn, (a, b), angle = np.eye(3), axes, np.radians(degrees)
+    turn[a, a] = turn[b, b] = np.cos(angle)
+    turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+    return turn
+
+
+# ------------------------------------------------------------------ averaging
+
+
+def overlap_means(values, spacing_zyx, origin_edge_zyx, grid_spacing, low_edge_zyx, shape):
+    """The definition, written out: for each target voxel the overlap of every source voxel."""
+    out = np.empty(shape)
+    for index in np.ndindex(*shape):
+        weights = []
+        for axis in range(3):
+            low = low_edge_zyx[axis] + index[axis] * grid_spacing
+            high, n = low + grid_spacing, values.shape[axis]
+            starts = [origin_edge_zyx[axis] + i * spacing_zyx[axis] for i in range(n)]
+            cells = [max(0.0, min(high, start + spacing_zyx[axis]) - max(low, start)) for start in starts]
+            weights.append(np.array(cells) / grid_spacing)
+        share = weights[0][:, None, None] * weights[1][None, :, None] * weights[2]
+        out[index] = (share * values).sum() + (1 - share.sum()) * volumes.AIR_HU
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    spacing=st.tuples(*[st.floats(0.4, 5.9)] * 3),
+    shift=st.tuples(*[st.floats(-15, 15)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_area_means_equal_the_definition(shape, spacing, shift, seed):
+    values = np.random.default_rng(seed).integers(-1024, 3000, shape).astype(np.int16)
+    origin = np.array(shift) + np.array(spacing[::-1]) / 2 - np.array(shape[::-1]) * np.array(spacing[::-1]) / 2
+    target = Grid(4, 6.0).affine((0, 0, 0))
+    got = resample_area(values, affine_of(spacing[::-1], origin), target, (4, 4, 4))
+    edges = (origin - np.array(spacing[::-1]) / 2)[::-1]
+    want = overlap_means(values.astype(float), spacing, edges, 6.0, (-12, -12, -12), (4, 4, 4))
+    assert np.sqrt(np.mean((got - want) ** 2)) < SUPERSAMPLE
+    assert np.sqrt(np.mean((np.rint(got) - want) ** 2)) <= 1.0  # the goal of the project, after rounding to HU
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), step=st.floats(0.2, 9.0), first=st.floats(-20, 20), backwards=st.booleans())
+def test_axis_weights_rows_sum_to_the_covered_share(n, step, first, backwards):
+    weights = axis_weights(n, first, -step if backwards else step, 7)
+    edges = first + (-step if backwards else step) * np.arange(8)
+    low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
+    share = np.clip(np.minimum(high, n) - np.maximum(low, 0), 0, None) / step
+    assert weights.min() >= 0
+    assert np.allclose(weights.sum(axis=1), share, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(spacing=st.tuples(*[st.floats(0.5, 5.9)] * 3), seed=st.integers(0, 1000))
+def test_mass_is_kept(spacing, seed):
+    values = np.random.default_rng(seed).integers(-1024, 2000, (12, 14, 10)).astype(np.int16)
+    shape_xyz, spacing_xyz = np.array((10, 14, 12)), np.array(spacing[::-1])
+    affine = affine_of(spacing_xyz, -(shape_xyz - 1) / 2 * spacing_xyz + 1.3)
+    out = resample_area(values, affine, Grid(20, 6.0).affine((0, 0, 0)), (20,) * 3)
+    assert (out + 1024).sum(dtype=float) * 216 == pytest.approx((values + 1024.0).sum() * np.prod(spacing), rel=1e-5)
+
+
+def sphere(centre_mm, radius_mm, spacing=(0.7, 0.7, 1.25), shape=(60, 96, 96), background=-850, value=40):
+    """Anti-aliased sphere; the volume's middle is at 0 mm."""
+    affine = affine_of(spacing, [-(n - 1) / 2 * s for n, s in zip(shape[::-1], spacing, strict=True)])
+    z, y, x = (np.arange(n) * s - (n - 1) / 2 * s for n, s in zip(shape, spacing[::-1], strict=True))
+    z, y, x = z[:, None, None] - centre_mm[2], y[None, :, None] - centre_mm[1], x - centre_mm[0]
+    distance = np.sqrt(z**2 + y**2 + x**2)
+    inside = np.clip((radius_mm - distance) / 0.8 + 0.5, 0, 1)
+    return background + (value - background) * inside, affine, inside.sum() * np.prod(spacing)
+
+
+@settings(max_examples=25, deadline=None)
+@given(centre=st.tuples(*[st.floats(-6, 6)] * 3))
+def test_a_6_mm_nodule_is_never_lost(centre):
+    values, affine, volume_mm3 = sphere(centre, 3.0)
+    out = resample_area(values, affine, Grid(8, 6.0).affine((0, 0, 0)), (8,) * 3)
+    signal = out + 850
+    assert signal[1:-1, 1:-1, 1:-1].max() > 50  # at worst split between eight voxels; the noise left is a few HU
+    assert signal[1:-1, 1:-1, 1:-1].sum() * 216 == pytest.approx(890 * volume_mm3, rel=0.01)
+    inner, places = np.clip(signal[1:-1, 1:-1, 1:-1], 0, None), np.arange(6) * 6 - 15
+    found = [(inner.sum(axis=other) * places).sum() / inner.sum() for other in ((0, 1), (0, 2), (1, 2))]
+    assert np.allclose(found, centre, atol=1.5)  # a quarter of a voxel: inside one voxel a place is not seen
+
+
+def test_outside_is_air_and_a_half_covered_voxel_is_half_air():
+    out = resample_area(np.zeros((2, 2, 2), np.int16), np.eye(4), affine_of((2, 2, 2), (-0.5, 0.5, 0.5)), (1, 1, 2))
+    assert out.ravel().tolist() == [-512.0, -512.0]
+    far = resample_area(np.zeros((2, 2, 2), np.int16), np.eye(4), affine_of((2, 2, 2), (500, 0, 0)), (2, 2, 2))
+    assert (far == volumes.AIR_HU).all()
+
+
+def test_suv_has_its_own_outside():
+    out = resample_area(np.ones((1, 1, 1), np.float32), np.eye(4), affine_of((2, 2, 2)), (1, 1, 1), outside=0.0)
+    assert out.item() == pytest.approx(1 / 8)  # one cubic millimetre of eight, nothing else
+
+
+# --------------------------------------------- any spacing and direction, against SimpleITK
+
+
+def smooth(points_mm):
+    x, y, z = np.moveaxis(points_mm, -1, 0)
+    return 300 * np.sin(x / 40) + 200 * np.cos(y / 35 + 0.3) + 4 * z + 100 * np.sin((x + z) / 60)
+
+
+def sampled(affine, shape_zyx):
+    z, y, x = np.meshgrid(*[np.arange(n) for n in shape_zyx], indexing="ij")
+    return smooth(np.stack([x, y, z], -1) @ affine[:3, :3].T + affine[:3, 3])
+
+
+FLIPS = {
+    "axial": np.eye(3),
+    "feet first": np.diag([1.0, -1.0, -1.0]),
+    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]).T,
+    "sagittal, mirrored": np.array([[0, 0, -1.0], [1, 0, 0], [0, 1, 0]]),
+    "oblique 12": rotation(12),
+    "oblique twice": rotation(25) @ rotation(-17, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FLIPS)
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.0), (0.9, 1.1, 7.0)])
+def test_orientations_agree_with_simpleitk_on_smooth_functions(name, spacing):
+    sitk = pytest.importorskip("SimpleITK")
+    shape_zyx = [int(130 / s) for s in spacing[::-1]]
+    affine = affine_of(spacing, directions=FLIPS[name])
+    affine[:3, 3] -= affine[:3, :3] @ ((np.array(shape_zyx[::-1]) - 1) / 2)
+    values = sampled(affine, shape_zyx)
+    target = Grid(12, 6.0).affine((3.3, -2.1, 1.7))
+    got = resample_area(values, affine, target, (12,) * 3)
+
+    image = sitk.GetImageFromArray(values.astype(np.float32))
+    image.SetSpacing([float(s) for s in spacing])
+    image.SetDirection(FLIPS[name].ravel().tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    to = (sitk.sitkLinear, target[:3, 3].tolist(), [6.0] * 3, np.eye(3).ravel().tolist(), -1024.0)
+    want = sitk.GetArrayFromImage(sitk.Resample(image, [12] * 3, sitk.Transform(), *to))
+    assert want.min() > -1000  # the grid lies inside the source
+    assert np.abs(got - want).max() < 8  # averaging and picking differ by the curvature of the function only
+    assert np.abs(got - sampled(target, (12,) * 3)).max() < 8
+
+
+def test_oblique_keeps_mass_and_centre_of_a_nodule():
+    values, straight, volume_mm3 = sphere((0, 0, 0), 3.0)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(20) @ rotation(11, (1, 2))
+    affine = affine @ straight
+    for shift in (0.0, 1.5, 3.0):
+        out = resample_area(values, affine, Grid(8, 6.0).affine((shift, shift, 0)), (8,) * 3)[2:6, 2:6, 2:6] + 850
+        assert out.max() > 50
+        assert out.sum() * 216 == pytest.approx(890 * volume_mm3, rel=0.08)
+
+
+def test_tiny_rounding_of_cosines_still_counts_as_parallel():
+    values = np.random.default_rng(0).integers(-1000, 1000, (10, 40, 40)).astype(np.int16)
+    clean = affine_of((1, 1, 3))
+    dirty = clean.copy()
+    dirty[:3, :3] = rotation(np.degrees(2e-5)) @ clean[:3, :3]
+    grid = Grid(6, 6.0).affine((18, 18, 14))
+    difference = resample_area(values, clean, grid, (6,) * 3) - resample_area(values, dirty, grid, (6,) * 3)
+    assert np.abs(difference).max() < 1
+
+
+# ------------------------------------------------------------------ grid, boxes, masks
+
+
+@given(
+    centre=st.tuples(*[st.floats(-500, 500)] * 3),
+    size=st.integers(1, 200),
+    spacing=st.floats(0.5, 12),
+    corners=st.lists(st.floats(-900, 900), min_size=6, max_size=6),
+)
+def test_round_trip_between_mm_and_grid(centre, size, spacing, corners):
+    affine = Grid(size, spacing).affine(centre)
+    assert np.abs(volumes.boxes_to_mm(affine, volumes.boxes_to_grid(affine, [corners])) - corners).max() < 1e-3
+    middle = dicom.to_mm(affine, [[(size - 1) / 2] * 3])[0]
+    assert np.allclose(middle, centre, atol=1e-6)
+
+
+def test_the_whole_cube_is_the_box_from_0_to_size():
+    grid = Grid(10, 4.0)
+    box = volumes.boxes_to_grid(grid.affine((5, 6, 7)), [[-15, -14, -13, 25, 26, 27]])
+    assert np.allclose(box, [[0, 0, 0, 10, 10, 10]])
+
+
+def test_grid_refuses_nonsense():
+    with pytest.raises(runs.InputError, match=r"grid of 0 voxels of 6.0 mm"):
+        Grid(0)
+    with pytest.raises(runs.InputError, match="above zero"):
+        Grid(64, -1.0)
+
+
+def lesion_tables(rectangles, affine):
+    """Boxes and hulls of lesions given as {lesion: {slice: (xmin, ymin, xmax, ymax)}}."""
+    boxes, lesions = [], []
+    for name, by_slice in rectangles.items():
+        for k, (x0, y0, x1, y1) in by_slice.items():
+            boxes.append({"lesion_id": name, "slice_index": k, "xmin": x0, "ymin": y0, "xmax": x1, "ymax": y1})
+        r = np.array(list(by_slice.values()), float)
+        low = [r[:, 0].min() - 0.5, r[:, 1].min() - 0.5, min(by_slice) - 0.5]
+        high = [r[:, 2].max() - 0.5, r[:, 3].max() - 0.5, max(by_slice) + 0.5]
+        corners = np.array(np.meshgrid(*zip(low, high, strict=True))).reshape(3, -1).T
+        mm = corners @ affine[:3, :3].T + affine[:3, 3]
+        lesions.append({"lesion_id": name, **dict(zip(volumes.CORNERS_MM, [*mm.min(0), *mm.max(0)], strict=True))})
+    columns = ["lesion_id", "slice_index", "xmin", "ymin", "xmax", "ymax"]
+    return pd.DataFrame(lesions, columns=["lesion_id", *volumes.CORNERS_MM]), pd.DataFrame(boxes, columns=columns)
+
+
+SOURCE = affine_of((0.8, 0.8, 5.0), (-102, -102, -100))  # 256 x 256 x 41, about 0 mm
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_every_lesion_inside_keeps_a_numbered_voxel_inside_its_box(data):
+    number = data.draw(st.integers(1, 6))
+    rectangles = {}
+    for n in range(number):
+        x0, y0 = data.draw(st.integers(0, 200)), data.draw(st.integers(0, 200))
+        w, h = data.draw(st.integers(1, 55)), data.draw(st.integers(1, 55))
+        first, count = data.draw(st.integers(0, 35)), data.draw(st.integers(1, 5))
+        rectangles[f"l{n}"] = dict.fromkeys(range(first, first + count), (x0, y0, x0 + w, y0 + h))
+    lesions, boxes = lesion_tables(rectangles, SOURCE)
+    placed = volumes.place_lesions(lesions, boxes, SOURCE, Grid(40, 6.0).affine((0, 0, 0)), 40)
+    assert placed["lesions_outside"] == placed["lesions_cut"] == 0
+    assert sorted(np.unique(placed["mask"]))[-number:] == list(range(1, number + 1))
+    for n, box in enumerate(placed["boxes_zyx"], 1):
+        voxels = np.argwhere(placed["mask"] == n)
+        assert (voxels >= np.floor(box[:3]) - 1e-3).all() and (voxels + 1 <= np.ceil(box[3:]) + 1e-3).all()
+
+
+def test_mask_volume_and_centre_match_the_boxes():
+    rectangles = {"l0": dict.fromkeys(range(12, 22), (60, 70, 130, 120))}
+    lesions, boxes = lesion_tables(rectangles, SOURCE)
+    grid_affine = Grid(40, 6.0).affine((1.1, -2.2, 3.3))
+    mask = volumes.place_lesions(lesions, boxes, SOURCE, grid_affine, 40)["mask"]
+    assert mask.astype(bool).sum() * 216 == pytest.approx(70 * 50 * 10 * 0.8 * 0.8 * 5, rel=0.25)
+    centre = dicom.to_mm(grid_affine, np.argwhere(mask)[:, ::-1]).mean(axis=0)
+    assert np.allclose(centre, dicom.to_mm(SOURCE, [[94.5, 94.5, 16.5]])[0], atol=3.0)
+
+
+def test_a_lesion_on_one_thin_slice_keeps_its_area():
+    lesions, boxes = lesion_tables({"l0": {20: (50, 50, 110, 110)}}, SOURCE)
+    grid_affine = Grid(40, 6.0).affine((0, 0, 0))
+    mask = volumes.place_lesions(lesions, boxes, SOURCE, grid_affine, 40)["mask"]
+    assert mask.any(axis=0).sum() * 36 == pytest.approx(48 * 48, rel=0.3)
+
+
+def test_bridged_slices_are_interpolated():
+    drawn = {"slice_index": [4, 6], "xmin": [0, 10], "ymin": [0, 0], "xmax": [20, 40], "ymax": [8, 8]}
+    first, outline = volumes._outline(pd.DataFrame(drawn))
+    assert first == 4 and outline.tolist() == [[0, 0, 20, 8], [5, 0, 30, 8], [10, 0, 40, 8]]
+
+
+def test_cut_and_outside_lesions_are_counted():
+    rectangles = {"in": {20: (100, 100, 140, 140)}, "cut": {20: (0, 100, 60, 140)}, "out": {20: (0, 0, 10, 10)}}
+    lesions, boxes = lesion_tables(rectangles, SOURCE)
+    placed = volumes.place_lesions(lesions, boxes, SOURCE, Grid(20, 6.0).affine((0, 0, 0)), 20)
+    assert list(placed["lesion_ids"]) == ["in", "cut"]
+    assert (placed["lesions_cut"], placed["lesions_outside"]) == (1, 1)
+    assert placed["boxes_zyx"].min() >= 0 and placed["boxes_zyx"].max() <= 20
+    assert set(np.unique(placed["mask"])) == {0, 1, 2}
+
+
+def test_two_lesions_in_one_voxel_both_survive():
+    lesions, boxes = lesion_tables({"a": {20: (128, 128, 130, 130)}, "b": {20: (128, 128, 130, 130)}}, SOURCE)
+    mask = volumes.place_lesions(lesions, boxes, SOURCE, Grid(40, 6.0).affine((0, 0, 0)), 40)["mask"]
+    assert {1, 2} <= set(np.unique(mask))
+
+
+def test_no_lesions_give_empty_arrays_of_the_right_shape():
+    lesions, boxes = lesion_tables({}, SOURCE)
+    placed = volumes.place_lesions(lesions, boxes, SOURCE, Grid(8, 6.0).affine((0, 0, 0)), 8)
+    assert placed["boxes_zyx"].shape == (0, 6) and placed["mask"].sum() == 0 and len(placed["lesion_ids"]) == 0
+
+
+# ------------------------------------------------------------------ lungs
+
+
+def thorax(
+    lungs=(-1, 1), shape=(36, 80, 90), spacing=(8.0, 5.0, 5.0), arm=False, bowel=False, shift=(0, 0, 0), noise=0
+):
+    """Body, lungs, hollow table; lungs 80 mm beside the middle, which is at `shift` mm (x, y, z)."""
+    places = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+    z, y, x = np.meshgrid(*places, indexing="ij")
+    x, y, z = x - shift[0], y - shift[1], z - shift[2]
+    hu = np.where((x / 190) ** 2 + (y / 120) ** 2 < 1, 40, -1000)
+    for side in lungs:
+        hu[((x - 80 * side) / 60) ** 2 + (y / 80) ** 2 + (z / 110) ** 2 < 1] = -850
+    if arm:
+        hu[(x - 230) ** 2 + (y + 20) ** 2 < 35**2] = 40
+    if bowel:
+        hu[(x / 40) ** 2 + ((y + 60) / 25) ** 2 + ((z + 190) / 25) ** 2 < 1] = -1000
+    table = (abs(x) < 200) & (y > 150) & (y < 190)
+    hu[table] = -950
+    hu[table & ((y < 155) | (y > 185))] = -100
+    affine = affine_of(spacing[::-1], [-(n - 1) / 2 * s for n, s in zip(shape[::-1], spacing[::-1], strict=True)])
+    hu = hu + np.random.default_rng(0).normal(0, noise, hu.shape) if noise else hu
+    return stack_of(hu, affine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lungs": (-1,)},
+        {"lungs": (1,)},
+        {"arm": True},
+        {"noise": 60},
+        {"shift": (30, -12, 0)},
+        {"bowel": True, "shape": (70, 80, 90)},
+    ],
+    ids=str,
+)
+def test_lungs_are_found(options):
+    found = find_lungs(thorax(**options))
+    assert found.centred_on == "lungs"
+    assert np.allclose(found.centre_mm, options.get("shift", (0, 0, 0)), atol=13)
+    assert 1.0 < found.litres < 6.0
+
+
+def test_lungs_in_a_whole_body_scan():
+    stack = thorax(shape=(120, 80, 90), shift=(0, 0, 250), bowel=True)
+    found = find_lungs(stack)
+    assert found.centred_on == "lungs" and abs(found.centre_mm[2] - 250) < 13
+
+
+def test_lungs_cut_by_a_small_field_of_view():
+    stack = thorax()
+    narrow = stack_of(stack.hu_zyx[:, 15:65, 18:-18], stack.affine @ affine_of((1, 1, 1), (18, 15, 0)))
+    short = stack_of(stack.hu_zyx[12:24], stack.affine @ affine_of((1, 1, 1), (0, 0, 12)))
+    for cropped in (narrow, short):
+        found = find_lungs(cropped)
+        assert found.centred_on == "lungs" and np.allclose(found.centre_mm, 0, atol=13)
+
+
+@pytest.mark.parametrize("name", ["feet first", "oblique 12", "oblique twice"])
+def test_lungs_do_not_depend_on_the_direction_of_the_scan(name):
+    stack = thorax()
+    turned = np.eye(4)
+    turned[:3, :3] = FLIPS[name]
+    found = find_lungs(stack_of(stack.hu_zyx, turned @ stack.affine))
+    assert found.centred_on == "lungs" and np.allclose(found.centre_mm, 0, atol=13)
+
+
+def test_no_lungs_falls_back_and_says_so():
+    body = find_lungs(thorax(lungs=()))
+    assert body.centred_on == "body" and body.litres == 0 and np.allclose(body.centre_mm, 0, atol=13)
+    air = thorax(lungs=())
+    nothing = find_lungs(stack_of(np.full_like(air.hu_zyx, -1000), air.affine))
+    assert nothing.centred_on == "stack" and np.allclose(nothing.centre_mm, 0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ the store
+
+
+def write_series(folder, patient, hu_zyx, spacing):
+    """A CT series as files that chapter 1 can read, middle at 0 mm."""
+    folder.mkdir(parents=True)
+    study, series, frame = (generate_uid(entropy_srcs=[patient, name]) for name in ("study", "series", "frame"))
+    for k, image in enumerate(hu_zyx):
+        uid = generate_uid(entropy_srcs=[patient, str(k)])
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, uid
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, uid
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = study, series
+        ds.PatientID, ds.Modality, ds.FrameOfReferenceUID = patient, "CT", frame
+        ds.InstanceNumber, ds.SeriesNumber = k + 1, 2
+        ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *image.shape, 1, "MONOCHROME2"
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit, ds.PixelRepresentation, ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 15, 1, 1, -1024, "HU"
+        ds.PixelSpacing, ds.SliceThickness = [spacing[1], spacing[2]], spacing[0]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.ImagePositionPatient = [-(n - 1) / 2 * s for n, s in zip(hu_zyx.shape[:0:-1], spacing[:0:-1], strict=True)]
+        ds.ImagePositionPatient.append((k - (len(hu_zyx) - 1) / 2) * spacing[0])
+        ds.ImageType, ds.StudyDate, ds.PatientPosition = ["ORIGINAL", "PRIMARY", "AXIAL"], "20200101", "HFS"
+        ds.PixelData = (image + 1024).astype("<i2").tobytes()
+        ds.save_as(folder / f"1-{k + 1:02d}.dcm", enforce_file_format=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Root of six small patients and the tables that chapters 1 and 2 would hand on."""
+    root = tmp_path_factory.mktemp("dicom")
+    for n in range(6):
+        hu = thorax(shape=(16, 40, 50), spacing=(20.0, 10.0, 10.0), shift=(0, 5 * n, 0)).hu_zyx
+        write_series(root / f"P{n}", f"P{n}", hu, (20.0, 10.0, 10.0))
+    instances, _ = dicom.index_dicom(root, workers=1)
+    stacks, instances = dicom.build_stacks(instances)
+    assert (stacks.status == "accepted").sum() == 6
+    tables = []
+    for stack in stacks.sort_values("stack_id").itertuples():
+        rectangles = {f"{stack.stack_id}-1": {5: (14, 18, 18, 22), 6: (14, 18, 18, 22)}}
+        pair = lesion_tables(rectangles, np.reshape(stack.affine, (4, 4)))
+        tables.append([table.assign(stack_id=stack.stack_id) for table in pair])
+    lesions, boxes = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
+    return root, instances, stacks, lesions, boxes
+
+
+GRID = Grid(24, 16.0)
+
+
+def build(source, out, **options):
+    outcomes = {}
+    options = {"grid": GRID, "workers": 1, **options}
+    return build_cohort(*source, out, **options, on_done=outcomes.__setitem__), outcomes
+
+
+def bytes_of(out):
+    return {p.name: p.read_bytes() for p in sorted((out / "volumes").glob("*.npz"))}
+
+
+def test_build_then_nothing_left_to_do(source, tmp_path):
+    cohort, outcomes = build(source, tmp_path)
+    assert list(cohort.stack_id) == sorted(cohort.stack_id) and set(outcomes.values()) == {"built"}
+    assert (cohort.lesions == 1).all() and (cohort.mask_voxels >= 1).all() and (cohort.lesions_cut == 0).all()
+    assert set(cohort.centred_on) == {"lungs"}
+    assert not cohort.has_pet.any() and set(cohort.pet) == {"no PET in this study"}
+    before = bytes_of(tmp_path)
+    again, outcomes = build(source, tmp_path)
+    assert set(outcomes.values()) == {"kept"} and bytes_of(tmp_path) == before
+    pd.testing.assert_frame_equal(cohort, again)
+
+
+def test_processes_give_the_same_bytes(source, tmp_path):
+    one, _ = build(source, tmp_path / "one")
+    two, _ = build(source, tmp_path / "two", workers=2)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_volume_holds_what_the_source_holds(source, tmp_path):
+    root, instances, _, lesions, _ = source
+    cohort, _ = build(source, tmp_path)
+    row = cohort.iloc[0]
+    volume = load_volume(tmp_path / row.file)
+    stack = dicom.read_stack(instances[instances.stack_id == row.stack_id], root)
+    assert volume.ct_hu.dtype == np.int16 and volume.mask.dtype == np.uint8 and volume.boxes_zyx.dtype == np.float32
+    want = resample_area(stack.hu_zyx, stack.affine, volume.affine, (24,) * 3)
+    assert np.abs(volume.ct_hu - want).max() <= 0.5
+    assert (volume.ct_hu.min(), volume.ct_hu.max()) == (row.hu_min, row.hu_max)
+    assert volume.meta["uids"]["patient_id"] == row.patient_id and volume.meta["content_hash"] == row.content_hash
+    hull = lesions[lesions.stack_id == row.stack_id][volumes.CORNERS_MM].to_numpy(float)
+    assert np.abs(volumes.boxes_to_mm(volume.affine, volume.boxes_zyx) - hull).max() < 1e-3
+
+
+def test_corrupt_and_missing_entries_are_rebuilt(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    before = bytes_of(tmp_path)
+    files = [tmp_path / f for f in cohort.file]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:1000])
+    flipped = bytearray(files[2].read_bytes())
+    flipped[2000] ^= 1
+    files[2].write_bytes(flipped)
+    files[3].write_bytes(b"")
+    cohort.to_parquet(tmp_path / "cohort.parquet")
+    with pytest.raises(volumes.CorruptVolume, match=r"run chapter 3 to rebuild it"):
+        load_cohort(tmp_path, [cohort.stack_id[2]])
+    again, outcomes = build(source, tmp_path)
+    assert [outcomes[s] for s in cohort.stack_id] == ["built"] * 4 + ["kept"] * 2
+    assert bytes_of(tmp_path) == before
+    pd.testing.assert_frame_equal(cohort, again)
+
+
+def test_another_entry_under_the_wrong_name_is_not_taken(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    before = bytes_of(tmp_path)
+    (tmp_path / cohort.file[0]).write_bytes((tmp_path / cohort.file[1]).read_bytes())
+    _, outcomes = build(source, tmp_path)
+    assert outcomes[cohort.stack_id[0]] == "built" and bytes_of(tmp_path) == before
+
+
+def test_changed_parameters_and_inputs_rebuild_what_they_touch(source, tmp_path, monkeypatch):
+    root, instances, stacks, lesions, boxes = source
+    cohort, _ = build(source, tmp_path)
+    moved = lesions.copy()
+    moved.loc[moved.stack_id == cohort.stack_id[0], "x1_mm"] += 5
+    _, outcomes = build((root, instances, stacks, moved, boxes), tmp_path)
+    assert [s for s, o in outcomes.items() if o == "built"] == [cohort.stack_id[0]]
+    build(source, tmp_path)
+    _, outcomes = build(source, tmp_path, grid=Grid(20, 16.0))
+    assert set(outcomes.values()) == {"built"}
+    monkeypatch.setattr(volumes, "CODE_VERSION", "another")
+    _, outcomes = build(source, tmp_path, grid=Grid(20, 16.0))
+    assert set(outcomes.values()) == {"built"}
+
+
+def test_one_bad_stack_costs_that_stack(source, tmp_path):
+    root, instances, stacks, lesions, boxes = source
+    victim = sorted(stacks.stack_id)[2]
+    instances = instances.copy()
+    instances.loc[instances.stack_id == victim, "path"] = "gone/1-01.dcm"
+    cohort, outcomes = build((root, instances, stacks, lesions, boxes), tmp_path)
+    bad = cohort[cohort.stack_id == victim].iloc[0]
+    assert (bad.status, bad.reason) == ("excluded", volumes.BuildProblem.FAILED.value)
+    assert "gone" in bad.detail and pd.isna(bad.file)
+    assert (cohort.status == "accepted").sum() == 5 and outcomes[victim] == "excluded"
+    assert bad.patient_id.startswith("P") and pd.isna(bad.lesions)
+    cohort.to_parquet(tmp_path / "cohort.parquet")
+    assert len(load_cohort(tmp_path)) == 5
+    with pytest.raises(KeyError, match=f"1 of 1 stacks have no volume in .*{victim}"):
+        load_cohort(tmp_path, [victim])
+
+
+def test_when_no_stack_can_be_built_it_says_so(source, tmp_path):
+    _, instances, stacks, lesions, boxes = source
+    with pytest.raises(runs.InputError, match="none of 6 CT stacks could be built; P0"):
+        build((tmp_path / "nowhere", instances, stacks, lesions, boxes), tmp_path)
+
+
+def test_empty_cohort_keeps_columns_and_types(source, tmp_path):
+    root, instances, stacks, lesions, boxes = source
+    full, _ = build(source, tmp_path / "full")
+    empty, _ = build((root, instances[:0], stacks[:0], lesions[:0], boxes[:0]), tmp_path / "empty")
+    assert len(empty) == 0 and list(empty.columns) == list(full.columns)
+    assert empty.dtypes.equals(full.dtypes)
+    runs.save_table(empty, tmp_path / "empty" / "cohort.parquet")
+    loaded = load_cohort(tmp_path / "empty")
+    assert len(loaded) == 0 and loaded.ct_hu.shape == (0, 0, 0, 0) and loaded.boxes_zyx == []
+
+
+def test_load_cohort_keeps_the_order_it_is_asked_for(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
+    wanted = [cohort.stack_id[4], cohort.stack_id[1]]
+    loaded = load_cohort(tmp_path, wanted)
+    assert list(loaded.table.stack_id) == wanted and len(loaded) == 2
+    assert np.array_equal(loaded.ct_hu[0], load_volume(tmp_path / cohort.file[4]).ct_hu)
+    assert np.allclose(loaded.affines[1].ravel(), cohort.affine[1])
+    assert loaded.ct_hu.shape == (2, 24, 24, 24) and [len(b) for b in loaded.boxes_zyx] == [1, 1]
+
+
+KILLED = """
+import sys, time
+import pandas as pd
+from lungct import volumes
+if __name__ == "__main__":
+    out, root, tables = sys.argv[1:]
+    frames = [pd.read_parquet(f"{tables}/{name}.parquet") for name in ("instances", "stacks", "lesions", "boxes")]
+    volumes.build_cohort(root, *frames, out, volumes.Grid(24, 16.0), workers=int(sys.stdin.readline()),
+                         on_done=lambda stack_id, outcome: (print(stack_id, flush=True), time.sleep(0.2)))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigkill_in_the_middle_then_the_next_call_completes(source, tmp_path, workers):
+    root, *frames = source
+    for name, frame in zip(("instances", "stacks", "lesions", "boxes"), frames, strict=True):
+        runs.save_table(frame, tmp_path / f"{name}.parquet")
+    build(source, tmp_path / "undisturbed")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(root), str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write(f"{workers}\n")
+    process.stdin.flush()
+    assert process.stdout.readline()  # one stack is done, others are on their way
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    left = bytes_of(tmp_path / "out")
+    assert left and all(load_volume(tmp_path / "out" / "volumes" / name) for name in left)
+    build(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+
+
+def test_old_leftovers_are_swept_and_fresh_ones_left_alone(source, tmp_path):
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    old, fresh = folder / ".a.npz.x.part", folder / ".b.npz.y.part"
+    for part in (old, fresh):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    build(source, tmp_path)
+    assert not old.exists() and fresh.exists()
+
+
+def test_a_worker_that_dies_costs_one_stack(source, tmp_path):
+    """The job of one stack kills its process; the others are built all the same."""
+    jobs = list(volumes._jobs(*source, tmp_path / "volumes", GRID))
+    (tmp_path / "volumes").mkdir()
+    jobs[1]["stack_id"] = Suicide(jobs[1]["stack_id"])
+    rows = [row for row, _ in volumes._in_processes(jobs, 2)]
+    assert sorted(row["status"] for row in rows) == ["accepted"] * 5 + ["excluded"]
+    dead = next(row for row in rows if row["status"] == "excluded")
+    assert dead["reason"] == volumes.BuildProblem.WORKER_DIED.value
+
+
+class Suicide(str):
+    """A name that kills the process which unpickles it."""
+
+    def __reduce__(self):
+        return (_die, ())
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_unreachable_scheduler_is_a_clear_error_within_seconds(source, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(runs.InputError, match=r"no dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        build(source, tmp_path, scheduler="tcp://127.0.0.1:9")
+    assert time.monotonic() - start < 20
+
+
+def test_dask_workers_give_the_same_bytes(source, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    one, _ = build(source, tmp_path / "one")
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster:
+        two, _ = build(source, tmp_path / "two", scheduler=cluster.scheduler_address)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    pd.testing.assert_frame_equal(one, two)
+
+
+# ------------------------------------------------------------------ PET
+
+
+def pet_tables():
+    ct = {"stack_id": "ct", "modality": "CT", "status": "accepted", "slices": 20}
+    ct |= {"study_uid": "s", "frame_of_reference_uid": "f"}
+    return pd.DataFrame([ct, {**ct, "stack_id": "pet", "modality": "PT"}])
+
+
+def test_pet_is_taken_only_from_the_same_space():
+    stacks = pet_tables()
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == (["pet"], "same frame of reference")
+    stacks.loc[1, "frame_of_reference_uid"] = "g"
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], "PET in another frame of reference")
+    stacks["frame_of_reference_uid"] = None
+    assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == []
+    stacks.loc[1, "study_uid"] = "t"
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], "no PET in this study")
+
+
+def test_the_largest_of_several_pets_comes_first():
+    stacks = pet_tables()
+    stacks = pd.concat([stacks, stacks[1:].assign(stack_id="more", slices=30)], ignore_index=True)
+    assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == ["more", "pet"]
+
+
+def test_the_first_pet_with_valid_suv_is_taken_and_lies_on_the_grid(monkeypatch):
+    affine = affine_of((6, 6, 6), (-9, -9, -9))
+
+    def read_stack(frame, root):
+        if frame.stack_id[0] == "uncorrected":
+            raise ValueError("no SUV")
+        return dicom.Stack("pet", None, affine, "PT", (), 0, np.full((4, 4, 4), 2.5, np.float32))
+
+    monkeypatch.setattr(dicom, "read_stack", read_stack)
+    frames = [pd.DataFrame({"stack_id": [name]}) for name in ("uncorrected", "corrected")]
+    job = {"pets": frames, "pet": "same frame of reference", "root": "."}
+    suv, words = volumes._pet_on_grid(job, Grid(6, 6.0).affine((0, 0, 0)), Grid(6, 6.0))
+    assert words == "same frame of reference" and suv.sum() == pytest.approx(64 * 2.5) and suv[0, 0, 0] == 0
+    suv, words = volumes._pet_on_grid({**job, "pets": frames[:1]}, affine, Grid(6, 6.0))
+    assert suv is None and words == "left out: no SUV"
+
+
+# ------------------------------------------------------------------ real series
+
+
+def test_real_series_build(real_data, tmp_path):
+    root = Path(real_data) / "Lung-PET-CT-Dx" / "Lung_Dx-A0006"
+    instances, _ = dicom.index_dicom(root, workers=1)
+    stacks, instances = dicom.build_stacks(instances)
+    lesions, boxes = lesion_tables({}, SOURCE)
+    empty = [t.assign(stack_id=pd.Series(dtype="str")) for t in (lesions, boxes)]
+    cohort = build_cohort(root, instances, stacks, *empty, tmp_path, Grid(), workers=1)
+    assert len(cohort) >= 2 and (cohort.status == "accepted").all() and (cohort.centred_on == "lungs").all()
+    assert ((cohort.hu_mean > -950) & (cohort.hu_mean < -200)).all() and (cohort.lung_litres > 0.4).all()
