@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import nbformat
-import papermill
 from check_notebooks import NBS, ROOT, code_stamps, notebooks
 from nbdev.clean import clean_nb
 from PIL import Image
-from traitlets.config import Config
+
+from lungct import course
 
 RUN = ROOT / "runs" / "phantom"
 LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette of 256 colours
-SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
 
 
 def execute_all() -> dict[Path, Path]:
@@ -28,8 +27,7 @@ def execute_all() -> dict[Path, Path]:
             executed[path] = chapter
         else:
             executed[path] = RUN / "notebooks" / "appendix" / path.name
-            executed[path].parent.mkdir(parents=True, exist_ok=True)
-            papermill.execute_notebook(path, executed[path], cwd=ROOT, progress_bar=False, config=SOCKETS)
+            course.run_chapter(path, executed[path], {}, course.Progress())
     return executed
 
 

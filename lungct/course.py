@@ -7,12 +7,13 @@ __all__ = ['app', 'notebook_folder', 'chapter_parameters', 'parse_parameter', 'r
            'Progress', 'ticking', 'ChapterFailed', 'run_chapter', 'Course', 'plan_course', 'run_course', 'plain_errors',
            'run', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download', 'doctor', 'main']
 
-# %% ../nbs/appendix/course.ipynb #41143f70
+# %% ../nbs/appendix/course.ipynb #d515788c
 import ast
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def ticking(progress: Progress):
         if progress.live:
             worker.join()
 
-# %% ../nbs/appendix/course.ipynb #8232a924
+# %% ../nbs/appendix/course.ipynb #aac9781d
 class ChapterFailed(RuntimeError):
     """A chapter stopped with an error that is not the user's input; holds where and why."""
 
@@ -186,18 +187,19 @@ def run_chapter(notebook: Path, executed: Path, parameters: Mapping, progress: P
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     progress.chapter(notebook.stem, nbformat.read(notebook, as_version=4))
-    with ticking(progress) as note:
+    with tempfile.TemporaryDirectory(prefix="lungct-") as sockets, ticking(progress) as note:
         try:
             papermill.execute_notebook(notebook, executed, dict(parameters), progress_bar=False,
-                                       on_cell_start=note, config=_local_sockets())
+                                       on_cell_start=note, config=_local_sockets(sockets))
         except PapermillExecutionError as error:
             _raise_plainly(error, executed)
 
-# %% ../nbs/appendix/course.ipynb #a96ca1eb
-def _local_sockets():
+# %% ../nbs/appendix/course.ipynb #659568e3
+def _local_sockets(folder: str):
     from traitlets.config import Config
 
-    return Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
+    # the manager takes `ip` as the beginning of the sockets' names
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if os.name == "posix" else {})
 
 
 def _raise_plainly(error, executed: Path) -> None:

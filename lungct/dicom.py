@@ -9,7 +9,7 @@ __all__ = ['INSTANCE_DTYPES', 'PROBLEM_DTYPES', 'AIR_HU', 'LONGEST_UPTAKE_S', 'L
            'slice_normal', 'to_mm', 'to_voxel', 'SuvError', 'suv_factor', 'Exclusion', 'build_stacks', 'Stack',
            'read_stack']
 
-# %% ../nbs/01_explore_dicom.ipynb #6b12b22b
+# %% ../nbs/01_explore_dicom.ipynb #e753f27d
 import hashlib
 import math
 import os
@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 from pydicom import charset
+from pydicom.config import IGNORE
 from pydicom.datadict import tag_for_keyword
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
@@ -51,7 +52,7 @@ def _text(raw: bytes, how: _Decoding) -> str | None:
         text = charset.decode_bytes(raw, list(how.encodings), set())
     return "\\".join(part.replace("\0", "").strip() for part in text.split("\\")).strip("\\") or None
 
-# %% ../nbs/01_explore_dicom.ipynb #84a96fd6
+# %% ../nbs/01_explore_dicom.ipynb #9f510a1b
 def _numbers(raw: bytes, how: _Decoding, count: int) -> list[float] | None:
     """Exactly `count` finite numbers written as text, or None."""
     try:
@@ -66,7 +67,7 @@ def _number(raw: bytes, how: _Decoding) -> float | None:
     values = _numbers(raw.split(b"\\")[0], how, 1)
     return values[0] if values else None
 
-
+# %% ../nbs/01_explore_dicom.ipynb #90ce5c24
 def _whole(raw: bytes, how: _Decoding) -> int | None:
     """A whole number written as text, perhaps with decimals that are all zero ("3.000"), or None."""
     value = _number(raw, how)
@@ -135,7 +136,7 @@ _FIELDS = {**_HEADER, **_TRACER}
 _TRACER_SEQUENCE = "RadiopharmaceuticalInformationSequence"
 _WANTED = [tag_for_keyword(k) for k, _ in _HEADER.values()] + [tag_for_keyword(_TRACER_SEQUENCE), 0x00080005]
 
-# %% ../nbs/01_explore_dicom.ipynb #f3a32a69
+# %% ../nbs/01_explore_dicom.ipynb #778adabe
 _DTYPES = {_text: "str", _whole: "Int64", _short: "Int64", _stored_value: "Int64", _number: "float64", _age: "float64"}
 INSTANCE_DTYPES = {
     "path": "str", **{column: _DTYPES.get(convert, "object") for column, (_, convert) in _FIELDS.items()},
@@ -150,14 +151,14 @@ def _table(rows: list[dict], dtypes: Mapping[str, str]) -> pd.DataFrame:
     columns = {name: pd.Series([row.get(name) for row in rows], dtype=kind) for name, kind in dtypes.items()}
     return pd.DataFrame(columns).sort_values(next(iter(dtypes)), kind="stable", ignore_index=True)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #29574636
 def tag_name(column: str) -> str:
     """The DICOM name and tag behind a column: ``weight_kg`` -> ``PatientWeight (0010,1030)``."""
     keyword = _FIELDS[column][0]
     tag = tag_for_keyword(keyword)
     return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
-# %% ../nbs/01_explore_dicom.ipynb #6182fb53
+# %% ../nbs/01_explore_dicom.ipynb #0549f92a
 class FileProblem(StrEnum):
     """Why a file (or link, or folder) below the root is not in the table of instances."""
 
@@ -174,7 +175,7 @@ class FileProblem(StrEnum):
     NOT_A_FILE = "not a regular file"
     BAD_NAME = "name is not UTF-8"
 
-
+# %% ../nbs/01_explore_dicom.ipynb #4932262d
 class BadFile(ValueError):
     """A file that cannot become an instance; `problem` says of which kind."""
 
@@ -182,31 +183,41 @@ class BadFile(ValueError):
         super().__init__(f"{problem.value}: {detail}")
         self.problem, self.detail = problem, detail
 
-# %% ../nbs/01_explore_dicom.ipynb #1472e55c
+# %% ../nbs/01_explore_dicom.ipynb #aaf58ee5
 _DIRECTORY = "1.2.840.10008.1.3.10"
 
 
-def _find_pixels(stream, size: int, row: dict, explicit: bool) -> int:
-    """Offset of the first pixel byte; BadFile when there are no pixels or too few of them."""
-    start = stream.tell()
-    head = stream.read(12)
-    group = struct.unpack_from("<H", head)[0] if len(head) == 12 else 0
-    if group not in (0x7FE0, 0xE07F):
-        kind = UID(row["sop_class_uid"] or "").name
-        if row["rows"] is None and "Image Storage" not in kind:
-            raise BadFile(FileProblem.NO_IMAGE, f"{kind or 'an object'} holds no pixels")
-        raise BadFile(FileProblem.TRUNCATED, f"the file ends at byte {size:,}, before its pixel data")
-    offset = start + (12 if explicit else 8)
+def _check_length(row: dict, available: int) -> None:
+    """BadFile when the file has fewer bytes left than its pixels need."""
     for column in ("rows", "columns", "bits_allocated"):
         if not row[column]:
             raise BadFile(FileProblem.UNREADABLE, f"{tag_name(column)} is missing")
     pixels = row["rows"] * row["columns"] * (row["samples_per_pixel"] or 1) * (row["frames"] or 1)
     expected = pixels * row["bits_allocated"] // 8
-    if not UID(row["transfer_syntax_uid"]).is_compressed and size - offset < expected:
-        raise BadFile(FileProblem.TRUNCATED, f"pixel data has {size - offset:,} of {expected:,} bytes")
+    if not UID(row["transfer_syntax_uid"]).is_compressed and available < expected:
+        raise BadFile(FileProblem.TRUNCATED, f"pixel data has {available:,} of {expected:,} bytes")
+
+# %% ../nbs/01_explore_dicom.ipynb #df435e83
+def _find_pixels(stream, size: int, row: dict, explicit: bool) -> int:
+    """Offset of the first pixel byte; BadFile when there are no pixels or too few of them."""
+    start = stream.tell()
+    head = stream.read(12)
+    group = struct.unpack_from("<H", head)[0] if len(head) == 12 else 0
+    if group not in (0x7FE0, 0xE07F):                      # either byte order
+        kind = _uid_name(row["sop_class_uid"])
+        if row["rows"] is None and "Image Storage" not in kind:
+            raise BadFile(FileProblem.NO_IMAGE, f"{kind or 'an object'} holds no pixels")
+        raise BadFile(FileProblem.TRUNCATED, f"the file ends at byte {size:,}, before its pixel data")
+    offset = start + (12 if explicit else 8)
+    _check_length(row, size - offset)
     return offset
 
-# %% ../nbs/01_explore_dicom.ipynb #d3632d81
+
+def _uid_name(uid: str | None) -> str:
+    """Name of a UID in the DICOM dictionary, or the UID itself; a malformed one is no reason to complain here."""
+    return UID(uid, IGNORE).name if isinstance(uid, str) else ""
+
+# %% ../nbs/01_explore_dicom.ipynb #d91aafbb
 def _raw(dataset: pydicom.Dataset, keyword: str) -> bytes:
     """Bytes of an element's value, empty when it is absent."""
     element = dataset.get_item(tag_for_keyword(keyword))
@@ -219,7 +230,7 @@ def _raw(dataset: pydicom.Dataset, keyword: str) -> bytes:
 def _convert(dataset: pydicom.Dataset, fields: Mapping, how: _Decoding) -> dict:
     return {column: convert(_raw(dataset, keyword), how) for column, (keyword, convert) in fields.items()}
 
-
+# %% ../nbs/01_explore_dicom.ipynb #ac0476df
 def _decoding(dataset: pydicom.Dataset, syntax: str) -> _Decoding:
     order = ">" if syntax == ExplicitVRBigEndian else "<"
     signed = _short(_raw(dataset, "PixelRepresentation"), _Decoding(order=order)) == 1
@@ -267,7 +278,7 @@ def _row(dataset: pydicom.Dataset, stream, size: int) -> dict:
     row["pixel_offset"] = None if deflated else _find_pixels(stream, size, row, not UID(syntax).is_implicit_VR)
     return row
 
-# %% ../nbs/01_explore_dicom.ipynb #790f8ff0
+# %% ../nbs/01_explore_dicom.ipynb #537890b7
 def _problem(path: str, problem: FileProblem, detail: str) -> dict:
     return {"path": path, "reason": problem.value, "detail": detail}
 
@@ -286,7 +297,7 @@ def _read_one(root: str, relative: str) -> tuple[dict | None, dict | None]:
         problem, detail = FileProblem.UNREADABLE, f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return None, _problem(relative, problem, detail)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #226532f8
 def _read_many(root: str, relatives: list[str]) -> tuple[list[dict], list[dict]]:
     """Headers of many files, in one process."""
     with warnings.catch_warnings():                        # odd values are judged by the converters, not by pydicom
@@ -314,7 +325,7 @@ def _entry_problem(entry: os.DirEntry, folders_seen: set) -> tuple[FileProblem, 
         return FileProblem.NOT_A_FILE, "a pipe, socket or device"
     return None
 
-# %% ../nbs/01_explore_dicom.ipynb #cf499e46
+# %% ../nbs/01_explore_dicom.ipynb #c30b6310
 def _walk(folder: str, folders_seen: set) -> Iterator[tuple[str, tuple[FileProblem, str] | None]]:
     try:
         with os.scandir(folder) as found:
@@ -329,7 +340,7 @@ def _walk(folder: str, folders_seen: set) -> Iterator[tuple[str, tuple[FileProbl
         else:
             yield entry.path, problem
 
-
+# %% ../nbs/01_explore_dicom.ipynb #21b507e3
 def list_files(root: str | os.PathLike) -> tuple[list[str], list[dict]]:
     """Everything below a folder: files to read, and rows for what cannot be read.
 
@@ -422,7 +433,7 @@ def slice_normal(orientation: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(normal)
     return normal / length if length > 0 else np.full(3, math.nan)
 
-# %% ../nbs/01_explore_dicom.ipynb #56d781e0
+# %% ../nbs/01_explore_dicom.ipynb #4bd82a02
 def _affine(position_first: np.ndarray, position_last: np.ndarray, slices: int, orientation: np.ndarray,
             pixel_spacing_mm: np.ndarray) -> np.ndarray:
     """4x4 matrix from (x, y, z) voxel-centre index to LPS mm; `pixel_spacing_mm` is (between rows, between columns)."""
@@ -433,7 +444,7 @@ def _affine(position_first: np.ndarray, position_last: np.ndarray, slices: int, 
     affine[:3, 3] = position_first
     return affine
 
-
+# %% ../nbs/01_explore_dicom.ipynb #275e3b1f
 def to_mm(affine: np.ndarray, points_xyz: np.ndarray) -> np.ndarray:
     """Voxel-centre indices (..., 3), in the order x, y, z, to LPS millimetres."""
     return np.asarray(points_xyz, float) @ affine[:3, :3].T + affine[:3, 3]
@@ -441,10 +452,10 @@ def to_mm(affine: np.ndarray, points_xyz: np.ndarray) -> np.ndarray:
 
 def to_voxel(affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
     """LPS millimetres (..., 3) to voxel-centre indices in the order x, y, z; not rounded."""
-    return np.linalg.solve(affine[:3, :3], (np.asarray(points_mm, float) - affine[:3, 3]).reshape(-1, 3).T).T.reshape(
-        np.shape(points_mm))
+    from_origin = np.asarray(points_mm, float) - affine[:3, 3]
+    return from_origin @ np.linalg.inv(affine[:3, :3]).T
 
-# %% ../nbs/01_explore_dicom.ipynb #e5ec89e8
+# %% ../nbs/01_explore_dicom.ipynb #1bbdfbb4
 AIR_HU = -1024
 
 
@@ -460,7 +471,7 @@ def _rescale(stored: np.ndarray, row: Mapping, whole: bool) -> np.ndarray:
     values = stored.astype(kind) * kind(row["rescale_slope"]) + kind(row["rescale_intercept"])
     return values if whole else values.astype(np.float32)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #76870a20
 def _to_hu(stored: np.ndarray, row: Mapping, whole: bool) -> tuple[np.ndarray, int]:
     """Hounsfield units with air where nothing was measured, and how many voxels that were."""
     hu = _rescale(stored, row, whole)
@@ -468,7 +479,7 @@ def _to_hu(stored: np.ndarray, row: Mapping, whole: bool) -> tuple[np.ndarray, i
     hu[outside] = AIR_HU
     return hu, int(outside.sum())
 
-# %% ../nbs/01_explore_dicom.ipynb #cff38025
+# %% ../nbs/01_explore_dicom.ipynb #797578c3
 class SuvError(ValueError):
     """A PET header that does not allow a standardised uptake value; the message names the element."""
 
@@ -483,7 +494,7 @@ def _needed(header: Mapping, column: str, least: float = 0.0) -> float:
         raise SuvError(f"{tag_name(column)} is {'missing' if pd.isna(value) else f'{value:g}'}: no SUV")
     return float(value)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #d48df882
 def _clock_s(header: Mapping, column: str) -> float | None:
     """Seconds since midnight of a time (HHMMSS.F) or date-time (YYYYMMDDHHMMSS.F) element."""
     text = header[column] if isinstance(header[column], str) else ""
@@ -576,7 +587,7 @@ SAME_DIRECTION = 1e-3           # orientations that differ less in each number a
 SAME_SPACING_MM = 1e-4          # pixel spacings that differ less are one
 LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
 
-# %% ../nbs/01_explore_dicom.ipynb #2e95d029
+# %% ../nbs/01_explore_dicom.ipynb #ad5e906e
 @dataclass(frozen=True, eq=False)
 class _Part:
     """Rows of one candidate stack, in order; `depth_mm` is None when the order rests on instance numbers."""
@@ -586,7 +597,7 @@ class _Part:
     orientation: np.ndarray
     depth_mm: np.ndarray | None
 
-
+# %% ../nbs/01_explore_dicom.ipynb #6082a00f
 def _part(rows: pd.DataFrame) -> _Part:
     positions, orientations = _matrix(rows["position_mm"], 3), _matrix(rows["orientation"], 6)
     orientation = orientations[0]
@@ -597,21 +608,21 @@ def _part(rows: pd.DataFrame) -> _Part:
     order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53), depth.round(3)))
     return _Part(rows.iloc[order], positions[order], orientation, depth[order])
 
-# %% ../nbs/01_explore_dicom.ipynb #537c0a01
+# %% ../nbs/01_explore_dicom.ipynb #b4f50b3f
 def _capture(part: _Part, min_slices: int) -> str | None:
     uid, samples = part.rows["sop_class_uid"].iloc[0], part.rows["samples_per_pixel"].max()
-    captured = isinstance(uid, str) and "Secondary Capture" in UID(uid).name
+    captured = "Secondary Capture" in _uid_name(uid)
     colour = pd.notna(samples) and samples > 1
     if not (captured or colour):
         return None
-    return f"{UID(uid).name if captured else 'colour image'}, {part.rows['photometric'].iloc[0]}"
+    return f"{_uid_name(uid) if captured else 'colour image'}, {part.rows['photometric'].iloc[0]}"
 
 
 def _other_modality(part: _Part, min_slices: int) -> str | None:
     modality = part.rows["modality"].iloc[0]
     return None if modality in ("CT", "PT") else f"modality {modality}"
 
-
+# %% ../nbs/01_explore_dicom.ipynb #5ad003e4
 def _localizer(part: _Part, min_slices: int) -> str | None:
     row = part.rows.iloc[0]
     if _is_localizer(part.rows).any():
@@ -656,7 +667,7 @@ def _gap(part: _Part, min_slices: int) -> str | None:
     where = f"{part.depth_mm[k]:.1f} and {part.depth_mm[k + 1]:.1f} mm"
     return f"{len(wide)} gap{'s' * (len(wide) > 1)}, the first between {where} (usual step {usual:.3f} mm)"
 
-# %% ../nbs/01_explore_dicom.ipynb #efbc9edc
+# %% ../nbs/01_explore_dicom.ipynb #e42f6058
 def _uneven(part: _Part, min_slices: int) -> str | None:
     count = len(part.depth_mm)
     line = np.linspace(0, 1, count)[:, None]
@@ -669,24 +680,14 @@ def _uneven(part: _Part, min_slices: int) -> str | None:
     steps = np.diff(part.depth_mm)
     return f"steps {steps.min():.3f} to {steps.max():.3f} mm; slice {worst} is {stray[worst]:.2f} mm off the even grid"
 
-
+# %% ../nbs/01_explore_dicom.ipynb #56719a06
 def _tilt(part: _Part, min_slices: int) -> str | None:
     walk = part.positions_mm[-1] - part.positions_mm[0]
     cosine = (part.depth_mm[-1] - part.depth_mm[0]) / np.linalg.norm(walk)
     degrees = math.degrees(math.acos(min(1.0, cosine)))
     return f"slices lean {degrees:.1f} degrees from their normal" if degrees > TILT_DEGREES else None
 
-# %% ../nbs/01_explore_dicom.ipynb #0031ce06
-def _mixed_size(part: _Part, min_slices: int) -> str | None:
-    labels = _cluster(_size(part.rows), SAME_SPACING_MM)
-    if labels.max() == 0:
-        return None
-    firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(labels.max() + 1)]
-    told = [f"{(labels == k).sum()} of {row['rows']} x {row['columns']} pixels of {row['pixel_spacing_mm'][0]:g} mm"
-            for k, row in enumerate(firsts)]
-    return " and ".join(told)
-
-
+# %% ../nbs/01_explore_dicom.ipynb #6ee5f965
 def _size(rows: pd.DataFrame) -> np.ndarray:
     return np.column_stack([rows[["rows", "columns"]].to_numpy(float), _matrix(rows["pixel_spacing_mm"], 2)])
 
@@ -702,7 +703,17 @@ def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
         labels.append(near)
     return np.array(labels, int)[which.ravel()]
 
-# %% ../nbs/01_explore_dicom.ipynb #e771dfbd
+# %% ../nbs/01_explore_dicom.ipynb #d4f29a31
+def _mixed_size(part: _Part, min_slices: int) -> str | None:
+    labels = _cluster(_size(part.rows), SAME_SPACING_MM)
+    if labels.max() == 0:
+        return None
+    firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(labels.max() + 1)]
+    told = [f"{(labels == k).sum()} of {row['rows']} x {row['columns']} pixels of {row['pixel_spacing_mm'][0]:g} mm"
+            for k, row in enumerate(firsts)]
+    return " and ".join(told)
+
+# %% ../nbs/01_explore_dicom.ipynb #8646e6c3
 def _no_rescale(part: _Part, min_slices: int) -> str | None:
     for column in ("rescale_slope", "rescale_intercept"):
         missing = int(part.rows[column].isna().sum())
@@ -710,7 +721,7 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
             return f"{tag_name(column)} missing in {missing} of {len(part.rows)} images"
     return None
 
-
+# %% ../nbs/01_explore_dicom.ipynb #bc7338c8
 def _undecodable(part: _Part, min_slices: int) -> str | None:
     for syntax in part.rows["transfer_syntax_uid"].unique():
         if not UID(syntax).is_compressed:
@@ -723,7 +734,7 @@ def _undecodable(part: _Part, min_slices: int) -> str | None:
             return f"{UID(syntax).name} needs one of: {'; '.join(decoder.missing_dependencies)}"
     return None
 
-# %% ../nbs/01_explore_dicom.ipynb #314e5036
+# %% ../nbs/01_explore_dicom.ipynb #2ba38066
 _PLACED = {
     Exclusion.DUPLICATE_POSITIONS: _duplicates, Exclusion.GAP: _gap, Exclusion.UNEVEN_SPACING: _uneven,
     Exclusion.TILTED_GANTRY: _tilt,
@@ -736,7 +747,7 @@ _CHECKS = {
 }
 assert list(_CHECKS) == list(Exclusion)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #30c939ad
 def _judge(part: _Part, min_slices: int) -> tuple[Exclusion | None, str]:
     """The first reason against a stack with its evidence, or (None, "")."""
     for reason, check in _CHECKS.items():
@@ -766,7 +777,7 @@ def _by_size(rows: pd.DataFrame) -> list[pd.DataFrame]:
 def _by_acquisition(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return _pieces(rows, rows["acquisition_number"].fillna(-1).to_numpy(np.int64))
 
-# %% ../nbs/01_explore_dicom.ipynb #e283a0ad
+# %% ../nbs/01_explore_dicom.ipynb #64a238d3
 def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | None:
     """Rows by instance number and the number of the place of each, if the numbers are complete and unique."""
     part, numbers = _part(rows), rows["instance_number"]
@@ -775,12 +786,12 @@ def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | No
     order = np.argsort(part.rows["instance_number"].to_numpy(np.int64))
     return part.rows.iloc[order], _places(part.depth_mm)[order]
 
-
+# %% ../nbs/01_explore_dicom.ipynb #bb369ff6
 def _places(depth_mm: np.ndarray) -> np.ndarray:
     """Number sorted depths so that those at one position share a number."""
     return np.concatenate([[0], np.cumsum(np.diff(depth_mm) >= SAME_POSITION_MM)])
 
-
+# %% ../nbs/01_explore_dicom.ipynb #98c25f25
 def _by_pass(rows: pd.DataFrame) -> list[pd.DataFrame]:
     ordered = _in_number_order(rows)
     if ordered is None:
@@ -808,7 +819,7 @@ def _by_turn(rows: pd.DataFrame) -> list[pd.DataFrame]:
     orderly = (grid == grid[:, :1]).all() and ((steps > 0).all() or (steps < 0).all())
     return _pieces(numbered, np.arange(len(places)) % turns) if orderly else [rows]
 
-# %% ../nbs/01_explore_dicom.ipynb #80688dad
+# %% ../nbs/01_explore_dicom.ipynb #75e93f8f
 _SPLITS = (_by_place, _by_size, _by_acquisition, _by_pass, _by_turn)
 
 
@@ -817,7 +828,7 @@ def _rank(rows: pd.DataFrame, min_slices: int) -> int:
     reason, _ = _judge(_part(rows), min_slices)
     return len(Exclusion) if reason is None else list(Exclusion).index(reason)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #2714392e
 def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list[pd.DataFrame]:
     """Cut rows into stacks; a cut is kept only when some part fares better than the whole."""
     rank = _rank(rows, min_slices)
@@ -830,7 +841,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
             return leaves
     return _split(rows, min_slices, splits[1:])
 
-# %% ../nbs/01_explore_dicom.ipynb #5bd174ee
+# %% ../nbs/01_explore_dicom.ipynb #3bfcd687
 def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
     """Hash of the stored pixel bytes and of what gives them a meaning."""
     with open(os.path.join(root, row["path"]), "rb") as stream:
@@ -839,7 +850,7 @@ def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
     meaning = ("rows", "columns", "bits_stored", "pixel_representation", "rescale_slope", "rescale_intercept")
     return f"{digest} {[row[column] for column in meaning]}"
 
-
+# %% ../nbs/01_explore_dicom.ipynb #d950981a
 def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[pd.DataFrame, dict]:
     """Drop a slice that occurs again at its position with equal pixels: (rows kept, index dropped -> index kept)."""
     part = _part(rows)
@@ -870,7 +881,7 @@ def _stack_id(patient_id: str | None, series_uid: str, phase: int) -> str:
     digest = hashlib.blake2b(f"{series_uid}|{phase}".encode(), digest_size=4).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', patient_id or 'unknown')}_{digest}"
 
-# %% ../nbs/01_explore_dicom.ipynb #48352fc1
+# %% ../nbs/01_explore_dicom.ipynb #35980d48
 def _geometry(part: _Part) -> np.ndarray | None:
     """Affine of a part whose positions form one regular grid, else None."""
     if part.depth_mm is None or len(part.rows) < 2:
@@ -880,7 +891,7 @@ def _geometry(part: _Part) -> np.ndarray | None:
     spacing = np.asarray(part.rows["pixel_spacing_mm"].iloc[0], float)
     return _affine(part.positions_mm[0], part.positions_mm[-1], len(part.rows), part.orientation, spacing)
 
-
+# %% ../nbs/01_explore_dicom.ipynb #1e1ff569
 def _describe(part: _Part, phase: int, dropped: int, min_slices: int) -> dict:
     """One row of the stacks table."""
     reason, detail = _judge(part, min_slices)
@@ -972,7 +983,7 @@ class Stack:
         """Distance between neighbouring voxel centres along z, y, x."""
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0)[::-1].tolist())
 
-# %% ../nbs/01_explore_dicom.ipynb #2bc47f91
+# %% ../nbs/01_explore_dicom.ipynb #ad351c7f
 def _stored_pixels(path: str | os.PathLike, row: Mapping) -> np.ndarray:
     """The stored numbers of one image, (rows, columns); ValueError when the file no longer fits the index."""
     with warnings.catch_warnings():
@@ -982,7 +993,7 @@ def _stored_pixels(path: str | os.PathLike, row: Mapping) -> np.ndarray:
         raise ValueError(f"{path}: expected {row['rows']} x {row['columns']} pixels, got shape {stored.shape}")
     return stored
 
-
+# %% ../nbs/01_explore_dicom.ipynb #7a306fa0
 def _ordered(instances: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Rows along z and their affine; ValueError when they are not one regular grid of one stack."""
     rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
@@ -1023,7 +1034,7 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike) -> Stack:
     hu, outside = _read_hu(headers, root, shape)
     return Stack(stack_id, hu, affine, modality, uids, outside)
 
-# %% ../nbs/01_explore_dicom.ipynb #643b5b23
+# %% ../nbs/01_explore_dicom.ipynb #51430887
 def _read_hu(headers: list[dict], root: str | os.PathLike, shape: tuple) -> tuple[np.ndarray, int]:
     whole = all(float(h[column]).is_integer() for h in headers for column in ("rescale_slope", "rescale_intercept"))
     volume = np.empty(shape, np.int16 if whole else np.float32)
@@ -1036,7 +1047,7 @@ def _read_hu(headers: list[dict], root: str | os.PathLike, shape: tuple) -> tupl
         outside += padded
     return volume, outside
 
-
+# %% ../nbs/01_explore_dicom.ipynb #a6527c54
 def _read_suv(headers: list[dict], root: str | os.PathLike, shape: tuple, factor: float) -> tuple[np.ndarray, int]:
     volume, outside = np.empty(shape, np.float32), 0
     for k, header in enumerate(headers):

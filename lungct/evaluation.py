@@ -9,8 +9,8 @@ __all__ = ['CORNERS_MM', 'FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENT
            'summarise', 'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior',
            'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference', 'operating_threshold',
            'sensitivity_by', 'size_groups', 'median_distance', 'annotation_agreement', 'patient_probabilities',
-           'subtype_scores', 'subtype_estimates', 'chance_range', 'occlusion_map', 'headline', 'metric_lines',
-           'model_card', 'as_plain']
+           'subtype_scores', 'averaged_classes', 'subtype_estimates', 'chance_range', 'occlusion_map', 'headline',
+           'metric_lines', 'model_card', 'as_plain']
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
@@ -182,16 +182,24 @@ def average_precision(scored: Scored, weights: np.ndarray | None = None) -> floa
         return 0.0
     return average_precision_score(scored.hit, scored.score, sample_weight=copies) * found / lesions
 
-# %% ../nbs/06_evaluate.ipynb #31556250
-def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0) -> np.ndarray:
-    """Copies of each patient in the sample itself (first row, all ones) and in `n` resamples: (n + 1, patients)."""
+# %% ../nbs/06_evaluate.ipynb #43c25acf
+def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Sequence[int] | None = None) -> np.ndarray:
+    """Copies of each patient in the sample itself (first row, all ones) and in `n` resamples: (n + 1, patients).
+
+    Parameters
+    ----------
+    strata
+        A group for each patient; patients are then drawn within their group. None: all from one pool.
+    """
     size = len(patients)
     if len(set(patients)) != size:
         raise ValueError(f"resamples draws patients, each named once: got {size} names, {len(set(patients))} different")
-    if not size:
-        return np.zeros((n + 1, 0), int)
-    drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
-    return np.vstack([np.ones((1, size), int), drawn])
+    copies, rng = np.ones((n + 1, size), int), np.random.default_rng(seed)
+    strata = np.zeros(size, int) if strata is None else np.asarray(strata)
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        copies[1:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n)
+    return copies
 
 # %% ../nbs/06_evaluate.ipynb #7af8e610
 MIN_PATIENTS, MIN_PER_CLASS, MIN_EACH_CLASS, MAX_UNDEFINED = 10, 5, 3, 0.05
@@ -219,7 +227,7 @@ def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
     """An estimate that is none, and why."""
     return Estimate(None, None, None, int(n), False, reason, unit)
 
-# %% ../nbs/06_evaluate.ipynb #a6a33569
+# %% ../nbs/06_evaluate.ipynb #7cc3ed9e
 def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "") -> Estimate:
     """Estimate from a statistic's values on the sample (first) and on its resamples (the others).
 
@@ -228,7 +236,8 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     n
         Number of independent units behind the statistic: patients, or the smaller class of an AUC.
     bounds
-        Smallest and greatest possible value; a collapsed interval is widened within them. None: no such bounds (mm).
+        Smallest and greatest possible value. An interval collapsed onto one of them, or onto the 0 of a difference, is
+        widened. None: no such bounds (mm).
     """
     values = np.asarray(values, float)
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
@@ -237,7 +246,7 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     if len(drawn) < (1 - MAX_UNDEFINED) * (len(values) - 1):
         return not_estimable(f"undefined in {1 - len(drawn) / (len(values) - 1):.0%} of the resamples", n, unit)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    if bounds is not None and np.isclose(low, high):
+    if bounds is not None and np.isclose(low, high) and np.isclose(value, (*bounds, 0.0)).any():
         margin = 1 - 0.025 ** (1 / n)
         low, high = max(bounds[0], value - margin), min(bounds[1], value + margin)
     return Estimate(*(round(float(x), 6) for x in (value, low, high)), int(n), True, None, unit)
@@ -266,11 +275,11 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Seque
     values = np.array([statistic(weights) for weights in resamples(patients, n, seed)])
     return summarise(values, len(patients), bounds, unit)
 
-# %% ../nbs/06_evaluate.ipynb #35d08596
+# %% ../nbs/06_evaluate.ipynb #0e3ab30a
 def resampled(statistics: Callable[[np.ndarray], Mapping[str, float]], patients: Sequence[str], n: int = 1000,
-              seed: int = 0) -> pd.DataFrame:
+              seed: int = 0, strata: Sequence[int] | None = None) -> pd.DataFrame:
     """Several named statistics on the sample (row 0) and on `n` resamples, one row each, one column a statistic."""
-    return pd.DataFrame([statistics(weights) for weights in resamples(patients, n, seed)])
+    return pd.DataFrame([statistics(weights) for weights in resamples(patients, n, seed, strata)])
 
 # %% ../nbs/06_evaluate.ipynb #4f4c641e
 CORNERS_GRID = ["z0", "y0", "x0", "z1", "y1", "x1"]
@@ -472,7 +481,7 @@ def _pairs(a, b, min_iou):
             gap = (boxes[i].reshape(2, 3) - others[j].reshape(2, 3)).mean(0)
             yield a["lesion_id"].iloc[i], b["lesion_id"].iloc[j], float(iou[i, j]), float(np.linalg.norm(gap))
 
-# %% ../nbs/06_evaluate.ipynb #ea41d160
+# %% ../nbs/06_evaluate.ipynb #56febf51
 def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     """Mean class probabilities over each patient's stacks; columns patient_id, subtype, p_<class>.
 
@@ -485,11 +494,13 @@ def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> 
     if (several > 1).any():
         raise ValueError(f"one subtype per patient expected, got several for {', '.join(several.index[several > 1])}")
     table = known.groupby("patient_id", sort=True)[columns].mean()
+    table = table.div(table.sum(axis=1), axis=0)       # tables hold six digits; rows must sum to 1 again
     table.insert(0, "subtype", known.groupby("patient_id")["subtype"].first())
     return table.reset_index()
 
-# %% ../nbs/06_evaluate.ipynb #3491a458
-def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+# %% ../nbs/06_evaluate.ipynb #3126ea86
+def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
+                   averaged: Sequence[int] | None = None) -> dict[str, float]:
     """Balanced accuracy, Brier score, macro AUC and the AUC of each class (auc_0, auc_1, ...), over patients.
 
     Parameters
@@ -499,37 +510,51 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
     probability
         (patients, classes), rows sum to 1.
     weights
-        (patients,) copies of each patient; one each when None. NaN where a class is absent.
+        (patients,) copies of each patient; one each when None.
+    averaged
+        Classes whose recalls and AUCs are averaged; all when None. NaN where one of them is absent.
     """
     rows = np.repeat(np.arange(len(truth)), 1 if weights is None else weights)
     y, p = np.asarray(truth)[rows], np.asarray(probability, float)[rows]
     classes = range(p.shape[1])
-    auc = [_auc(y == k, p[:, k]) for k in classes]
+    averaged = list(classes if averaged is None else averaged)
+    auc = _aucs(y, p)
     brier = brier_score_loss(y, p, labels=list(classes), scale_by_half=False) if len(y) else np.nan
-    return {"balanced_accuracy": _balanced_accuracy(y, p), "brier": float(brier), "auc_macro": float(np.mean(auc)),
-            **{f"auc_{k}": value for k, value in enumerate(auc)}}
+    macro = np.mean([auc[k] for k in averaged]) if averaged else np.nan
+    return {"balanced_accuracy": _balanced_accuracy(y, p, averaged), "brier": float(brier), "auc_macro": float(macro),
+            **{f"auc_{k}": float(value) for k, value in enumerate(auc)}}
 
-# %% ../nbs/06_evaluate.ipynb #5b151319
-def _auc(positive, score):
-    """AUC, NaN where one side is empty."""
-    return float(roc_auc_score(positive, score)) if 0 < positive.sum() < len(positive) else np.nan
+# %% ../nbs/06_evaluate.ipynb #e46f9651
+def _aucs(y, p):
+    """AUC of each class against the rest, NaN where one side is empty."""
+    member = np.eye(p.shape[1], dtype=int)[y]
+    defined = member.any(axis=0) & ~member.all(axis=0)
+    auc = np.full(p.shape[1], np.nan)
+    if defined.any():
+        auc[defined] = roc_auc_score(member[:, defined], p[:, defined], average=None)
+    return auc
 
 
-def _balanced_accuracy(y, p):
-    """Mean recall over all classes, NaN where a class is absent."""
-    if len(np.unique(y)) < p.shape[1]:
+def _balanced_accuracy(y, p, averaged):
+    """Mean recall over some classes, NaN where one of them is absent."""
+    if not averaged or not set(averaged) <= set(y.tolist()):
         return np.nan
-    table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))
-    return float(np.mean(np.diag(table) / table.sum(axis=1)))
+    table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))[averaged]
+    return float(np.mean(table[range(len(averaged)), averaged] / table.sum(axis=1)))
 
-# %% ../nbs/06_evaluate.ipynb #13fe1200
+# %% ../nbs/06_evaluate.ipynb #be630cc6
+def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
+    """Classes with at least `MIN_EACH_CLASS` patients, over which means are taken."""
+    return np.flatnonzero(np.bincount(truth, minlength=classes) >= MIN_EACH_CLASS).tolist()
+
+
 def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence[str]) -> dict[str, Estimate]:
     """Estimates from the resamples of `subtype_scores`, withheld by the rules of this chapter; names end in the class.
 
     Parameters
     ----------
     values
-        As made by `resampled(lambda w: subtype_scores(truth, probability, w), ...)`.
+        As made by `resampled` of `subtype_scores`, with `averaged_classes`.
     truth
         (patients,) class index.
     """
@@ -546,32 +571,32 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
         estimates[names.get(column, column)] = replace(made, n=len(truth))
     return estimates
 
-# %% ../nbs/06_evaluate.ipynb #8e1f2282
+# %% ../nbs/06_evaluate.ipynb #83328670
 def _too_few(metric, counts, classes):
     """Why a subtype metric is withheld, or None."""
     patients = int(counts.sum())
     if patients < MIN_PATIENTS:
         return f"at least {MIN_PATIENTS} patients needed"
     if metric in ("auc_macro", "balanced_accuracy"):
-        few = [f"{name} has {count}" for name, count in zip(classes, counts, strict=True) if count < MIN_EACH_CLASS]
-        return f"at least {MIN_EACH_CLASS} patients a class needed, {', '.join(few)}" if few else None
+        few = (counts >= MIN_EACH_CLASS).sum() < 2
+        has = ", ".join(f"{name} has {count}" for name, count in zip(classes, counts, strict=True))
+        return f"two classes with at least {MIN_EACH_CLASS} patients needed, {has}" if few else None
     if metric.startswith("auc_"):
         inside = int(counts[int(metric.removeprefix("auc_"))])
         if min(inside, patients - inside) < MIN_PER_CLASS:
-            return f"{inside} patients in the class, {patients - inside} outside, at least {MIN_PER_CLASS} each needed"
+            return f"{inside} in the class, {patients - inside} outside, at least {MIN_PER_CLASS} patients each needed"
     return None
 
-# %% ../nbs/06_evaluate.ipynb #321d8350
-def chance_range(truth: np.ndarray, probability: np.ndarray, metric: str = "balanced_accuracy", n: int = 1000,
-                 seed: int = 0) -> Estimate:
-    """Mean and middle 95 % of a metric of `subtype_scores` when the true labels are dealt out at random."""
+# %% ../nbs/06_evaluate.ipynb #2419b3bb
+def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed: int = 0) -> Estimate:
+    """Mean and middle 95 % of the balanced accuracy when the true labels are dealt out at random."""
     truth = np.asarray(truth)
     if len(truth) < MIN_PATIENTS:
         return not_estimable(f"at least {MIN_PATIENTS} patients needed", len(truth))
-    rng = np.random.default_rng(seed)
-    values = np.array([subtype_scores(rng.permutation(truth), probability)[metric] for _ in range(n)])
-    if np.isnan(values).any():
-        return not_estimable("a class has no test patient", len(truth))
+    rng, averaged = np.random.default_rng(seed), averaged_classes(truth, probability.shape[1])
+    if len(averaged) < 2:
+        return not_estimable(f"two classes with at least {MIN_EACH_CLASS} patients needed", len(truth))
+    values = np.array([_balanced_accuracy(rng.permutation(truth), probability, averaged) for _ in range(n)])
     low, high = np.percentile(values, [2.5, 97.5])
     return Estimate(*(round(float(x), 6) for x in (values.mean(), low, high)), len(truth), True, None)
 
@@ -610,8 +635,9 @@ def _painted(ct_hu, z0, places, cube, fill_hu):
         volume[z0:z0 + cube, y:y + cube, x:x + cube] = fill_hu
     return copies
 
-# %% ../nbs/06_evaluate.ipynb #3d3f4ade
-def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool) -> list[dict[str, str]]:
+# %% ../nbs/06_evaluate.ipynb #b003de81
+def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool,
+             mean_of: str = "") -> list[dict[str, str]]:
     """Sentences for people in a hurry, each {"label", "text"}.
 
     Parameters
@@ -622,12 +648,15 @@ def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool) -> 
         Number of test patients.
     phantoms
         Whether the patients are phantoms; every text says so.
+    mean_of
+        The classes that balanced accuracy and macro AUC average over.
     """
+    over = f" over {mean_of}" if mean_of else ""
     who = f"{patients} {'phantom ' if phantoms else ''}test patient{'' if patients == 1 else 's'}"
     rows = [("Lesion sensitivity at 1 false positive per scan", "detection/network/sensitivity_at_1"),
             ("Mean sensitivity from 1/8 to 8 false positives per scan (CPM)", "detection/network/cpm"),
-            ("Subtype, balanced accuracy", "subtype/network/balanced_accuracy"),
-            ("Subtype, macro AUC", "subtype/network/auc_macro")]
+            (f"Subtype, balanced accuracy{over}", "subtype/network/balanced_accuracy"),
+            (f"Subtype, mean AUC{over}", "subtype/network/auc_macro")]
     texts = [{"label": label, "text": f"{_words(metrics[name])} ({who})"} for label, name in rows]
     return [*texts, {"label": "Network against tabular baseline", "text": f"{_verdict(metrics)} ({who})"}]
 

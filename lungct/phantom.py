@@ -32,31 +32,34 @@ from scipy import ndimage
 from .runs import InputError
 
 # %% auto #0
-__all__ = ['ROOTS', 'CHAMBERS', 'SUBTYPES', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES', 'KERNEL_NAMES',
-           'HALF_LIFE_S', 'DOSE_BQ', 'UPTAKE_S', 'METADATA_COLUMNS', 'CLINICAL_COLUMNS', 'named_rng', 'named_uid',
-           'Grid', 'soft', 'paint', 'Thorax', 'draw_thorax', 'cavity_axes_mm', 'cavity_distance', 'dome_distance',
-           'apex_distance', 'spine_y_mm', 'ellipsoid_distance', 'heart_distance', 'mediastinum_distance',
-           'lung_distance', 'hilum_mm', 'grow_tree', 'vessel_density', 'capsule_distance', 'paint_tube', 'aorta_path',
-           'blood_tubes', 'air_tubes', 'clavicles', 'texture', 'paint_table', 'wall_mm', 'shoulder_mm', 'skin_distance',
-           'paint_body', 'paint_lungs', 'paint_belly', 'paint_middle', 'paint_ribs', 'paint_shoulder_blades',
-           'paint_spine', 'paint_front_bones', 'Habits', 'Lesion', 'draw_lesion', 'lesion_distance', 'growth_limit',
-           'lesion_occupancy', 'lesion_corners_mm', 'measure_lesion', 'paint_lesion', 'paint_distractors', 'Scan',
-           'render', 'acquire', 'Plan', 'plan_cohort', 'Study', 'fill', 'patient_header', 'ct_header', 'number',
-           'pet_header', 'sc_header', 'Frame', 'Series', 'save_image', 'series_folder', 'write_series', 'draw_boxes',
-           'box_iou', 'voc_xml', 'Note', 'quirk_row', 'Desk', 'write_patient', 'draw_patient', 'plan_study',
-           'plan_scan', 'write_visit', 'store_ct', 'ct_frames', 'annotated', 'ct_series', 'add_truth', 'write_scan',
-           'write_phases', 'write_ct', 'pad', 'disturb', 'write_extras', 'write_localizer', 'write_screenshots',
-           'write_pet', 'pet_suv', 'clinical_row', 'write_clinical', 'write_tables', 'write_manifest', 'make_cohort']
+__all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'SUBTYPES', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES',
+           'KERNEL_NAMES', 'HALF_LIFE_S', 'DOSE_BQ', 'UPTAKE_S', 'METADATA_COLUMNS', 'CLINICAL_COLUMNS', 'named_rng',
+           'named_uid', 'Grid', 'soft', 'paint', 'Thorax', 'draw_thorax', 'cavity_axes_mm', 'cavity_distance',
+           'dome_distance', 'apex_distance', 'spine_y_mm', 'ellipsoid_distance', 'heart_distance',
+           'mediastinum_distance', 'lung_distance', 'hilum_mm', 'grow_tree', 'vessel_density', 'capsule_distance',
+           'paint_tube', 'aorta_path', 'blood_tubes', 'air_tubes', 'clavicles', 'texture', 'paint_table', 'wall_mm',
+           'shoulder_mm', 'skin_distance', 'paint_body', 'paint_lungs', 'paint_belly', 'paint_middle', 'paint_ribs',
+           'paint_shoulder_blades', 'paint_spine', 'paint_front_bones', 'Habits', 'Lesion', 'draw_lesion',
+           'lesion_distance', 'growth_limit', 'lesion_occupancy', 'lesion_corners_mm', 'measure_lesion', 'paint_lesion',
+           'paint_distractors', 'Scan', 'render', 'acquire', 'Plan', 'plan_cohort', 'Study', 'fill', 'patient_header',
+           'ct_header', 'number', 'pet_header', 'sc_header', 'Frame', 'Series', 'save_image', 'series_folder',
+           'write_series', 'draw_boxes', 'box_iou', 'voc_xml', 'Note', 'quirk_row', 'Desk', 'annotate', 'write_patient',
+           'draw_patient', 'plan_study', 'plan_scan', 'write_visit', 'store_ct', 'ct_frames', 'annotated', 'ct_series',
+           'add_truth', 'write_scan', 'write_phases', 'write_ct', 'pad', 'disturb', 'write_extras', 'write_localizer',
+           'write_screenshots', 'write_pet', 'pet_suv', 'clinical_row', 'write_clinical', 'write_tables',
+           'write_manifest', 'make_cohort']
 
-# %% ../nbs/appendix/phantom.ipynb #7a4d9958
+# %% ../nbs/appendix/phantom.ipynb #949f2977
 def _digest(seed: int, names: tuple) -> int:
     text = "/".join(str(n) for n in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=15).digest(), "big")
 
+# %% ../nbs/appendix/phantom.ipynb #660d375d
 def named_rng(seed: int, *names) -> np.random.Generator:
     """Random generator that depends on the seed and the names alone, never on call order."""
     return np.random.default_rng(_digest(seed, names))
 
+# %% ../nbs/appendix/phantom.ipynb #6efdbea6
 def named_uid(seed: int, *names) -> str:
     """DICOM UID under the root `2.25.`, fixed by the seed and the names."""
     return f"2.25.{_digest(seed, names)}"
@@ -82,14 +85,16 @@ class Grid:
         x, y, z = (axis[cut].astype(np.float32) for axis, cut in zip(axes, cuts, strict=True))
         return tuple(cuts[::-1]), [x[None, None, :], y[None, :, None], z[:, None, None]]
 
-# %% ../nbs/appendix/phantom.ipynb #07732828
+# %% ../nbs/appendix/phantom.ipynb #56c29339
 def soft(distance_mm: np.ndarray, blur_mm: float) -> np.ndarray:
     """Occupancy in [0, 1] of a voxel at a signed distance (negative inside) from a surface."""
     return np.clip(0.5 - distance_mm / blur_mm, 0, 1)
 
+# %% ../nbs/appendix/phantom.ipynb #930e5d19
 def _mix(hu_zyx: np.ndarray, occupancy: np.ndarray, value_hu) -> None:
     hu_zyx += occupancy * (value_hu - hu_zyx)
 
+# %% ../nbs/appendix/phantom.ipynb #de38c921
 def paint(hu_zyx: np.ndarray, grid: Grid, low_mm, high_mm, distance, value_hu: float) -> None:
     """Mix a tissue of `value_hu` into the voxels between two corners, by `distance(x, y, z)` in mm."""
     cuts, points = grid.window(low_mm, high_mm)
@@ -126,26 +131,28 @@ def draw_thorax(seed: int, name: str, sex: str = "M", weight_kg: float = 65.0) -
         muscle_mm=rng.uniform(8, 14) - 2 * female, heart_scale=rng.normal(1.0, 0.08), lung_hu=rng.normal(-850, 25),
         emphysema_hu=rng.choice([0, 25, 60], p=[0.6, 0.25, 0.15]), female=female, seed=seed, name=name)
 
-# %% ../nbs/appendix/phantom.ipynb #c0d9461c
+# %% ../nbs/appendix/phantom.ipynb #ae5d4cfe
 def _rounded(x, y, half_x, half_y, square: float = 0.75):
     """Distance in mm along the radius from the outline of a rounded box centred at 0, negative inside."""
     u, v = (x / half_x) ** 2, (y / half_y) ** 2
     k = np.sqrt(np.maximum(u + v - square * u * v / (u + v + 1e-6), 1e-4))
     return np.sqrt(x * x + y * y) * (1 - 1 / k)
 
+# %% ../nbs/appendix/phantom.ipynb #35e694b2
 def cavity_axes_mm(chest: Thorax, z):
     """Half width, half depth and centre y (mm) of the rib cage's inside at height z."""
     rise = np.clip((chest.apex_mm + 18 - z) / (chest.apex_mm + 18 - chest.dome_right_mm), 0, 1)
     swell = np.sin(rise * np.pi / 2) ** 0.75
     return chest.half_width_mm * (0.42 + 0.58 * swell), chest.half_depth_mm * (0.5 + 0.5 * swell), 14 - 14 * rise
 
+# %% ../nbs/appendix/phantom.ipynb #e1673a38
 def cavity_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the inside of the rib cage, negative inside."""
     half_x, half_y, middle = cavity_axes_mm(chest, z)
     taper = 1 + 0.13 * np.clip((y - middle) / half_y, -1, 1)          # the chest is wider at the back
     return _rounded(x / taper, y - middle, half_x, half_y)
 
-# %% ../nbs/appendix/phantom.ipynb #7cb84196
+# %% ../nbs/appendix/phantom.ipynb #28f9b2bd
 def dome_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the diaphragm, negative below it (liver on the right, spleen on the left)."""
     right = np.asarray(x) < 0
@@ -155,23 +162,26 @@ def dome_distance(chest: Thorax, x, y, z):
     along = (y + 12) / (0.85 * chest.half_depth_mm)
     return 0.72 * (z - top + 62 * across**2 + 58 * along**2)
 
+# %% ../nbs/appendix/phantom.ipynb #5436279c
 def apex_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the caps that close the lungs at the top, negative below the cap."""
     across = (np.abs(x) - 0.40 * chest.half_width_mm) / (0.42 * chest.half_width_mm)
     along = (y - 14) / (0.72 * chest.half_depth_mm)
     return 0.8 * (z - chest.apex_mm + 18 * across**2 + 24 * across**4 + 26 * along**2)
 
-# %% ../nbs/appendix/phantom.ipynb #22a0c432
+# %% ../nbs/appendix/phantom.ipynb #c1a6e4b6
 def spine_y_mm(chest: Thorax, z):
     """y (mm) of the middle of the vertebral bodies, far enough in that lung lies beside them."""
     _, half_y, middle = cavity_axes_mm(chest, z)
     return middle + half_y - 24
 
+# %% ../nbs/appendix/phantom.ipynb #383143c9
 def ellipsoid_distance(x, y, z, centre_mm, axes_mm):
     """Approximate signed distance (mm) to an ellipsoid, negative inside."""
     k = np.sqrt(sum(((p - c) / a) ** 2 for p, c, a in zip((x, y, z), centre_mm, axes_mm, strict=True)))
     return (k - 1) * min(axes_mm)
 
+# %% ../nbs/appendix/phantom.ipynb #1c3e2c22
 def heart_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the heart: an ellipsoid whose tip points to the left, the front and down."""
     s = chest.heart_scale
@@ -179,7 +189,7 @@ def heart_distance(chest: Thorax, x, y, z):
     long, wide, tall = 0.75 * dx - 0.5 * dy - 0.43 * dz, 0.55 * dx + 0.83 * dy, 0.36 * dx - 0.24 * dy + 0.9 * dz
     return ellipsoid_distance(long, wide, tall, (0, 0, 0), (70 * s, 47 * s, 50 * s))
 
-# %% ../nbs/appendix/phantom.ipynb #21faf6b3
+# %% ../nbs/appendix/phantom.ipynb #c6789b08
 def mediastinum_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to everything between the lungs: a slab that thins to the front, heart, spine."""
     half = 6 + 25 * np.exp(-(((y + 4) / 42) ** 2))
@@ -187,20 +197,23 @@ def mediastinum_distance(chest: Thorax, x, y, z):
     spine = np.sqrt((x / 22) ** 2 + ((y - spine_y_mm(chest, z)) / 21) ** 2) * 21 - 21
     return np.minimum(np.minimum(slab, spine), heart_distance(chest, x, y, z) - 4)
 
+# %% ../nbs/appendix/phantom.ipynb #fd429e38
 def lung_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the surface of the lungs, negative inside either lung."""
     inside = np.maximum(cavity_distance(chest, x, y, z), apex_distance(chest, x, y, z))
     outside = np.minimum(dome_distance(chest, x, y, z), mediastinum_distance(chest, x, y, z))
     return np.maximum(inside, -outside)
 
-# %% ../nbs/appendix/phantom.ipynb #253658ee
+# %% ../nbs/appendix/phantom.ipynb #be7d45b4
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
+# %% ../nbs/appendix/phantom.ipynb #6ae353e8
 def hilum_mm(chest: Thorax, side: int) -> np.ndarray:
     """Where bronchus and vessels enter the lung; side -1 is the patient's right, +1 the left."""
     return np.array([side * 0.31 * chest.half_width_mm + 3, 12.0, 6.0 if side < 0 else 12.0])
 
+# %% ../nbs/appendix/phantom.ipynb #58657434
 ROOTS = np.array([[5, -3, 10], [5, 5, 8], [10, -5, 1], [10, 4, 0], [6, -5, -8], [7, 6, -8], [4, 9, -6]]) / 10
 
 def grow_tree(chest: Thorax, side: int, rng: np.random.Generator, thinnest_mm: float = 0.5) -> np.ndarray:
@@ -228,7 +241,9 @@ def _branch(stop, heading, radius, chest: Thorax, side: int, rng):
     radii = np.concatenate([radius * rng.uniform(0.8, 0.9, len(radius)), radius * rng.uniform(0.6, 0.8, len(radius))])
     return np.concatenate([stop, stop]), np.concatenate([thick, thin]), radii
 
-# %% ../nbs/appendix/phantom.ipynb #f1a849ae
+# %% ../nbs/appendix/phantom.ipynb #6267ce3a
+BLEED = 2  # planes beyond the grid whose blood is smeared into it
+
 def vessel_density(grid: Grid, segments: np.ndarray) -> np.ndarray:
     """Fraction of each voxel (z, y, x) filled by the vessels `segments`, clipped at 1."""
     length = np.linalg.norm(segments[:, 3:6] - segments[:, :3], axis=1)
@@ -241,12 +256,15 @@ def vessel_density(grid: Grid, segments: np.ndarray) -> np.ndarray:
     index = [np.rint((points[:, k] - axis[0]) / steps[k]).astype(int)
              for k, axis in enumerate((grid.x_mm, grid.y_mm, grid.z_mm))]
     nz, ny, nx = grid.shape_zyx
+    index[2] += BLEED
+    nz += 2 * BLEED
     inside = np.all([(i >= 0) & (i < n) for i, n in zip(index, (nx, ny, nz), strict=True)], axis=0)
     flat = np.ravel_multi_index([i[inside] for i in index[::-1]], (nz, ny, nx))
-    mass = np.bincount(flat, mass_mm3[inside], nz * ny * nx) / np.prod(steps)
-    return np.clip(mass, 0, 1).reshape(nz, ny, nx).astype(np.float32)
+    mass = np.bincount(flat, mass_mm3[inside], nz * ny * nx).reshape(nz, ny, nx) / np.prod(steps)
+    spread = ndimage.gaussian_filter(mass.astype(np.float32), 0.6)[BLEED:-BLEED]
+    return np.clip(spread, 0, 1)
 
-# %% ../nbs/appendix/phantom.ipynb #0ce96356
+# %% ../nbs/appendix/phantom.ipynb #4d8d60d5
 def capsule_distance(x, y, z, start_mm, stop_mm, radius_mm: float):
     """Signed distance (mm) to a capsule: all points within `radius_mm` of the line from start to stop."""
     start, along = np.asarray(start_mm, float), np.subtract(stop_mm, start_mm)
@@ -254,6 +272,7 @@ def capsule_distance(x, y, z, start_mm, stop_mm, radius_mm: float):
     share = np.clip(sum((p - s) * a for p, s, a in parts) / max(float(along @ along), 1e-9), 0, 1)
     return np.sqrt(sum((p - s - share * a) ** 2 for p, s, a in parts)) - radius_mm
 
+# %% ../nbs/appendix/phantom.ipynb #35c2ac0b
 def paint_tube(hu_zyx, grid: Grid, path_mm, radius_mm: float, value_hu: float) -> None:
     """Paint a tube along a path of (x, y, z) points; thinner than a voxel, it fades instead of vanishing."""
     for start, stop in pairwise(path_mm):
@@ -261,13 +280,14 @@ def paint_tube(hu_zyx, grid: Grid, path_mm, radius_mm: float, value_hu: float) -
         distance = partial(capsule_distance, start_mm=start, stop_mm=stop, radius_mm=radius_mm)
         paint(hu_zyx, grid, low, high, distance, value_hu)
 
-# %% ../nbs/appendix/phantom.ipynb #3ed0c6d4
+# %% ../nbs/appendix/phantom.ipynb #6b89381c
 def aorta_path(chest: Thorax) -> list[tuple]:
     """The aorta's course (x, y, z), mm: up from the heart, over the arch, down in front of the spine."""
     arch = [(8, -28, -22), (-8, -36, 8), (-6, -30, 36), (6, -8, 50), (16, 14, 46)]
     heights = (28, -20, -80, chest.dome_right_mm - 110)
     return arch + [(19, spine_y_mm(chest, z) - 27, z) for z in heights]
 
+# %% ../nbs/appendix/phantom.ipynb #d90afcbd
 def blood_tubes(chest: Thorax) -> list[tuple]:
     """Great vessels as (path, radius), mm."""
     up, down = chest.apex_mm + 50, chest.dome_right_mm - 110
@@ -279,12 +299,14 @@ def blood_tubes(chest: Thorax) -> list[tuple]:
     veins = [([(-22, -22, 74), (-24, -22, -14)], 9), ([(-20, -20, 72), (48, -22, 104)], 6)]
     return arteries + lower + veins + [([(-16, 14, -30), (-20, 18, down)], 11)]
 
+# %% ../nbs/appendix/phantom.ipynb #a18f49a5
 def air_tubes(chest: Thorax) -> list[tuple]:
     """Trachea and main bronchi as (path, radius), mm."""
     carina = (-2, 18, 24)
-    right, left = hilum_mm(chest, -1) + (8, 0, 2), hilum_mm(chest, 1) + (-8, 2, 0)
+    right, left = np.add(hilum_mm(chest, -1), (8, 0, 2)), np.add(hilum_mm(chest, 1), (-8, 2, 0))
     return [([(0, 16, chest.apex_mm + 50), carina], 8.5), ([carina, tuple(right)], 6.5), ([carina, tuple(left)], 5.8)]
 
+# %% ../nbs/appendix/phantom.ipynb #ccbab46f
 def clavicles(chest: Thorax) -> list[tuple]:
     """Collar bones as (path, radius), mm."""
     inner, outer = (20, -0.62 * chest.half_depth_mm, chest.apex_mm - 26), (chest.half_width_mm, -18, chest.apex_mm + 14)
@@ -302,38 +324,44 @@ def texture(chest: Thorax, name: str, grid: Grid, scale_mm: float) -> np.ndarray
         lattice = np.take(lattice, low, axis) * (1 - share) + np.take(lattice, low + 1, axis) * share
     return lattice * 1.7
 
-# %% ../nbs/appendix/phantom.ipynb #01ceb7ca
+# %% ../nbs/appendix/phantom.ipynb #0538b830
 def paint_table(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """The table under the back: two thin curved shells of plastic and a frame below."""
     x, y, z = grid.window((-1e4,) * 3, (1e4,) * 3)[1]
     bed = chest.half_depth_mm + 0.75 * wall_mm(chest) + 20
-    for depth, thick, value in ((bed + 4, 3, -250), (bed + 12, 2, 120), (bed + 60, 2, 60)):
+    for depth, thick, value in ((bed + 4, 1.5, -110), (bed + 12, 2, 120), (bed + 60, 2, 60)):
         shell = np.maximum(np.abs(y - depth + x**2 / 1500) - thick, np.abs(x) - 215)
         _mix(hu_zyx, soft(shell, grid.blur_mm) + 0 * z, value)
 
+# %% ../nbs/appendix/phantom.ipynb #cf154539
 def wall_mm(chest: Thorax) -> float:
     """Thickness (mm) of the chest wall at the side, ribs included."""
     return chest.fat_mm + chest.muscle_mm + 8
 
+# %% ../nbs/appendix/phantom.ipynb #e56bc26c
 def shoulder_mm(chest: Thorax, z):
     """How much (mm) the shoulders widen the body at height z."""
     return 26 * np.clip((z - chest.apex_mm + 70) / 60, 0, 1)
 
+# %% ../nbs/appendix/phantom.ipynb #7c3e2614
 def skin_distance(chest: Thorax, x, y, z):
     """Signed distance (mm) to the surface of the body, negative inside."""
     half_x, half_y, middle = cavity_axes_mm(chest, np.minimum(z, chest.dome_right_mm + 100))
     wall = wall_mm(chest)
     taper = 1 + 0.08 * np.clip((y - middle) / half_y, -1, 1)
-    skin = _rounded(x / taper, y - middle - 10, half_x + wall + 6 + shoulder_mm(chest, z), half_y + 0.75 * wall + 10, 0.55)
+    half_x, half_y = half_x + wall + 6 + shoulder_mm(chest, z), half_y + 0.75 * wall + 10
+    skin = _rounded(x / taper, y - middle - 10, half_x, half_y, 0.55)
     if not chest.female:
         return skin
     centre = (0.5 * chest.half_width_mm, -chest.half_depth_mm - 0.3 * wall, -10)
     return np.minimum(skin, ellipsoid_distance(np.abs(x), y, z, centre, (62, 14 + 0.75 * wall, 56)))
 
+# %% ../nbs/appendix/phantom.ipynb #27a90ab1
 def paint_body(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """Skin, fat and muscle; everything inside the rib cage becomes fat, to be painted over."""
     x, y, z = grid.window((-1e4,) * 3, (1e4,) * 3)[1]
-    strands, skin, ribs = texture(chest, "strands", grid, 9), skin_distance(chest, x, y, z), cavity_distance(chest, x, y, z)
+    skin, ribs = skin_distance(chest, x, y, z), cavity_distance(chest, x, y, z)
+    strands = texture(chest, "strands", grid, 9)
     _mix(hu_zyx, soft(skin, grid.blur_mm), 15)
     _mix(hu_zyx, soft(skin + 2.5, grid.blur_mm), -102 + 12 * strands)
     back = 10 * soft(25 - np.abs(x) + 0.2 * y, 60)
@@ -365,7 +393,7 @@ def paint_belly(hu_zyx, grid: Grid, chest: Thorax, enhanced_hu: float) -> None:
     bubble = ellipsoid_distance(x, y, z, (55, -38, chest.dome_left_mm - 30), (30, 26, 18))
     _mix(hu_zyx[cuts], soft(np.maximum(bubble, y + 30), grid.blur_mm), -920)
 
-# %% ../nbs/appendix/phantom.ipynb #8ad849a1
+# %% ../nbs/appendix/phantom.ipynb #cf0105f8
 CHAMBERS = (((46, -34, -6), (24, 22, 28)), ((16, -56, -4), (28, 17, 28)),          # centres and half axes, mm
             ((-16, -32, 6), (18, 22, 27)), ((12, 4, 22), (25, 16, 17)))
 
@@ -376,7 +404,7 @@ def paint_middle(hu_zyx, grid: Grid, chest: Thorax, blood_hu: float) -> None:
         muscle = heart_distance(chest, x, y, z)
         _mix(hu_zyx[cuts], soft(muscle, grid.blur_mm), 42 + 0.35 * (blood_hu - 42))
         for centre, axes in CHAMBERS:
-            centre = np.multiply(centre, chest.heart_scale) + (0, 0, chest.dome_left_mm + 34)
+            centre = np.add(np.multiply(centre, chest.heart_scale), (0, 0, chest.dome_left_mm + 34))
             pool = ellipsoid_distance(x, y, z, centre, np.multiply(axes, chest.heart_scale))
             _mix(hu_zyx[cuts], soft(np.maximum(pool, muscle + 4), grid.blur_mm), blood_hu)
     for path, radius in blood_tubes(chest):
@@ -385,7 +413,7 @@ def paint_middle(hu_zyx, grid: Grid, chest: Thorax, blood_hu: float) -> None:
     gullet = [(8, 32, chest.apex_mm + 50), (10, 36, chest.dome_right_mm - 110)]
     paint_tube(hu_zyx, grid, gullet, 7, 35)
 
-# %% ../nbs/appendix/phantom.ipynb #a058f22b
+# %% ../nbs/appendix/phantom.ipynb #383a2cae
 def paint_ribs(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """All ribs at once: bands a fixed pitch apart in the chest wall that fall from the spine to the front."""
     x, y, z = grid.window((-1e4,) * 3, (1e4,) * 3)[1]
@@ -399,6 +427,7 @@ def paint_ribs(hu_zyx, grid: Grid, chest: Thorax) -> None:
     bone = np.where(front < 0.86, 350.0, 110.0)
     _mix(hu_zyx, soft(rib, grid.blur_mm), bone + 90 * texture(chest, "marrow", grid, 6))
 
+# %% ../nbs/appendix/phantom.ipynb #7e059162
 def paint_shoulder_blades(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """Shoulder blades: thin plates outside the ribs, at the back and the side."""
     x, y, z = grid.window((-1e4,) * 3, (1e4,) * 3)[1]
@@ -408,7 +437,7 @@ def paint_shoulder_blades(hu_zyx, grid: Grid, chest: Thorax) -> None:
     blade = np.maximum(blade, np.maximum(0.14 - front, front - 0.38) * 150)
     _mix(hu_zyx, soft(np.maximum(blade, 62 - np.abs(x)), grid.blur_mm), 340)
 
-# %% ../nbs/appendix/phantom.ipynb #8c6dff06
+# %% ../nbs/appendix/phantom.ipynb #b0d59db5
 def paint_spine(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """Vertebral bodies with discs between them, the canal, arches and spinous processes."""
     cuts, (x, y, z) = grid.window((-45, 0, -1e4), (45, 190, 1e4))
@@ -423,6 +452,7 @@ def paint_spine(hu_zyx, grid: Grid, chest: Thorax) -> None:
     for shape, value in ((body, 330), (body + 2.5, inside), (canal - 9, 28), (arch, 320)):
         _mix(hu_zyx[cuts], soft(shape, blur), value)
 
+# %% ../nbs/appendix/phantom.ipynb #2a6bccda
 def paint_front_bones(hu_zyx, grid: Grid, chest: Thorax) -> None:
     """Breastbone and collar bones."""
     cuts, (x, y, z) = grid.window((-25, -200, -60), (25, 0, chest.apex_mm - 24))
@@ -431,7 +461,7 @@ def paint_front_bones(hu_zyx, grid: Grid, chest: Thorax) -> None:
     for path, radius in clavicles(chest):
         paint_tube(hu_zyx, grid, path, radius, 330)
 
-# %% ../nbs/appendix/phantom.ipynb #3dbf0cc2
+# %% ../nbs/appendix/phantom.ipynb #4034f116
 SUBTYPES = {"A": "adenocarcinoma", "B": "small cell carcinoma", "E": "large cell carcinoma",
             "G": "squamous cell carcinoma"}
 
@@ -448,14 +478,15 @@ class Habits:
     nodes: float
     lobed: float
 
+# %% ../nbs/appendix/phantom.ipynb #b526f0d9
 HABITS = {
-    "A": Habits(38, 0.42, 0.18, 0.70, 0.30, 0.04, 0.10, 0.15, 0.18),
-    "B": Habits(54, 0.36, 0.88, 0.10, 0.01, 0.02, 0.20, 0.85, 0.42),
-    "E": Habits(72, 0.28, 0.12, 0.25, 0.02, 0.08, 0.65, 0.35, 0.22),
-    "G": Habits(54, 0.38, 0.74, 0.30, 0.01, 0.45, 0.35, 0.30, 0.20),
+    "A": Habits(34, 0.42, 0.18, 0.70, 0.30, 0.04, 0.10, 0.15, 0.18),
+    "B": Habits(48, 0.36, 0.88, 0.10, 0.01, 0.02, 0.20, 0.85, 0.42),
+    "E": Habits(65, 0.28, 0.12, 0.25, 0.02, 0.08, 0.65, 0.35, 0.22),
+    "G": Habits(48, 0.38, 0.74, 0.30, 0.01, 0.45, 0.35, 0.30, 0.20),
 }
 
-# %% ../nbs/appendix/phantom.ipynb #c09c6ce1
+# %% ../nbs/appendix/phantom.ipynb #b23756b2
 @dataclass(frozen=True)
 class Lesion:
     """One tumour: where it lies (chest frame, mm), its shape, and what fills it."""
@@ -471,9 +502,9 @@ class Lesion:
     necrosis: float
     hu: float
     nodes: int
-    central: float
+    central: bool
 
-# %% ../nbs/appendix/phantom.ipynb #6e2a5051
+# %% ../nbs/appendix/phantom.ipynb #ad14d57e
 def draw_lesion(chest: Thorax, subtype: str, rng: np.random.Generator, scale: float = 1.0) -> Lesion:
     """A tumour of a subtype, placed in the lung: size, place and signs follow `HABITS`."""
     habit = HABITS[subtype]
@@ -481,12 +512,15 @@ def draw_lesion(chest: Thorax, subtype: str, rng: np.random.Generator, scale: fl
     central = bool(rng.random() < habit.central)
     centre = _place(chest, diameter / 2, central, rng)
     axes = np.exp(rng.normal(0, 0.13, 3))
-    rays = _unit(rng.normal(size=(rng.integers(10, 26), 3))) * rng.uniform(1.15, 1.7)
+    rays = _unit(rng.normal(size=(rng.integers(20, 45), 3)))
+    rays *= rng.uniform(1.1, 1.75, (len(rays), 1))
     shape = {"axes": tuple(axes / np.prod(axes) ** (1 / 3)), "lobes": rng.normal(size=(7, 4)),
              "lobed": float(np.clip(rng.normal(habit.lobed, 0.07), 0.03, 0.6)),
              "spicules": rays if rng.random() < habit.spiculated else rays[:0]}
-    return Lesion(subtype, tuple(centre), diameter / 2, **shape, **_filling(habit, diameter, rng), central=float(central))
+    filling = _filling(habit, diameter, rng)
+    return Lesion(subtype, tuple(centre), diameter / 2, **shape, **filling, central=central)
 
+# %% ../nbs/appendix/phantom.ipynb #573cb063
 def _filling(habit: Habits, diameter_mm: float, rng: np.random.Generator) -> dict:
     """What a tumour is made of; hollow ones are not tiny."""
     solid, cavity, dead = rng.uniform(0.15, 0.65), rng.uniform(0.25, 0.65), rng.uniform(0.35, 0.7)
@@ -511,15 +545,16 @@ def _place(chest: Thorax, radius_mm: float, central: bool, rng: np.random.Genera
         cost += rng.uniform(0, 30, 600) + 25 * (reach < 45 + 0.3 * radius_mm)
     return spots[np.argmin(np.where(depth > min(0.35 * radius_mm, 8), cost, 1e6))]
 
-# %% ../nbs/appendix/phantom.ipynb #0715ea83
+# %% ../nbs/appendix/phantom.ipynb #4eaeb462
 def lesion_distance(lesion: Lesion, x, y, z):
     """Signed distance (mm) to the lobed surface of a tumour before anatomy clips it."""
     offset = [(p - c) / a for p, c, a in zip((x, y, z), lesion.centre_mm, lesion.axes, strict=True)]
     far = np.sqrt(sum(o * o for o in offset)) + 1e-6
     ahead = [o / far for o in offset]
-    wave = sum(np.cos(2.2 * (row[0] * ahead[0] + row[1] * ahead[1] + row[2] * ahead[2]) + 3 * row[3]) for row in lesion.lobes)
+    wave = sum(np.cos(2.2 * (a * ahead[0] + b * ahead[1] + c * ahead[2]) + 3 * d) for a, b, c, d in lesion.lobes)
     return far - lesion.radius_mm * (1 + lesion.lobed * wave / np.sqrt(len(lesion.lobes)))
 
+# %% ../nbs/appendix/phantom.ipynb #ea7cd6cb
 def growth_limit(chest: Thorax, x, y, z):
     """Signed distance (mm) to where a tumour may grow, negative where it may."""
     spine = 19 - np.hypot(x, y - spine_y_mm(chest, z))
@@ -528,16 +563,18 @@ def growth_limit(chest: Thorax, x, y, z):
     walls = np.maximum(cavity_distance(chest, x, y, z) - 2, -dome_distance(chest, x, y, z) - 1)
     return np.maximum(np.maximum(walls, spine), np.maximum(heart, aorta))
 
+# %% ../nbs/appendix/phantom.ipynb #0879c905
 def lesion_occupancy(chest: Thorax, lesion: Lesion, x, y, z, blur_mm: float = 1.0):
     """Share of each voxel that is tumour (ground glass, cavity and necrosis included, spicules not)."""
     return soft(np.maximum(lesion_distance(lesion, x, y, z), growth_limit(chest, x, y, z)), blur_mm)
 
-# %% ../nbs/appendix/phantom.ipynb #6411477f
+# %% ../nbs/appendix/phantom.ipynb #7309acef
 def lesion_corners_mm(lesion: Lesion) -> tuple[np.ndarray, np.ndarray]:
     """Two corners (x, y, z), mm, that certainly enclose the tumour."""
     reach = lesion.radius_mm * (1 + 2.7 * lesion.lobed) * max(lesion.axes) + 2
     return np.subtract(lesion.centre_mm, reach), np.add(lesion.centre_mm, reach)
 
+# %% ../nbs/appendix/phantom.ipynb #2d5dbf65
 def measure_lesion(chest: Thorax, lesion: Lesion, step_mm: float = 2.0) -> dict:
     """Exact truth of a tumour in the chest frame, measured on its own fine grid: tight box, volume, diameter (mm)."""
     low, high = lesion_corners_mm(lesion)
@@ -545,21 +582,22 @@ def measure_lesion(chest: Thorax, lesion: Lesion, step_mm: float = 2.0) -> dict:
     share = lesion_occupancy(chest, lesion, x[None, None, :], y[None, :, None], z[:, None, None], step_mm)
     filled = share > 0.5
     if not filled.any():
-        raise ValueError(f"{chest.name}: a tumour of {lesion.radius_mm:.1f} mm at {lesion.centre_mm} has no room to grow")
+        where = ", ".join(f"{v:.0f}" for v in lesion.centre_mm)
+        raise ValueError(f"{chest.name}: a tumour of radius {lesion.radius_mm:.1f} mm has no room at ({where}) mm")
     box = {}
     for name, axis, others in (("x", x, (0, 1)), ("y", y, (0, 2)), ("z", z, (1, 2))):
         used = axis[filled.any(others)]
-        box |= {f"{name}0_mm": used[0] - step_mm / 2, f"{name}1_mm": used[-1] + step_mm / 2}
+        box |= {f"{name}0_mm": float(used[0] - step_mm / 2), f"{name}1_mm": float(used[-1] + step_mm / 2)}
     wide = max(box["x1_mm"] - box["x0_mm"], box["y1_mm"] - box["y0_mm"])
     return box | {"volume_mm3": float(share.sum() * step_mm**3), "diameter_mm": float(wide)}
 
-# %% ../nbs/appendix/phantom.ipynb #2f062b76
+# %% ../nbs/appendix/phantom.ipynb #a7b98b33
 def paint_lesion(hu_zyx, grid: Grid, chest: Thorax, lesion: Lesion, enhanced_hu: float) -> None:
     """Draw one tumour: ground-glass rim, solid part, dead or hollow centre, and spicules."""
     for ray in lesion.spicules:
         tip = np.add(lesion.centre_mm, lesion.radius_mm * ray)
         if lung_distance(chest, *tip) < 0:
-            paint_tube(hu_zyx, grid, [lesion.centre_mm, tuple(tip)], 0.9, -150)
+            paint_tube(hu_zyx, grid, [lesion.centre_mm, tuple(tip)], min(max(0.06 * lesion.radius_mm, 0.9), 2.2), -120)
     cuts, (x, y, z) = grid.window(*lesion_corners_mm(lesion))
     if not hu_zyx[cuts].size:
         return
@@ -574,7 +612,7 @@ def paint_lesion(hu_zyx, grid: Grid, chest: Thorax, lesion: Lesion, enhanced_hu:
         inside = np.maximum(surface + depth * lesion.radius_mm, room + 0.4 * depth * lesion.radius_mm)
         _mix(hu_zyx[cuts], soft(inside, grid.blur_mm), value)
 
-# %% ../nbs/appendix/phantom.ipynb #014401a5
+# %% ../nbs/appendix/phantom.ipynb #991304e3
 def paint_distractors(hu_zyx, grid: Grid, chest: Thorax, lesions: list[Lesion], enhanced_hu: float) -> None:
     """Lymph nodes, benign nodules and, in one patient out of eight, pleural fluid."""
     rng = named_rng(chest.seed, chest.name, "distractors")
@@ -592,6 +630,7 @@ def paint_distractors(hu_zyx, grid: Grid, chest: Thorax, lesions: list[Lesion], 
     if rng.random() < 0.125:
         _paint_fluid(hu_zyx, grid, chest, rng)
 
+# %% ../nbs/appendix/phantom.ipynb #30c95371
 def _paint_fluid(hu_zyx, grid: Grid, chest: Thorax, rng) -> None:
     """Pleural fluid: it lies where gravity puts it, behind and below one lung."""
     side, level = rng.choice([-1, 1]), rng.uniform(0.15, 0.5) * chest.half_depth_mm
@@ -599,6 +638,7 @@ def _paint_fluid(hu_zyx, grid: Grid, chest: Thorax, rng) -> None:
     fluid = np.maximum(np.maximum(lung_distance(chest, x, y, z), level - y + 0.5 * (z + 40)), -side * x)
     _mix(hu_zyx[cuts], soft(fluid, grid.blur_mm), 12)
 
+# %% ../nbs/appendix/phantom.ipynb #f2c2c9a7
 def _paint_collapse(hu_zyx, grid: Grid, chest: Thorax, lesions: list[Lesion], rng) -> None:
     """Patchy lung without air beyond some central tumours, and now and then where there is no tumour at all."""
     for lesion in lesions[:1]:
@@ -617,11 +657,12 @@ def _paint_collapse(hu_zyx, grid: Grid, chest: Thorax, lesions: list[Lesion], rn
             share = soft(np.maximum(edge, lung_distance(chest, x, y, z)), 2.5 * grid.blur_mm)
             _mix(hu_zyx[cuts], share * np.clip(0.75 + 0.3 * strands, 0.2, 1), 5)
 
+# %% ../nbs/appendix/phantom.ipynb #c23f7ac0
 def _paint_ball(hu_zyx, grid: Grid, centre_mm, axes_mm, value_hu: float) -> None:
     paint(hu_zyx, grid, np.subtract(centre_mm, axes_mm), np.add(centre_mm, axes_mm),
           lambda x, y, z: ellipsoid_distance(x, y, z, centre_mm, axes_mm), value_hu)
 
-# %% ../nbs/appendix/phantom.ipynb #5aa69a55
+# %% ../nbs/appendix/phantom.ipynb #0e08e2be
 @dataclass(frozen=True)
 class Scan:
     """How a chest is scanned: slice centres and pixel centres (chest frame, mm), slice thickness, contrast medium."""
@@ -635,6 +676,7 @@ class Scan:
     def pixel_mm(self) -> float:
         return float(self.x_mm[1] - self.x_mm[0])
 
+# %% ../nbs/appendix/phantom.ipynb #8ba81f78
 def render(chest: Thorax, lesions: list[Lesion], scan: Scan) -> np.ndarray:
     """Noise-free HU (z, y, x), float32."""
     rngs = {side: named_rng(chest.seed, chest.name, "tree", side) for side in (-1, 1)}
@@ -768,7 +810,7 @@ class Plan:
     def patient_id(self) -> str:
         return f"Lung_Dx-{self.patient}"
 
-# %% ../nbs/appendix/phantom.ipynb #e266b013
+# %% ../nbs/appendix/phantom.ipynb #dd124c29
 def plan_cohort(patients: int, seed: int, quirks=ALL, matrix: int = 128) -> list[Plan]:
     """Patients on paper, in order of their id, with the chosen quirks spread over them."""
     names = [f"{letter}{k:04d}" for letter, count in _shares(patients).items() for k in range(1, count + 1)]
@@ -777,6 +819,7 @@ def plan_cohort(patients: int, seed: int, quirks=ALL, matrix: int = 128) -> list
     plans = [_person(name, vendor, seed, matrix) for name, vendor in zip(names, vendors, strict=True)]
     return _spread_quirks(plans, seed, quirks)
 
+# %% ../nbs/appendix/phantom.ipynb #9e0256b0
 def _person(name: str, vendor: str, seed: int, matrix: int) -> Plan:
     rng, (male, age, smoker) = named_rng(seed, name, "person"), _PEOPLE[name[0]]
     sex = "M" if rng.random() < male else "F"
@@ -784,6 +827,7 @@ def _person(name: str, vendor: str, seed: int, matrix: int) -> Plan:
     years = int(np.clip(rng.normal(age, 9), 30, 88))
     return Plan(name, sex, years, weight, int(rng.random() < smoker), vendor, frozenset(), seed, matrix)
 
+# %% ../nbs/appendix/phantom.ipynb #180d15db
 def _shares(patients: int) -> dict[str, int]:
     """Patients of each subtype by largest remainder, so that the counts sum to `patients`."""
     exact = {letter: patients * weight / sum(MIX.values()) for letter, weight in MIX.items()}
@@ -791,6 +835,7 @@ def _shares(patients: int) -> dict[str, int]:
     spare = sorted(exact, key=lambda letter: counts[letter] - exact[letter])[: patients - sum(counts.values())]
     return {letter: counts[letter] + (letter in spare) for letter in MIX}
 
+# %% ../nbs/appendix/phantom.ipynb #a07d1479
 def _spread_quirks(plans: list[Plan], seed: int, quirks) -> list[Plan]:
     """Give each quirk to its share of the patients, those with the fewest quirks first."""
     given, lost = {plan.patient: set() for plan in plans}, set()
@@ -804,6 +849,7 @@ def _spread_quirks(plans: list[Plan], seed: int, quirks) -> list[Plan]:
         lost |= {plan.patient for plan in chosen if quirk in _LOSES_LABELS}
     return [replace(plan, quirks=frozenset(given[plan.patient])) for plan in plans]
 
+# %% ../nbs/appendix/phantom.ipynb #983731ea
 def _candidates(quirk: str, plans: list[Plan], given: dict, lost: set, rng) -> list[Plan]:
     """Patients who can carry a quirk, best first."""
     if _COMMON.get(quirk) == 1.0:
@@ -821,7 +867,7 @@ def _candidates(quirk: str, plans: list[Plan], given: dict, lost: set, rng) -> l
     avoid = {"unlabelled_series": "two_reconstructions", "pet_other_frame": "pet"}.get(quirk)
     return sorted(pool, key=lambda p: avoid in given[p.patient])
 
-# %% ../nbs/appendix/phantom.ipynb #8b6e1696
+# %% ../nbs/appendix/phantom.ipynb #1df6a1df
 SOP_CLASSES = {
     "ct": ("1.2.840.10008.5.1.4.1.1.2", "CT Image Storage"),
     "sc": ("1.2.840.10008.5.1.4.1.1.7", "Secondary Capture Image Storage"),
@@ -836,6 +882,7 @@ class Study:
     description: str
     origin_mm: tuple
 
+# %% ../nbs/appendix/phantom.ipynb #0845f936
 def fill(dataset: Dataset, **values) -> Dataset:
     """Set attributes by DICOM keyword; a keyword DICOM does not know is an error, not a silent private attribute."""
     for keyword, value in values.items():
@@ -845,60 +892,68 @@ def fill(dataset: Dataset, **values) -> Dataset:
         dataset.add_new(tag, dictionary_VR(tag), value)
     return dataset
 
+# %% ../nbs/appendix/phantom.ipynb #7e534366
 def patient_header(plan: Plan, study: Study) -> Dataset:
     """Attributes of the patient, study and equipment modules, shared by all images of a study."""
     day = study.day.strftime("%Y%m%d")
     return fill(
-        Dataset(), SpecificCharacterSet="ISO_IR 100", StudyDate=day, SeriesDate=day, AcquisitionDate=day, ContentDate=day,
-        StudyTime="101500", SeriesTime="102000", AcquisitionTime="102000", ContentTime="102000", AccessionNumber="",
-        Manufacturer=plan.vendor, InstitutionName="lungct phantom, not a patient", ReferringPhysicianName="",
-        StudyDescription=study.description, ManufacturerModelName=VENDORS[plan.vendor], SoftwareVersions="lungct",
-        PatientName=plan.patient_id, PatientID=plan.patient_id, PatientBirthDate="", PatientSex=plan.sex,
-        PatientAge=f"{plan.age_years:03d}Y", PatientWeight=f"{plan.weight_kg:g}", PatientIdentityRemoved="YES",
-        DeidentificationMethod="generated by lungct.phantom", StudyInstanceUID=study.uid, StudyID="1")
+        Dataset(), SpecificCharacterSet="ISO_IR 100", StudyDate=day, SeriesDate=day, AcquisitionDate=day,
+        ContentDate=day, StudyTime="101500", SeriesTime="102000", AcquisitionTime="102000", ContentTime="102000",
+        AccessionNumber="", Manufacturer=plan.vendor, InstitutionName="lungct phantom, not a patient",
+        ReferringPhysicianName="", StudyDescription=study.description, ManufacturerModelName=VENDORS[plan.vendor],
+        SoftwareVersions="lungct", PatientName=plan.patient_id, PatientID=plan.patient_id, PatientBirthDate="",
+        PatientSex=plan.sex, PatientAge=f"{plan.age_years:03d}Y", PatientWeight=f"{plan.weight_kg:g}",
+        PatientIdentityRemoved="YES", DeidentificationMethod="generated by lungct.phantom",
+        StudyInstanceUID=study.uid, StudyID="1")
 
-# %% ../nbs/appendix/phantom.ipynb #840cde7a
+# %% ../nbs/appendix/phantom.ipynb #7b677b3d
 KERNEL_NAMES = {"GE MEDICAL SYSTEMS": ("STANDARD", "LUNG"), "SIEMENS": ("B31f", "B70f"), "Philips": ("B", "L")}
 
 def ct_header(plan: Plan, study: Study, pixel_mm: float, thickness_mm: float, kernel: str) -> Dataset:
     """Attributes of a CT series: image plane, CT image and pixel modules."""
     signed, lung = plan.vendor == "GE MEDICAL SYSTEMS", kernel == "lung"
     header = fill(
-        patient_header(plan, study), ImageType=["ORIGINAL", "PRIMARY", "AXIAL"], Modality="CT", BodyPartExamined="CHEST",
-        ScanOptions="HELICAL MODE" if signed else "HELIX", KVP="120", XRayTubeCurrent="200", ExposureTime="600",
+        patient_header(plan, study), ImageType=["ORIGINAL", "PRIMARY", "AXIAL"], Modality="CT",
+        BodyPartExamined="CHEST", ScanOptions="HELICAL MODE" if signed else "HELIX", KVP="120",
+        XRayTubeCurrent="200", ExposureTime="600",
         PatientPosition="FFS" if "feet_first" in plan.quirks else "HFS", SliceThickness=number(thickness_mm),
         SpacingBetweenSlices=number(thickness_mm), ConvolutionKernel=KERNEL_NAMES[plan.vendor][lung],
         WindowCenter="-600" if lung else "40", WindowWidth="1600" if lung else "400",
         RescaleIntercept="-1024", RescaleSlope="1", RescaleType="HU")
     return _pixels(_plane(header, study.frame_uid, pixel_mm), 16 if signed else 12, signed)
 
+# %% ../nbs/appendix/phantom.ipynb #4cb0a3d0
 def _plane(header: Dataset, frame_uid: str, pixel_mm: float) -> Dataset:
     """Frame of reference and image plane modules of an axial image."""
-    return fill(header, FrameOfReferenceUID=frame_uid, PositionReferenceIndicator="", PixelSpacing=[number(pixel_mm)] * 2,
-                ImageOrientationPatient=["1", "0", "0", "0", "1", "0"])
+    return fill(header, FrameOfReferenceUID=frame_uid, PositionReferenceIndicator="",
+                PixelSpacing=[number(pixel_mm)] * 2, ImageOrientationPatient=["1", "0", "0", "0", "1", "0"])
 
+# %% ../nbs/appendix/phantom.ipynb #abc0ea71
 def _pixels(header: Dataset, bits: int, signed: bool) -> Dataset:
     """Image pixel module of a 16-bit grey image."""
     return fill(header, SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=bits,
                 HighBit=bits - 1, PixelRepresentation=int(signed))
 
+# %% ../nbs/appendix/phantom.ipynb #a1fc2418
 def number(value: float) -> str:
     """A decimal string of at most 16 characters, as DICOM wants it."""
     text = f"{value:.6f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text[:16]
 
-# %% ../nbs/appendix/phantom.ipynb #66527829
+# %% ../nbs/appendix/phantom.ipynb #e14e2a41
 HALF_LIFE_S, DOSE_BQ, UPTAKE_S = 6586.2, 3.7e8, 3600
 
 def _code(value: str, meaning: str) -> Dataset:
     return fill(Dataset(), CodeValue=value, CodingSchemeDesignator="SCT", CodeMeaning=meaning)
 
+# %% ../nbs/appendix/phantom.ipynb #10ee420a
 def _tracer(day: str) -> Dataset:
     """Radiopharmaceutical: FDG, injected an hour before the scan."""
     return fill(Dataset(), Radiopharmaceutical="FDG", RadiopharmaceuticalStartTime="092000",
                 RadiopharmaceuticalStartDateTime=day + "092000", RadionuclideTotalDose=number(DOSE_BQ),
                 RadionuclideHalfLife=number(HALF_LIFE_S), RadionuclideCodeSequence=[_code("77004003", "^18^Fluorine")])
 
+# %% ../nbs/appendix/phantom.ipynb #2acc27fd
 def pet_header(plan: Plan, study: Study, pixel_mm: float, thickness_mm: float, slices: int) -> Dataset:
     """Attributes of a PET series in BQML, decay corrected to the start of the scan."""
     lying = _code("102538003", "recumbent")
@@ -923,7 +978,7 @@ def sc_header(plan: Plan, study: Study) -> Dataset:
         SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8,
         HighBit=7, PixelRepresentation=0, BodyPartExamined="CHEST", PatientOrientation="")
 
-# %% ../nbs/appendix/phantom.ipynb #c8ef689a
+# %% ../nbs/appendix/phantom.ipynb #9f151739
 @dataclass
 class Frame:
     """One image: stored pixels, z (scanner, mm), its own attributes, boxes (label, xmin, ymin, xmax, ymax)."""
@@ -934,6 +989,7 @@ class Frame:
     sop_uid: str = ""
     quirks: tuple = ()
 
+# %% ../nbs/appendix/phantom.ipynb #738d9fc0
 @dataclass(frozen=True)
 class Series:
     """What the frames of a series share."""
@@ -960,7 +1016,7 @@ def save_image(path: Path, series: Series, frame: Frame, index: int) -> None:
         ImplementationClassUID=named_uid(0, "lungct"), ImplementationVersionName="LUNGCT")
     pydicom.dcmwrite(path, image, enforce_file_format=True)
 
-# %% ../nbs/appendix/phantom.ipynb #5398afc5
+# %% ../nbs/appendix/phantom.ipynb #09694a7b
 METADATA_COLUMNS = (
     "Series UID", "Collection", "3rd Party Analysis", "Data Description URI", "Subject ID", "Study UID",
     "Study Description", "Study Date", "Series Description", "Manufacturer", "Modality", "SOP Class Name",
@@ -969,8 +1025,10 @@ METADATA_COLUMNS = (
 def series_folder(plan: Plan, study: Study, series: Series) -> Path:
     """Where the download tool puts a series, relative to the cohort's root."""
     visit = f"{study.day:%m-%d-%Y}-NA-{study.description}-{study.uid[-5:]}"
-    return Path("Lung-PET-CT-Dx", plan.patient_id, visit, f"{series.number}.000000-{series.description}-{series.uid[-5:]}")
+    name = f"{series.number}.000000-{series.description}-{series.uid[-5:]}"
+    return Path("Lung-PET-CT-Dx", plan.patient_id, visit, name)
 
+# %% ../nbs/appendix/phantom.ipynb #6c111a59
 def write_series(root: Path, plan: Plan, study: Study, series: Series, frames: list[Frame]) -> dict:
     """Write the frames, in their order, as one series folder; returns its row of `metadata.csv`."""
     place, size = series_folder(plan, study, series), 0
@@ -984,10 +1042,10 @@ def write_series(root: Path, plan: Plan, study: Study, series: Series, frames: l
     sop_class, sop_name = SOP_CLASSES[series.kind]
     return dict(zip(METADATA_COLUMNS, (
         series.uid, "Lung-PET-CT-Dx", "null", "null", plan.patient_id, study.uid, study.description,
-        f"{study.day:%m-%d-%Y}", series.description, plan.vendor, series.header.Modality, sop_name, sop_class, len(frames),
-        f"{size / 1e6:.2f} MB", "./" + place.as_posix(), "2026-01-01T00:00:00.000"), strict=True))
+        f"{study.day:%m-%d-%Y}", series.description, plan.vendor, series.header.Modality, sop_name, sop_class,
+        len(frames), f"{size / 1e6:.2f} MB", "./" + place.as_posix(), "2026-01-01T00:00:00.000"), strict=True))
 
-# %% ../nbs/appendix/phantom.ipynb #7402d385
+# %% ../nbs/appendix/phantom.ipynb #b3900f72
 def draw_boxes(chest: Thorax, lesion: Lesion, scan: Scan, rng: np.random.Generator) -> dict[int, tuple]:
     """One annotator's boxes on one reconstruction: slice index -> (xmin, ymin, xmax, ymax), pixel edges."""
     grid = Grid(scan.x_mm, scan.y_mm, scan.z_mm, scan.pixel_mm)
@@ -995,18 +1053,19 @@ def draw_boxes(chest: Thorax, lesion: Lesion, scan: Scan, rng: np.random.Generat
     inside = lesion_occupancy(chest, lesion, x, y, z, scan.pixel_mm) > 0.4
     area = inside.sum((1, 2))
     seen = np.flatnonzero((area > 0) & (area >= rng.uniform(0.02, 0.16) * max(area, default=0)))
-    margin = rng.uniform(0.0, 0.05) * 2 * lesion.radius_mm + rng.uniform(0, 2.0)
-    habit_mm = np.array([-1, -1, 1, 1]) * margin + np.tile(rng.normal(0, 0.8, 2), 2)
+    margin = rng.uniform(0.0, 0.07) * 2 * lesion.radius_mm + rng.uniform(0, 2.5)
+    habit_mm = np.array([-1, -1, 1, 1]) * margin + np.tile(rng.normal(0, 1.2, 2), 2)
     boxes = {}
     for k in seen:
         tight = _tight_box(inside[k]) + np.tile([cuts[2].start, cuts[1].start], 2)
         size = np.tile(tight[2:] - tight[:2], 2)
-        loose = tight + rng.normal(0, 0.03, 4) * size + (habit_mm + rng.normal(0, 0.6, 4)) / scan.pixel_mm
+        loose = tight + rng.normal(0, 0.04, 4) * size + (habit_mm + rng.normal(0, 0.8, 4)) / scan.pixel_mm
         box = np.clip(np.rint(loose), 0, np.tile([len(scan.x_mm), len(scan.y_mm)], 2)).astype(int)
         if box[2] > box[0] and box[3] > box[1]:
             boxes[int(cuts[0].start + k)] = tuple(int(v) for v in box)
     return boxes
 
+# %% ../nbs/appendix/phantom.ipynb #033969da
 def _tight_box(inside: np.ndarray) -> np.ndarray:
     """Pixel edges (xmin, ymin, xmax, ymax) of the smallest box around a 2D mask."""
     columns, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
@@ -1020,7 +1079,7 @@ def box_iou(first, second) -> float:
     area = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
     return wide * high / (sum(area) - wide * high) if wide * high else 0.0
 
-# %% ../nbs/appendix/phantom.ipynb #851f2770
+# %% ../nbs/appendix/phantom.ipynb #8f1449ac
 _OBJECT = """  <object>
     <name>{}</name>
     <pose>Unspecified</pose>
@@ -1035,6 +1094,7 @@ _OBJECT = """  <object>
   </object>
 """
 
+# %% ../nbs/appendix/phantom.ipynb #85bea5b1
 def voc_xml(boxes, width: int, height: int, untidy: bool, verified: bool = False) -> str:
     """Text of one VOC annotation file; `boxes` are (label, xmin, ymin, xmax, ymax)."""
     source = "Unknow<database>Unknown</database>\n  " if untidy else "\n    <database>phantom</database>\n  "
@@ -1095,11 +1155,12 @@ def _damage(notes: list[Note], plan: Plan) -> list[tuple[str, str]]:
             done.append((quirk, notes[place].sop_uid))
     return done
 
-# %% ../nbs/appendix/phantom.ipynb #dca2f0fe
+# %% ../nbs/appendix/phantom.ipynb #3d0010ee
 def quirk_row(quirk: str, patient_id: str = "", series_uid: str = "", sop_uid: str = "", file: str = "") -> dict:
     """A row of `truth/quirks.parquet`."""
     return {"quirk": quirk, "patient_id": patient_id, "series_uid": series_uid, "sop_uid": sop_uid, "file": file}
 
+# %% ../nbs/appendix/phantom.ipynb #8b356ea8
 class Desk:
     """Collects what writing one patient produces: metadata rows, truth rows, quirk rows and annotation files."""
 
@@ -1121,21 +1182,23 @@ class Desk:
         if series.implicit:
             self.mark("implicit_vr", series.uid)
         if any(frame.boxes for frame in frames):
-            self.annotate(series, frames)
+            annotate(self, series, frames)
 
-    def annotate(self, series: Series, frames: list[Frame]) -> None:
-        """One annotator's session: letters in one case throughout, all files verified or none."""
-        rng, untidy = named_rng(self.plan.seed, series.uid, "annotator"), "untidy_xml" in self.plan.quirks
-        lower, verified = "lower_case_labels" in self.plan.quirks and rng.random() < 0.85, bool(rng.random() < 0.5)
-        for frame in frames:
-            height, width = frame.stored.shape[:2]
-            boxes = [(b[0].lower() if lower else b[0], *b[1:]) for b in frame.boxes]
-            if boxes:
-                self.notes.append(Note(self.plan.patient, frame.sop_uid, boxes, width, height, untidy, verified))
-        if lower:
-            self.mark("lower_case_labels", series.uid)
+# %% ../nbs/appendix/phantom.ipynb #bcb34c23
+def annotate(desk: Desk, series: Series, frames: list[Frame]) -> None:
+    """One annotator's session: letters in one case throughout, all files verified or none."""
+    plan, rng = desk.plan, named_rng(desk.plan.seed, series.uid, "annotator")
+    lower = "lower_case_labels" in plan.quirks and rng.random() < 0.85
+    verified, untidy = bool(rng.random() < 0.5), "untidy_xml" in plan.quirks
+    for frame in frames:
+        height, width = frame.stored.shape[:2]
+        boxes = [(b[0].lower() if lower else b[0], *b[1:]) for b in frame.boxes]
+        if boxes:
+            desk.notes.append(Note(plan.patient, frame.sop_uid, boxes, width, height, untidy, verified))
+    if lower:
+        desk.mark("lower_case_labels", series.uid)
 
-# %% ../nbs/appendix/phantom.ipynb #bb77a267
+# %% ../nbs/appendix/phantom.ipynb #f8ef77f9
 def write_patient(root: str, plan: Plan) -> dict:
     """Draw, scan and write one patient; returns metadata, lesion, quirk rows and annotation notes."""
     desk = Desk(root, plan)
@@ -1147,6 +1210,17 @@ def write_patient(root: str, plan: Plan) -> dict:
     _write_notes(desk)
     return {"metadata": desk.metadata, "lesions": desk.lesions, "quirks": desk.quirks, "notes": desk.notes}
 
+# %% ../nbs/appendix/phantom.ipynb #c84a1b12
+def _second_lesion(chest: Thorax, first: Lesion, rng) -> Lesion:
+    """A second, smaller tumour at about the same height, clear of the first one."""
+    tries = [draw_lesion(chest, first.subtype, rng, 0.6) for _ in range(60)]
+    def cost(lesion):
+        offset = np.subtract(lesion.centre_mm, first.centre_mm)
+        overlap = 1.4 * (lesion.radius_mm + first.radius_mm) - np.linalg.norm(offset)
+        return abs(offset[2]) + 1000 * max(0, overlap)
+    return min(tries, key=cost)
+
+# %% ../nbs/appendix/phantom.ipynb #bfa85bb4
 def draw_patient(plan: Plan, visit: int = 0) -> tuple[Thorax, list[Lesion]]:
     """The chest and the tumours of a planned patient; at a second visit the tumours have shrunk."""
     chest = draw_thorax(plan.seed, plan.patient, plan.sex, plan.weight_kg)
@@ -1156,15 +1230,6 @@ def draw_patient(plan: Plan, visit: int = 0) -> tuple[Thorax, list[Lesion]]:
         lesions.append(_second_lesion(chest, lesions[0], rng))
     shrunk = named_rng(plan.seed, plan.patient, "follow-up").uniform(0.7, 0.9) if visit else 1.0
     return chest, [replace(lesion, radius_mm=lesion.radius_mm * shrunk) for lesion in lesions]
-
-def _second_lesion(chest: Thorax, first: Lesion, rng) -> Lesion:
-    """A second, smaller tumour at about the same height, clear of the first one."""
-    tries = [draw_lesion(chest, first.subtype, rng, 0.6) for _ in range(60)]
-    def cost(lesion):
-        offset = np.subtract(lesion.centre_mm, first.centre_mm)
-        overlap = 1.4 * (lesion.radius_mm + first.radius_mm) - np.linalg.norm(offset)
-        return abs(offset[2]) + 1000 * max(0, overlap)
-    return min(tries, key=cost)
 
 # %% ../nbs/appendix/phantom.ipynb #49b5ec94
 def _write_notes(desk: Desk) -> None:
@@ -1187,7 +1252,7 @@ def _write_notes(desk: Desk) -> None:
         (folder / f"{note.sop_uid}.xml").write_text(note.text(), encoding="utf-8", newline="\n")
     desk.mark("untidy_xml", file=f"Annotation/{plan.patient}")
 
-# %% ../nbs/appendix/phantom.ipynb #1feb40fb
+# %% ../nbs/appendix/phantom.ipynb #2445a20b
 _STUDIES = {"GE MEDICAL SYSTEMS": "lungc", "SIEMENS": "ThoraxAThoraxRoutine Adult", "Philips": "Chest"}
 
 def plan_study(plan: Plan, visit: int, rng: np.random.Generator) -> Study:
@@ -1200,6 +1265,7 @@ def plan_study(plan: Plan, visit: int, rng: np.random.Generator) -> Study:
         date(2006, 1, 9) + timedelta(days=first + 97 * visit),
         "PET03WholebodyFirstHead Adult" if pet else _STUDIES[plan.vendor], tuple(float(v) for v in origin))
 
+# %% ../nbs/appendix/phantom.ipynb #efe009d0
 def plan_scan(plan: Plan, chest: Thorax, rng: np.random.Generator) -> Scan:
     """Field of view, slices and contrast of one scan, in the chest frame (mm)."""
     broad = 2 * (chest.half_width_mm + chest.fat_mm + chest.muscle_mm + 30)
@@ -1212,6 +1278,7 @@ def plan_scan(plan: Plan, chest: Thorax, rng: np.random.Generator) -> Scan:
     blood = 42.0 if plan.vendor == "Philips" or rng.random() < 0.5 else float(rng.uniform(130, 260))
     return Scan(across, along, bottom + thickness * np.arange(slices), thickness, blood)
 
+# %% ../nbs/appendix/phantom.ipynb #bf87ff6b
 def write_visit(desk: Desk, chest: Thorax, lesions: list[Lesion], visit: int) -> None:
     """One study of a patient: its CT series, and whatever the quirks add."""
     plan, rng = desk.plan, named_rng(desk.plan.seed, desk.plan.patient, "visit", visit)
@@ -1226,7 +1293,7 @@ def write_visit(desk: Desk, chest: Thorax, lesions: list[Lesion], visit: int) ->
     if not visit:
         write_extras(desk, chest, lesions, study, scan)
 
-# %% ../nbs/appendix/phantom.ipynb #ca681da3
+# %% ../nbs/appendix/phantom.ipynb #ee92e899
 def store_ct(hu_zyx: np.ndarray, plan: Plan) -> np.ndarray:
     """HU to the numbers stored in a file of this vendor (intercept -1024); GE pads outside a round field of view."""
     if plan.vendor != "GE MEDICAL SYSTEMS":
@@ -1237,6 +1304,7 @@ def store_ct(hu_zyx: np.ndarray, plan: Plan) -> np.ndarray:
         stored[:, np.hypot(axis[:, None], axis) > stored.shape[1] / 2] = -2000
     return stored
 
+# %% ../nbs/appendix/phantom.ipynb #6659c1a7
 def ct_frames(plan: Plan, study: Study, scan: Scan, hu_zyx: np.ndarray, kernel: str, boxes: dict | None = None,
               phase: int = 1) -> list[Frame]:
     """Frames of one reconstruction, lowest slice first; `boxes` maps a slice index to its boxes."""
@@ -1251,6 +1319,7 @@ def ct_frames(plan: Plan, study: Study, scan: Scan, hu_zyx: np.ndarray, kernel: 
         frames.append(Frame(stored[k], float(z), header, own, quirks=("several_boxes",) if len(own) > 1 else ()))
     return frames
 
+# %% ../nbs/appendix/phantom.ipynb #46069a16
 def annotated(plan: Plan, study: Study, scan: Scan, chest: Thorax, lesions: list[Lesion], reader: str) -> dict:
     """One reader's boxes on a reconstruction: slice index -> list of (label, xmin, ymin, xmax, ymax)."""
     boxes = {}
@@ -1260,7 +1329,7 @@ def annotated(plan: Plan, study: Study, scan: Scan, chest: Thorax, lesions: list
             boxes.setdefault(index, []).append((plan.letter, *box))
     return boxes
 
-# %% ../nbs/appendix/phantom.ipynb #02f8e3f9
+# %% ../nbs/appendix/phantom.ipynb #d9c09ed6
 def ct_series(plan: Plan, study: Study, scan: Scan, number_: int, kernel: str, tag: str = "") -> Series:
     """Series of one reconstruction, described in its vendor's words."""
     width, soft_kernel = f"{scan.thickness_mm:g}mm", kernel == "soft"
@@ -1272,20 +1341,21 @@ def ct_series(plan: Plan, study: Study, scan: Scan, number_: int, kernel: str, t
     uid = named_uid(plan.seed, study.uid, "series", number_, tag)
     return Series(uid, number_, words[plan.vendor], "ct", header, "implicit_vr" in plan.quirks)
 
+# %% ../nbs/appendix/phantom.ipynb #c242a4c3
 def add_truth(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, series: Series, phase: int = 1) -> None:
     """Record the exact truth of every tumour for one series, in scanner coordinates (LPS, mm)."""
     shift = dict(zip("xyz", study.origin_mm, strict=True))
     for k, lesion in enumerate(lesions):
         size = measure_lesion(chest, lesion)
-        size = {name: value + shift.get(name[0], 0) if name[1:] in ("0_mm", "1_mm") else value for name, value in size.items()}
+        size |= {name: size[name] + shift[name[0]] for name in size if name[1:] in ("0_mm", "1_mm")}
         centre = [float(v) for v in np.add(lesion.centre_mm, study.origin_mm)]
         desk.lesions.append({
-            "patient_id": desk.plan.patient_id, "study_uid": study.uid, "series_uid": series.uid, "phase": phase, "lesion": k,
-            "subtype": lesion.subtype, "centre_mm": centre, **size, "central": bool(lesion.central),
+            "patient_id": desk.plan.patient_id, "study_uid": study.uid, "series_uid": series.uid, "phase": phase,
+            "lesion": k, "subtype": lesion.subtype, "centre_mm": centre, **size, "central": lesion.central,
             "spiculated": bool(len(lesion.spicules)), "ground_glass": lesion.solid < 1, "cavity": lesion.cavity > 0,
             "necrosis": lesion.necrosis > 0, "nodes": lesion.nodes, "lobed": lesion.lobed})
 
-# %% ../nbs/appendix/phantom.ipynb #531d8483
+# %% ../nbs/appendix/phantom.ipynb #d70a614b
 def write_scan(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, scan: Scan) -> None:
     """One scan, reconstructed once or twice, with the quirks that disturb a stack of slices."""
     plan, hu = desk.plan, render(chest, lesions, scan)
@@ -1302,6 +1372,7 @@ def write_scan(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, s
         elif not unlabelled:
             desk.mark("two_reconstructions", series.uid)
 
+# %% ../nbs/appendix/phantom.ipynb #1f0cda20
 def write_phases(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, scan: Scan) -> None:
     """Three contrast phases under one SeriesInstanceUID, each annotated on its own."""
     plan, frames = desk.plan, []
@@ -1314,7 +1385,7 @@ def write_phases(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study,
     write_ct(desk, study, series, frames)
     desk.mark("multi_phase", series.uid)
 
-# %% ../nbs/appendix/phantom.ipynb #8d60715e
+# %% ../nbs/appendix/phantom.ipynb #292cfd38
 def write_ct(desk: Desk, study: Study, series: Series, frames: list[Frame]) -> None:
     """Number the frames along or against z, pad decimal strings where the quirk says so, and write."""
     plan = desk.plan
@@ -1331,6 +1402,7 @@ def write_ct(desk: Desk, study: Study, series: Series, frames: list[Frame]) -> N
         desk.mark(quirk, series.uid)
     desk.add(study, series, frames)
 
+# %% ../nbs/appendix/phantom.ipynb #514183c9
 def pad(value):
     """A decimal string as some scanners pad it: trailing zeros, and a blank in front."""
     if isinstance(value, (list, pydicom.multival.MultiValue)):
@@ -1378,7 +1450,7 @@ def write_extras(desk: Desk, chest: Thorax, lesions, study: Study, scan: Scan) -
     if quirks & {"pet", "pet_other_frame"}:
         write_pet(desk, chest, lesions, study, scan)
 
-# %% ../nbs/appendix/phantom.ipynb #0fd58d25
+# %% ../nbs/appendix/phantom.ipynb #32526644
 def write_localizer(desk: Desk, chest: Thorax, study: Study, scan: Scan) -> None:
     """A scout: the whole chest averaged from front to back, a coronal image with a made-up thickness."""
     heights = np.arange(scan.z_mm[0], scan.z_mm[-1], scan.pixel_mm)
@@ -1393,6 +1465,7 @@ def write_localizer(desk: Desk, chest: Thorax, study: Study, scan: Scan) -> None
     desk.add(study, series, [Frame(stored, top, {"ImagePositionPatient": corner, "AcquisitionNumber": 1}, [])])
     desk.mark("localizer", series.uid)
 
+# %% ../nbs/appendix/phantom.ipynb #cd70622e
 def write_screenshots(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, scan: Scan) -> None:
     """RGB screenshots of the slices around the tumour, annotated."""
     plan, name = desk.plan, "Range-CT WB  1.0  B30f-Tra-ALPHA Range"
@@ -1407,7 +1480,7 @@ def write_screenshots(desk: Desk, chest: Thorax, lesions: list[Lesion], study: S
     desk.add(study, series, frames)
     desk.mark("secondary_capture", series.uid)
 
-# %% ../nbs/appendix/phantom.ipynb #60533ee9
+# %% ../nbs/appendix/phantom.ipynb #4a6fd377
 def write_pet(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, scan: Scan) -> None:
     """A PET series in BQML, decay corrected to its start, with a slope of its own in every slice."""
     plan, view = desk.plan, _pet_view(desk.plan, scan)
@@ -1420,11 +1493,13 @@ def write_pet(desk: Desk, chest: Thorax, lesions: list[Lesion], study: Study, sc
     desk.mark("pet", series.uid)
     desk.mark("pet_other_frame", series.uid)
 
+# %% ../nbs/appendix/phantom.ipynb #e19b441f
 def _pet_view(plan: Plan, scan: Scan) -> Scan:
     count = max(24, plan.matrix * 3 // 4)
     axis = (np.arange(count) - (count - 1) / 2) * round(4.0728 * 96 / count, 4)
     return Scan(axis, axis + 10, np.arange(scan.z_mm[0], scan.z_mm[-1] + 1, 5.0), 5.0)
 
+# %% ../nbs/appendix/phantom.ipynb #d1695b36
 def _pet_frames(bqml_zyx: np.ndarray, view: Scan, study: Study) -> list[Frame]:
     """Frames from head to feet, each scaled so that its brightest voxel fills 15 bits."""
     corner, frames = np.add((view.x_mm[0], view.y_mm[0]), study.origin_mm[:2]), []
@@ -1436,6 +1511,7 @@ def _pet_frames(bqml_zyx: np.ndarray, view: Scan, study: Study) -> list[Frame]:
         frames.append(Frame(stored, float(z), header, []))
     return frames
 
+# %% ../nbs/appendix/phantom.ipynb #bbcfba6b
 def pet_suv(chest: Thorax, lesions, view: Scan, rng: np.random.Generator) -> np.ndarray:
     """Activity as SUV (z, y, x): tumour above liver above blood above lung."""
     hu = render(chest, [], view)
@@ -1451,7 +1527,7 @@ def pet_suv(chest: Thorax, lesions, view: Scan, rng: np.random.Generator) -> np.
     noise = ndimage.gaussian_filter(rng.standard_normal(suv.shape, dtype=np.float32), 0.8)
     return np.maximum(suv * (1 + 0.06 * noise), 0)
 
-# %% ../nbs/appendix/phantom.ipynb #0357d7df
+# %% ../nbs/appendix/phantom.ipynb #04de8bed
 def _share_notes(root: Path, plan: Plan, results: dict[str, dict], plans: list[Plan]) -> list[dict]:
     """Repeat a few of a patient's annotation files in another patient's folder, with other boxes."""
     others = [p for p in plans if results[p.patient]["notes"] and p.patient != plan.patient]
@@ -1464,6 +1540,7 @@ def _share_notes(root: Path, plan: Plan, results: dict[str, dict], plans: list[P
         rows.append(_stray(root, "xml_in_two_folders", replace(note, boxes=boxes, cut=False), other.patient))
     return rows
 
+# %% ../nbs/appendix/phantom.ipynb #4731e0da
 def _annotate_nobody(root: Path, plan: Plan, results: dict[str, dict], plans: list[Plan]) -> list[dict]:
     """An annotation folder for a patient without images."""
     source = next((results[p.patient]["notes"] for p in plans if results[p.patient]["notes"]), [])
@@ -1474,13 +1551,14 @@ def _annotate_nobody(root: Path, plan: Plan, results: dict[str, dict], plans: li
              for k, note in enumerate(source[:6])]
     return [_stray(root, "annotation_without_images", note, folder) for note in notes]
 
+# %% ../nbs/appendix/phantom.ipynb #46f079e4
 def _stray(root: Path, quirk: str, note: Note, folder: str) -> dict:
     place = Path("Annotation", folder, f"{note.sop_uid}.xml")
     (root / place).parent.mkdir(parents=True, exist_ok=True)
     (root / place).write_text(note.text(), encoding="utf-8", newline="\n")
     return quirk_row(quirk, f"Lung_Dx-{folder}", sop_uid=note.sop_uid, file=place.as_posix())
 
-# %% ../nbs/appendix/phantom.ipynb #c8da189f
+# %% ../nbs/appendix/phantom.ipynb #8ab533d7
 CLINICAL_COLUMNS = ("No.", "NewPatientID", "Sex", "Age", "weight (kg)", "T-Stage", "N-Stage", "M-Stage",
                     "Histopathological grading", "Smoking History")
 _T_STAGES = (["1a", "1b", "1c", "2a", "2b", "3", "4"], [0.04, 0.1, 0.38, 0.14, 0.06, 0.18, 0.1])
@@ -1499,13 +1577,15 @@ def clinical_row(plan: Plan, number_: int) -> tuple:
         age, weight = None if number_ % 11 == 3 else age, None if number_ % 13 == 5 else weight
     return number_, plan.patient, plan.sex, age, weight, t_stage, n_stage, m_stage, grade, plan.smoker
 
+# %% ../nbs/appendix/phantom.ipynb #606815cd
 def write_clinical(path: Path, plans: list[Plan]) -> None:
     """Write the clinical table as an Excel file whose bytes do not depend on the clock."""
     book = openpyxl.Workbook()
     sheet = book.active
     sheet.title = "Clinical Data"
     odd = any("clinical_spelling" in plan.quirks for plan in plans)
-    sheet.append([name.replace("M-", "\N{FULLWIDTH LATIN CAPITAL LETTER M}-") if odd else name for name in CLINICAL_COLUMNS])
+    wide = "\N{FULLWIDTH LATIN CAPITAL LETTER M}-Stage"
+    sheet.append([wide if odd and name == "M-Stage" else name for name in CLINICAL_COLUMNS])
     for k, plan in enumerate(plans, 1):
         sheet.append(clinical_row(plan, k))
     _save_workbook(book, path)
@@ -1522,7 +1602,7 @@ def _save_workbook(book, path: Path) -> None:
                 text = re.sub(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", b"2026-01-01T00:00:00Z", text)
             new.writestr(zipfile.ZipInfo(item.filename, (2026, 1, 1, 0, 0, 0)), text)
 
-# %% ../nbs/appendix/phantom.ipynb #d51f31b4
+# %% ../nbs/appendix/phantom.ipynb #b943defc
 def write_tables(root: Path, plans: list[Plan], results: dict[str, dict], rows: list[dict]) -> None:
     """metadata.csv, the manifest, the clinical table and the truth."""
     metadata = [row for plan in plans for row in results[plan.patient]["metadata"]]
@@ -1543,14 +1623,15 @@ def write_tables(root: Path, plans: list[Plan], results: dict[str, dict], rows: 
     quirks = pd.DataFrame(rows, columns=columns).astype("string").sort_values(columns, ignore_index=True)
     quirks.to_parquet(root / "truth" / "quirks.parquet", index=False)
 
+# %% ../nbs/appendix/phantom.ipynb #b8c11b97
 def write_manifest(path: Path, series_uids: list[str]) -> None:
     """A `.tcia` manifest that lists the series; its server does not exist."""
     head = ("downloadServerUrl=https://example.invalid/", "includeAnnotation=true", "noOfrRetry=4",
             "databasketId=manifest-phantom.tcia", "manifestVersion=3.0", "ListOfSeriesToDownload=")
     path.write_text("\n".join((*head, *series_uids)) + "\n", encoding="utf-8", newline="\n")
 
-# %% ../nbs/appendix/phantom.ipynb #d4042e1a
-_VERSION = 1
+# %% ../nbs/appendix/phantom.ipynb #dfcf4ec8
+_VERSION = 2  # raised whenever the same request would give other bytes than before
 
 def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int | None = None,
                 matrix: int = 128) -> Path:
@@ -1574,7 +1655,7 @@ def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int
     (out / "phantom.partial.json").rename(out / "phantom.json")
     return out
 
-# %% ../nbs/appendix/phantom.ipynb #0cb17595
+# %% ../nbs/appendix/phantom.ipynb #708a2d64
 def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:
     quirks = [quirks] if isinstance(quirks, str) else list(quirks)
     unknown = [quirk for quirk in quirks if quirk not in QUIRKS]
@@ -1585,6 +1666,7 @@ def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:
     return {"version": _VERSION, "patients": int(patients), "seed": int(seed), "matrix": int(matrix),
             "quirks": [quirk for quirk in ALL if quirk in quirks]}
 
+# %% ../nbs/appendix/phantom.ipynb #322cd765
 def _prepare(out: Path, asked: dict) -> bool:
     """True if the folder already holds this cohort; otherwise an empty, marked folder."""
     done, begun = out / "phantom.json", out / "phantom.partial.json"
@@ -1594,12 +1676,13 @@ def _prepare(out: Path, asked: dict) -> bool:
         raise InputError(f"{out} is not empty and holds no phantoms; give an empty or a new folder")
     for name in ("Lung-PET-CT-Dx", "Annotation", "truth"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for old in (done, out / "metadata.csv", out / "Lung-PET-CT-Dx-phantom.tcia", out / "statistics-clinical-phantom.xlsx"):
-        old.unlink(missing_ok=True)
+    for name in (done.name, "metadata.csv", "Lung-PET-CT-Dx-phantom.tcia", "statistics-clinical-phantom.xlsx"):
+        (out / name).unlink(missing_ok=True)
     (out / "Annotation").mkdir(parents=True)
     begun.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     return False
 
+# %% ../nbs/appendix/phantom.ipynb #500692fc
 def _run(out: Path, plans: list[Plan], workers: int | None) -> list[dict]:
     """Write all patients, in this process or in several; results in the order of the plans."""
     from lungct import phantom as module

@@ -6,11 +6,11 @@
 __all__ = ['PIXELS', 'CORNERS_MM', 'ABOUT_MODEL', 'to_volume', 'to_pixels', 'Refusal', 'refusal', 'pseudonym', 'predict_stack',
            'picture', 'Predictions', 'predict_folder']
 
-# %% ../nbs/appendix/predict.ipynb #0aa7c911
+# %% ../nbs/appendix/predict.ipynb #5a02b03f
 import hashlib
 import os
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def to_volume(stack: dicom.Stack, grid: volumes.Grid) -> tuple[np.ndarray, np.nd
     hu = volumes.resample_area(stack.hu_zyx, stack.affine, affine, grid.shape_zyx)
     return np.rint(hu).clip(-32768, 32767).astype(np.int16), affine
 
-# %% ../nbs/appendix/predict.ipynb #b68236cc
+# %% ../nbs/appendix/predict.ipynb #6dfe1109
 PIXELS = ["i0", "i1", "j0", "j1", "k0", "k1"]
 
 
@@ -36,12 +36,9 @@ def to_pixels(corners_mm: np.ndarray, affine: np.ndarray, shape_zyx: tuple[int, 
 
     Parameters
     ----------
-    corners_mm
-        (x0, y0, z0, x1, y1, z1) in LPS mm.
-    affine
-        4x4 of the source, voxel-centre index (x, y, z) -> LPS mm.
-    shape_zyx
-        Slices, rows, columns of the source; the block is cut to it.
+    corners_mm : (x0, y0, z0, x1, y1, z1) in LPS mm.
+    affine : 4x4 of the source, voxel-centre index (x, y, z) -> LPS mm.
+    shape_zyx : Slices, rows, columns of the source; the block is cut to it.
     """
     low, high = np.asarray(corners_mm, float).reshape(2, 3)
     corners = np.array(list(product(*zip(low, high, strict=True))))
@@ -50,8 +47,8 @@ def to_pixels(corners_mm: np.ndarray, affine: np.ndarray, shape_zyx: tuple[int, 
     last = np.ceil(edges.max(0)).astype(int).clip(0, shape_zyx[::-1])
     return np.stack([first, last], axis=1).ravel() if (last > first).all() else None
 
-# %% ../nbs/appendix/predict.ipynb #e5f0018b
-class Refusal(str, Enum):
+# %% ../nbs/appendix/predict.ipynb #3fffb177
+class Refusal(StrEnum):
     """Why a stack gets no prediction."""
 
     NOT_CT = "not a CT"
@@ -60,7 +57,7 @@ class Refusal(str, Enum):
 
 
 def refusal(stack: pd.Series) -> tuple[Refusal, str] | None:
-    """The reason not to predict on a row of chapter 1's stacks table, and the details in words; None when it is fine."""
+    """Why not to predict on a row of chapter 1's stacks table: reason and details in words; None when it is fine."""
     if stack["status"] != "accepted":
         words = [str(stack[name]) for name in ("reason", "detail") if pd.notna(stack[name]) and str(stack[name])]
         return (Refusal.EXCLUDED if stack["modality"] == "CT" else Refusal.NOT_CT), ": ".join(words)
@@ -73,23 +70,19 @@ def pseudonym(series_uid: str) -> str:
     """Twelve hexadecimal digits of BLAKE2b of a series UID."""
     return hashlib.blake2b(series_uid.encode(), digest_size=6).hexdigest()
 
-# %% ../nbs/appendix/predict.ipynb #24b392f6
+# %% ../nbs/appendix/predict.ipynb #8647925b
 def predict_stack(stack: dicom.Stack, network, info: dict, max_boxes: int = 5) -> tuple[list[dict], dict[str, float]]:
     """Boxes, best first, and subtype probabilities of one CT stack.
 
     Parameters
     ----------
-    network, info
-        As `lungct.training.load_model` returns them.
-    max_boxes
-        At most so many boxes.
+    network, info : As `lungct.training.load_model` returns them.
+    max_boxes : At most so many boxes.
 
     Returns
     -------
-    boxes
-        Dictionaries: rank, score, x0_mm ... z1_mm (LPS), i0 ... k1 (source voxels, half-open).
-    subtypes
-        Class -> probability; empty when the model has no subtype head.
+    The boxes as dictionaries (rank, score, x0_mm ... z1_mm in LPS, i0 ... k1 in source voxels, half-open), and
+    class -> probability, empty when the model has no subtype head.
     """
     hu, affine = to_volume(stack, volumes.Grid(**info["grid"]))
     seen, = training.predict(network, hu[None], top=max_boxes)
@@ -105,15 +98,16 @@ def predict_stack(stack: dicom.Stack, network, info: dict, max_boxes: int = 5) -
 
 CORNERS_MM = ["x0_mm", "y0_mm", "z0_mm", "x1_mm", "y1_mm", "z1_mm"]
 
-# %% ../nbs/appendix/predict.ipynb #03239bfd
+# %% ../nbs/appendix/predict.ipynb #c78c1831
 def picture(stack: dicom.Stack, box: dict, title: str) -> Figure:
     """The source slice through the middle of a box, in two windows, with the box."""
     k = (box["k0"] + box["k1"] - 1) // 2
     edges = [[box["i0"], box["j0"], box["i1"], box["j1"]]]
-    figure = Figure(figsize=(8, 4.2), dpi=72, layout="constrained")
+    figure = Figure(figsize=(8, 4.4), dpi=72, layout="constrained")
     for ax, window in zip(figure.subplots(1, 2), ("lung", "soft tissue"), strict=True):
         plots.show_slice(stack.hu_zyx[k], ax, stack.spacing_zyx_mm[1:], window=window, boxes=edges, title=window)
-    figure.suptitle(f"{title}, box {box['rank']}, score {box['score']:.2f}, slice {k}; not for clinical use", fontsize=10)
+    words = f"{title}, box {box['rank']}, score {box['score']:.2f}, slice {k}; not for clinical use"
+    figure.suptitle(words, fontsize=10)
     return figure
 
 # %% ../nbs/appendix/predict.ipynb #a4faa250
@@ -135,25 +129,19 @@ class Predictions:
             lines.append(f"  {stack['stack']} ({stack['series']}): {what}")
         return "\n".join(lines)
 
-# %% ../nbs/appendix/predict.ipynb #52439113
+# %% ../nbs/appendix/predict.ipynb #47bdd0c8
 def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out: str | os.PathLike, max_boxes: int = 5,
                    pictures: int = 3, show_identity: bool = False, workers: int | None = None) -> Predictions:
     """Predict on every CT stack below a DICOM folder and write JSON, CSV and pictures.
 
     Parameters
     ----------
-    folder
-        DICOM files of one or more series, in any order and depth.
-    model_path
-        `model.keras`, with its side-car `model.json` beside it; a mismatch is an error.
-    out
-        Folder for the results; made when missing.
-    max_boxes, pictures
-        At most so many boxes, and pictures, a stack.
-    show_identity
-        Write patient ID and UIDs too. Names are never read.
-    workers
-        Processes that read headers.
+    folder : DICOM files of one or more series, in any order and depth.
+    model_path : `model.keras`, with its side-car `model.json` beside it; a mismatch is an error.
+    out : folder for the results; made when missing.
+    max_boxes, pictures : at most so many boxes, and pictures, a stack.
+    show_identity : write patient ID and UIDs too. Names are never read.
+    workers : processes that read headers.
 
     Raises
     ------
@@ -193,7 +181,7 @@ def _one(number, row, instances, folder, network, info, out, max_boxes, pictures
             picture(stack, box, result["stack"]).savefig(part, format="png")
     return result
 
-# %% ../nbs/appendix/predict.ipynb #110eef2b
+# %% ../nbs/appendix/predict.ipynb #befa6f3e
 def _without_names(text, row, show_identity):
     """An error message without the identifiers of this stack."""
     if show_identity:
@@ -214,5 +202,6 @@ def _write(results, info, out):
     with runs.atomic(out / "predictions.csv") as part:
         pd.DataFrame(rows, columns=head).to_csv(part, index=False)
     about = {"note": "Not for clinical use.", "coordinates": "mm: LPS; i columns, j rows, k slices: from 0, half-open"}
-    runs.save_json({**about, "model": {name: info[name] for name in ABOUT_MODEL}, "stacks": results}, out / "predictions.json")
+    about["model"] = {name: info[name] for name in ABOUT_MODEL}
+    runs.save_json({**about, "stacks": results}, out / "predictions.json")
     return Predictions(out, results)

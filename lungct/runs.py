@@ -130,23 +130,30 @@ def hash_value(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=_plain)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/appendix/runs.ipynb #cb9f41b3
+# %% ../nbs/appendix/runs.ipynb #5809cd22
 def fingerprint(path: str | os.PathLike) -> str:
     """Hash of the relative names, sizes and modification times below `path` (a folder or one file)."""
     root = Path(path)
     if not root.exists():
         raise InputError(f"path {root} does not exist: check the spelling, or what is mounted there")
-    rows = [_stamp(root.name, root.stat())] if root.is_file() else sorted(_walk(root, root))
+    rows = [_stamp(root.name, root.stat())] if root.is_file() else sorted(_walk(root, root, set()))
     return hash_value(rows)
 
 
-def _walk(folder: Path, root: Path) -> Iterator[tuple[str, int, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), root)
-            else:
-                yield _stamp(os.path.relpath(entry.path, root), entry.stat(follow_symlinks=False))
+def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+    # links to folders are followed, as the chapters do; each folder once, so that a loop of links ends
+    try:
+        here = folder.stat()
+        entries = [] if (here.st_dev, here.st_ino) in seen else list(os.scandir(folder))
+    except PermissionError:
+        yield os.path.relpath(folder, root), -1, 0
+        return
+    seen.add((here.st_dev, here.st_ino))
+    for entry in sorted(entries, key=lambda e: e.name):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), root, seen)
+        else:
+            yield _stamp(os.path.relpath(entry.path, root), entry.stat(follow_symlinks=not entry.is_symlink()))
 
 
 def _stamp(name: str, stat: os.stat_result) -> tuple[str, int, int]:

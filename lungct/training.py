@@ -4,31 +4,51 @@
 
 # %% auto #0
 __all__ = ['log', 'WINDOWS_HU', 'STRIDE', 'LOSSES', 'MODEL_SCHEMA', 'Examples', 'gather', 'normalise', 'layer_costs',
-           'predecessor_cnn', 'HeatPool', 'build_network', 'reproducible', 'encode_targets', 'decode_detections',
-           'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes', 'axis_matrices', 'move_boxes',
-           'augment', 'sample_patients', 'Settings', 'examples_hash', 'fit', 'best_epoch', 'Prediction', 'predict',
-           'save_model', 'load_model']
+           'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'reproducible', 'encode_targets',
+           'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges',
+           'axis_matrices', 'move_boxes', 'augment', 'sample_patients', 'Settings', 'examples_hash', 'fit',
+           'best_epoch', 'Prediction', 'predict', 'save_model', 'load_model']
 
-# %% ../nbs/05_train_3d_cnn.ipynb #3cbbd885
+# %% ../nbs/05_train_3d_cnn.ipynb #379eb5c5
 import hashlib
 import json
 import logging
 import os
+import sys
+import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow lists missing GPUs on start, to no one's use
-
-import keras
 import numpy as np
 import pandas as pd
-from keras import layers, ops
 
 from . import runs
 
 log = logging.getLogger("lungct.training")
+
+# %% ../nbs/05_train_3d_cnn.ipynb #32073fbb
+@contextmanager
+def _remarks_to_log() -> Iterator[None]:
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as page:
+        os.dup2(page.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+            page.seek(0)
+            log.debug("while the backend started: %s", page.read().decode(errors="replace"))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #3f1ecd99
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or the first tensor reports that there is no GPU
+with _remarks_to_log():
+    import keras
+    from keras import layers, ops
 
 # %% ../nbs/05_train_3d_cnn.ipynb #735313eb
 @dataclass(frozen=True)
@@ -126,28 +146,36 @@ def _up(x, skip, width: int, name: str, dtype: str):
     x = layers.UpSampling3D(2, name=f"{name}_double", dtype=dtype)(x)
     return _conv(layers.Add(name=f"{name}_add", dtype=dtype)([x, skip]), width, name, dtype)
 
-# %% ../nbs/05_train_3d_cnn.ipynb #4490b781
+# %% ../nbs/05_train_3d_cnn.ipynb #8380156d
+@keras.saving.register_keras_serializable(package="lungct")
+class Place(layers.Layer):
+    """Appends the position to a map (n, s, s, s, c): three channels z y x from -1 to 1."""
+
+    def call(self, x):
+        axis = (ops.arange(x.shape[1], dtype=x.dtype) + 0.5) * (2 / x.shape[1]) - 1
+        grid = ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)[None]
+        return ops.concatenate([x, ops.broadcast_to(grid, (*ops.shape(x)[:4], 3))], axis=-1)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #e514792e
 @keras.saving.register_keras_serializable(package="lungct")
 class HeatPool(layers.Layer):
-    """Means of feature maps, of the position (-1 to 1) and of the box size, weighted by the squared heat map.
+    """Means of feature maps and of the box size, weighted by the squared heat map, in one row (n, channels).
 
-    Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), then feature maps (n, s/f, s/f, s/f, c), f integer.
+    Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), then maps (n, s/f, s/f, s/f, c) with integer f.
     """
 
     def call(self, inputs):
-        heat, box, *features = inputs
+        heat, box, *maps = inputs
         weight = ops.square(ops.stop_gradient(heat))
-        axis = (ops.arange(heat.shape[1], dtype=heat.dtype) + 0.5) * (2 / heat.shape[1]) - 1
-        place = ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)[None]
-        shown = (*features, place, ops.stop_gradient(box[..., 3:]))
-        return ops.concatenate([self._mean(weight, x) for x in shown], axis=-1)
+        log_size = ops.stop_gradient(box[..., 3:])
+        return ops.concatenate([self._mean(weight, x) for x in (*maps, log_size)], axis=-1)
 
     def _mean(self, weight, x):
         factor = weight.shape[1] // x.shape[1]
         weight = ops.average_pool(weight, factor, factor) if factor > 1 else weight
         return ops.sum(weight * x, axis=(1, 2, 3)) / (ops.sum(weight, axis=(1, 2, 3)) + 1e-6)
 
-# %% ../nbs/05_train_3d_cnn.ipynb #912bc4c9
+# %% ../nbs/05_train_3d_cnn.ipynb #0e5a8f8b
 def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (16, 32, 64), dropout: float = 0.3,
                   precision: str = "float32") -> keras.Model:
     """Encoder-decoder with a detection head ("heat", "box") and, for two classes or more, a "subtype" head.
@@ -164,7 +192,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     for depth, width in enumerate(filters):
         x = _conv(x, width, f"down{depth}", precision, stride=2)
         levels.append(x := _conv(x, width, f"level{depth}", precision))
-    decoded = [x := _conv(x, filters[-1], "bottom", precision)]
+    decoded = [x := _conv(Place(name="place", dtype=precision)(x), filters[-1], "bottom", precision)]
     for depth in reversed(range(len(filters) - 1)):
         decoded.append(x := _up(x, levels[depth], filters[depth], f"up{depth}", precision))
     outputs = _detection_head(x)
@@ -178,9 +206,11 @@ def _detection_head(x) -> dict:
     return {"heat": layers.Conv3D(1, 1, activation="sigmoid", bias_initializer=rare, dtype="float32", name="heat")(x),
             "box": layers.Conv3D(6, 1, dtype="float32", name="box")(x)}
 
-# %% ../nbs/05_train_3d_cnn.ipynb #7c624e0c
+# %% ../nbs/05_train_3d_cnn.ipynb #fab65606
 def _subtype_head(found: Mapping, features: Sequence, classes: int, dropout: float):
-    x = HeatPool(dtype="float32", name="evidence")([found["heat"], found["box"], *features])
+    *coarse, finest = features
+    finest = Place(dtype="float32", name="evidence_place")(finest)
+    x = HeatPool(dtype="float32", name="evidence")([found["heat"], found["box"], *coarse, finest])
     x = layers.Dropout(dropout, seed=1, dtype="float32", name="evidence_dropout")(x)
     x = layers.Dense(64, activation="relu", dtype="float32", name="opinion")(x)
     x = layers.Dropout(dropout, seed=2, dtype="float32", name="opinion_dropout")(x)
@@ -300,52 +330,62 @@ def encode_subtypes(target: np.ndarray, classes: int, smoothing: float = 0.1) ->
     rows[np.arange(len(target)), target] += 1 - smoothing
     return rows * (target >= 0)[:, None].astype("float32")
 
-# %% ../nbs/05_train_3d_cnn.ipynb #4be2dd8e
-def axis_matrices(scale: np.ndarray, shift: np.ndarray, mirror: np.ndarray, size: int) -> np.ndarray:
-    """Linear resampling along one axis for n volumes, (n, size, size) float32: new = matrix @ old.
+# %% ../nbs/05_train_3d_cnn.ipynb #54d7f4fe
+def draw_edges(n: int, size: int, rng: np.random.Generator, shift: float, scale: float, bend: float) -> np.ndarray:
+    """Random movements of n volumes, (n, 3, size + 1): where each new voxel edge was in the old grid, axes z y x.
 
-    An edge coordinate e moves to (e - size / 2) * scale + size / 2 + shift, then to size - e where mirrored.
+    `shift` and `bend` are the largest movements as shares of the grid, `scale` the largest logarithm of a factor.
     """
-    scale, shift, mirror = (np.asarray(x)[:, None] for x in (scale, shift, mirror))
-    new = np.arange(size) + 0.5
-    new = np.where(mirror, size - new, new)
-    old = (new - size / 2 - shift) / scale + size / 2
-    return np.maximum(0, 1 - np.abs(old[..., None] - 0.5 - np.arange(size))).astype("float32")
+    def draw(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape, 1))
 
-# %% ../nbs/05_train_3d_cnn.ipynb #a6831c58
-def move_boxes(boxes_zyx: np.ndarray, scale, shift, mirror, size: int) -> np.ndarray:
-    """Boxes (k, 6) under the same movement, arguments one value for each axis z y x.
+    edges = np.arange(size + 1) / size - 0.5
+    factor = np.exp(draw(-scale, scale, 1) + draw(-scale / 2, scale / 2, 3))
+    wave = np.sin(2 * np.pi * (draw(0.5, 1.5, 3) * edges + draw(0, 1, 3)))
+    old = (edges - draw(-shift, shift, 3)) / factor + draw(-bend, bend, 3) * wave
+    mirrored = rng.random(n) < 0.5
+    old[mirrored, 2] = old[mirrored, 2, ::-1]
+    return (old + 0.5) * size
 
-    Boxes are cut at the grid's edge; those whose centre leaves the grid are dropped.
-    """
-    ends = (np.asarray(boxes_zyx, float).reshape(-1, 2, 3) - size / 2) * scale + size / 2 + shift
-    ends = np.sort(np.where(mirror, size - ends, ends), axis=1)
-    centre = ends.mean(axis=1)
-    ends = ends[((centre >= 0) & (centre < size)).all(axis=1)]
-    return np.clip(ends, 0, size).reshape(-1, 6).astype("float32")
+# %% ../nbs/05_train_3d_cnn.ipynb #b082f29d
+def axis_matrices(old_edges: np.ndarray) -> np.ndarray:
+    """Linear resampling along one axis, (n, size + 1) old edges to (n, size, size) float32: new = matrix @ old."""
+    centres = (old_edges[:, 1:] + old_edges[:, :-1]) / 2
+    return np.maximum(0, 1 - np.abs(centres[..., None] - 0.5 - np.arange(centres.shape[1]))).astype("float32")
 
-# %% ../nbs/05_train_3d_cnn.ipynb #78beb20f
-def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, shift: float = 6.0, scale: float = 0.12,
-            gain: float = 0.06, offset_hu: float = 25.0, noise_hu: float = 30.0) -> tuple:
+# %% ../nbs/05_train_3d_cnn.ipynb #d7dc057c
+def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
+    """Boxes (k, 6) of a volume moved by (3, size + 1) old edges, cut at the grid; those whose centre leaves are dropped."""
+    ends = np.asarray(boxes_zyx, float).reshape(-1, 2, 3)
+    inside = np.ones(len(ends), bool)
+    moved = np.empty_like(ends)
+    for axis, old in enumerate(old_edges):
+        new = np.arange(len(old), dtype=float)
+        old, new = (old, new) if old[0] < old[-1] else (old[::-1], new[::-1])
+        centre = ends[..., axis].mean(axis=1)
+        inside &= (old[0] <= centre) & (centre < old[-1])
+        moved[..., axis] = np.interp(ends[..., axis], old, new)
+    return np.sort(moved[inside], axis=1).reshape(-1, 6).astype("float32")
+
+# %% ../nbs/05_train_3d_cnn.ipynb #17059a86
+def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, shift: float = 0.1, scale: float = 0.15,
+            bend: float = 0.03, gain: float = 0.06, offset_hu: float = 25.0, noise_hu: float = 30.0) -> tuple:
     """Randomly moved and disturbed copies of a batch.
 
     Parameters
     ----------
     ct_hu : (n, z, y, x) HU.   boxes_zyx : n arrays (k, 6) in grid voxels.
-    shift : at most so many voxels along each axis.   scale : at most exp(+-1.5 scale).
+    shift, scale, bend : see `draw_edges`.
     gain, offset_hu, noise_hu : relative and absolute change of the HU, and the largest standard deviation of noise.
 
     Returns
     -------
     The HU as a tensor of the backend (n, z, y, x), and n arrays of moved boxes.
     """
-    n, size = len(ct_hu), ct_hu.shape[1]
-    scales = np.exp(scale * (rng.uniform(-1, 1, (n, 1)) + rng.uniform(-0.5, 0.5, (n, 3))))
-    shifts = rng.uniform(-shift, shift, (n, 3))
-    mirrors = np.stack([np.zeros(n, bool), np.zeros(n, bool), rng.random(n) < 0.5], axis=1)
-    matrices = [axis_matrices(scales[:, a], shifts[:, a], mirrors[:, a], size) for a in range(3)]
-    moved = _resample(ops.convert_to_tensor(ct_hu, "float32") + 1000, *matrices)  # air is 0 while voxels move
-    boxes = [move_boxes(b, *how, size) for b, *how in zip(boxes_zyx, scales, shifts, mirrors, strict=True)]
+    old_edges = draw_edges(len(ct_hu), ct_hu.shape[1], rng, shift, scale, bend)
+    air_free = ops.convert_to_tensor(ct_hu, "float32") + 1000  # air is 0 while voxels move
+    moved = _resample(air_free, *(axis_matrices(old_edges[:, axis]) for axis in range(3)))
+    boxes = [move_boxes(one, edges) for one, edges in zip(boxes_zyx, old_edges, strict=True)]
     return _disturb(moved, rng, gain, offset_hu, noise_hu) - 1000, boxes
 
 # %% ../nbs/05_train_3d_cnn.ipynb #0660d4b6

@@ -153,13 +153,13 @@ def resample_area(values_zyx: np.ndarray, affine: np.ndarray, target_affine: np.
     weights, target_of = parallel
     return np.ascontiguousarray(_weigh(values_zyx, weights, outside).transpose(np.argsort(target_of)))
 
-# %% ../nbs/03_build_volumes.ipynb #5eb29388
+# %% ../nbs/03_build_volumes.ipynb #acd942bd
 COARSE_MM = 6.0  # the finder works on averages of about this size
 TISSUE_HU = -400.0  # above: tissue, below: lung or air
 ROOM_HU = -950.0  # below: nothing but air
 LUNG_LITRES = (0.1, 10.0)  # plausible size of one connected piece of lung
 
-
+# %% ../nbs/03_build_volumes.ipynb #6718fdf4
 def _coarse(values_zyx: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The scan averaged along its own axes to about `COARSE_MM`, and the affine of that."""
     shrink = np.maximum(1, COARSE_MM / np.linalg.norm(affine[:3, :3], axis=0))
@@ -168,7 +168,7 @@ def _coarse(values_zyx: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.
     grow[:3, 3] = (shrink - 1) / 2
     return _weigh(values_zyx, weights, AIR_HU), affine @ grow
 
-# %% ../nbs/03_build_volumes.ipynb #ed5722a5
+# %% ../nbs/03_build_volumes.ipynb #9a7c48fb
 def _largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest connected piece of a mask (an empty mask stays empty)."""
     pieces, _ = ndimage.label(mask)
@@ -176,7 +176,7 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
     sizes[0] = 0
     return mask & (pieces == sizes.argmax())
 
-
+# %% ../nbs/03_build_volumes.ipynb #78e95454
 def _enclosed(body_zyx: np.ndarray) -> np.ndarray:
     """Voxels with body on at least three of the four sides in their slice."""
     sides = np.zeros(body_zyx.shape, np.uint8)
@@ -185,7 +185,7 @@ def _enclosed(body_zyx: np.ndarray) -> np.ndarray:
         sides += np.flip(np.maximum.accumulate(np.flip(body_zyx, axis), axis=axis), axis)
     return sides >= 3
 
-
+# %% ../nbs/03_build_volumes.ipynb #07271db3
 def _room_air(hu_zyx: np.ndarray) -> np.ndarray:
     """Air that reaches the edge of the image, and the blurred rim around it."""
     pieces, _ = ndimage.label(hu_zyx < ROOM_HU)
@@ -204,7 +204,7 @@ def _lung_pieces(hu_zyx: np.ndarray, body_zyx: np.ndarray, voxel_litres: float) 
     good = (litres >= max(smallest, litres.max() / 10)) & (litres <= largest)
     return good[pieces]
 
-# %% ../nbs/03_build_volumes.ipynb #30732c6e
+# %% ../nbs/03_build_volumes.ipynb #e6147298
 @dataclass(frozen=True)
 class Lungs:
     """Where the cube belongs: its centre in LPS mm, what that was found by, and how much lung was seen."""
@@ -213,7 +213,7 @@ class Lungs:
     centred_on: str  # "lungs", "body" or "stack"
     litres: float
 
-
+# %% ../nbs/03_build_volumes.ipynb #d6c0fc93
 def _places_mm(mask_zyx: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """(n, 3) LPS positions of the voxels of a mask."""
     return dicom.to_mm(affine, np.argwhere(mask_zyx)[:, ::-1])
@@ -246,13 +246,13 @@ def find_lungs(stack: dicom.Stack) -> Lungs:
     last = np.array(stack.hu_zyx.shape[::-1]) - 1
     return Lungs(tuple(map(float, dicom.to_mm(stack.affine, [last / 2])[0])), "stack", 0.0)
 
-# %% ../nbs/03_build_volumes.ipynb #27d2bf37
+# %% ../nbs/03_build_volumes.ipynb #cdfc8297
 def boxes_to_grid(affine: np.ndarray, corners_mm: np.ndarray) -> np.ndarray:
     """Boxes (n, 6) `x0 y0 z0 x1 y1 z1` in LPS mm to voxel edges `z0 y0 x0 z1 y1 x1` of an LPS-aligned grid."""
     corners = np.asarray(corners_mm, float).reshape(-1, 3)
     return (dicom.to_voxel(affine, corners) + 0.5)[:, ::-1].reshape(-1, 6)
 
-
+# %% ../nbs/03_build_volumes.ipynb #684766bd
 def boxes_to_mm(affine: np.ndarray, boxes_zyx: np.ndarray) -> np.ndarray:
     """Inverse of `boxes_to_grid`."""
     edges = np.asarray(boxes_zyx, float).reshape(-1, 3)[:, ::-1]
@@ -354,11 +354,11 @@ def _pet_on_grid(job: dict, grid_affine: np.ndarray, grid: Grid) -> tuple[np.nda
         return resample_area(stack.suv_zyx, stack.affine, grid_affine, grid.shape_zyx, outside=0.0), job["pet"]
     return None, words
 
-# %% ../nbs/03_build_volumes.ipynb #cdeade64
+# %% ../nbs/03_build_volumes.ipynb #6d5389e7
 class CorruptVolume(ValueError):
     """A stored volume that is not what was written."""
 
-
+# %% ../nbs/03_build_volumes.ipynb #7fcb084d
 def _content_hash(arrays: dict[str, np.ndarray], meta: dict) -> str:
     """BLAKE2b over names, types, shapes and bytes of the arrays, and over the JSON of `meta`."""
     digest = hashlib.blake2b(digest_size=16)
@@ -368,7 +368,7 @@ def _content_hash(arrays: dict[str, np.ndarray], meta: dict) -> str:
     digest.update(json.dumps(meta, sort_keys=True).encode())
     return digest.hexdigest()
 
-
+# %% ../nbs/03_build_volumes.ipynb #a588c4ea
 def _save_volume(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> str:
     """Write one entry, atomically and with the same bytes every time; returns its content hash."""
     content_hash = _content_hash(arrays, meta)
@@ -435,14 +435,14 @@ def _compute(job: dict) -> tuple[dict[str, np.ndarray], dict]:
            "hu_min": int(ct.min()), "hu_mean": round(float(ct.mean(dtype=np.float64)), 3), "hu_max": int(ct.max())}
     return arrays, row
 
-# %% ../nbs/03_build_volumes.ipynb #ca44b565
+# %% ../nbs/03_build_volumes.ipynb #925d8fbb
 def _key(job: dict) -> str:
     """Hash of everything an entry is made from."""
     frames = [job["instances"], job["lesions"], job["boxes"], *job["pets"]]
     tables = [frame.to_json(orient="split", index=False, double_precision=15, default_handler=str) for frame in frames]
     return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet"], *tables])
 
-
+# %% ../nbs/03_build_volumes.ipynb #28d7cdae
 def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Grid) -> Iterator[dict]:
     """One plain dictionary for each accepted CT stack, in the order of stack_id."""
     files, found, drawn = (dict(tuple(frame.groupby("stack_id"))) for frame in (instances, lesions, boxes))
@@ -456,14 +456,14 @@ def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Gri
                "path": str((folder / f"{stack.stack_id}.npz").resolve()), "grid": (grid.size, grid.spacing_mm)}
         yield {**job, "key": _key(job), "uids": {c: stack[c] for c in ("patient_id", "study_uid", "series_uid")}}
 
-# %% ../nbs/03_build_volumes.ipynb #645b3b70
+# %% ../nbs/03_build_volumes.ipynb #bcd0f839
 class BuildProblem(StrEnum):
     """Why an accepted stack has no volume."""
 
     FAILED = "could not be built"
     WORKER_DIED = "worker process died"
 
-
+# %% ../nbs/03_build_volumes.ipynb #28f9f164
 def _excluded(job: dict, problem: BuildProblem, detail: str) -> dict:
     """The row of a stack without a volume."""
     Path(job["path"]).unlink(missing_ok=True)
@@ -488,7 +488,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     content_hash = _save_volume(path, arrays, {**meta, "row": row, "code": CODE_VERSION})
     return {**done, **row, "content_hash": content_hash}, "built"
 
-# %% ../nbs/03_build_volumes.ipynb #f2016b83
+# %% ../nbs/03_build_volumes.ipynb #325f2f6d
 def _leave_with_parent() -> None:
     """Start a thread that ends this worker as soon as the process that started it is gone."""
     def watch():
@@ -497,13 +497,13 @@ def _leave_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/03_build_volumes.ipynb #122202b1
 def _pool(workers: int) -> ProcessPoolExecutor:
     from lungct import volumes as module  # workers import the module; what a notebook defines cannot travel
 
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=module._leave_with_parent)
 
-
+# %% ../nbs/03_build_volumes.ipynb #5d29652b
 def _in_processes(jobs: Sequence[dict], workers: int) -> Iterator[tuple[dict, str]]:
     """Results in the order they finish; the jobs of a broken pool are done one by one afterwards."""
     from lungct import volumes as module
@@ -571,7 +571,7 @@ def _cohort_table(rows: Sequence[dict], stacks: pd.DataFrame, grid: Grid) -> pd.
     copied = stacks[["stack_id", *(c for c in _COPIED if c in stacks)]]
     return table.merge(copied, on="stack_id", how="left").sort_values("stack_id", ignore_index=True)
 
-# %% ../nbs/03_build_volumes.ipynb #fd536f02
+# %% ../nbs/03_build_volumes.ipynb #aa81ab34
 _STALE_SECONDS = 3600  # a half-written file older than this has lost its writer
 
 
@@ -582,7 +582,7 @@ def _sweep(folder: Path) -> None:
         if time.time() - part.stat().st_mtime > _STALE_SECONDS:
             part.unlink(missing_ok=True)
 
-
+# %% ../nbs/03_build_volumes.ipynb #d264a47e
 def _results(jobs: Sequence[dict], workers: int, scheduler: str) -> Iterator[tuple[dict, str]]:
     if scheduler:
         return _on_cluster(jobs, scheduler)

@@ -421,7 +421,7 @@ def test_unordered_phases_are_not_guessed(tmp_path):
 
 
 def test_a_whole_phase_survives_a_broken_one(tmp_path):
-    depths = EVEN + [0, 5, 15, 20, 25]
+    depths = [*EVEN, 0, 5, 15, 20, 25]
     stacks, _ = stacks_of(write_series(
         tmp_path / "s", depths, pixels=different, AcquisitionNumber=lambda i: 1 + (i >= 6)))
     by_phase = stacks.set_index("phase")
@@ -650,8 +650,9 @@ def test_voxel_to_mm_and_back(angles, spacing_xyz, points):
 # ---- PET -------------------------------------------------------------------------------------------------------------
 
 PET = dict.fromkeys(dicom.INSTANCE_DTYPES) | {
-    "units": "BQML", "decay_correction": "START", "weight_kg": 70.0, "radionuclide_dose_bq": 350e6, "half_life_s": 6586.2,
-    "injection_time": "100000", "series_time": "114946.2", "acquisition_time": "114946.2", "corrected_image": "DECY\\ATTN"}
+    "units": "BQML", "decay_correction": "START", "weight_kg": 70.0, "radionuclide_dose_bq": 350e6,
+    "half_life_s": 6586.2, "injection_time": "100000", "series_time": "114946.2", "acquisition_time": "114946.2",
+    "corrected_image": "DECY\\ATTN"}
 
 
 @pytest.mark.parametrize("changes, factor", [
@@ -661,8 +662,8 @@ PET = dict.fromkeys(dicom.INSTANCE_DTYPES) | {
     ({"weight_kg": 35.0}, 35_000 / 175e6),
     ({"injection_datetime": "20090101100000.00+0800", "injection_time": None}, 70_000 / 175e6),
     ({"injection_time": "230000", "series_time": "004946.2", "acquisition_time": "004946.2"}, 70_000 / 175e6),
-    ({"series_time": "150000"}, 70_000 / 175e6),                                # rewritten series time: acquisition counts
-    ({"acquisition_time": "120500"}, 70_000 / 175e6),                           # a later bed: the series time counts
+    ({"series_time": "150000"}, 70_000 / 175e6),                        # rewritten series time: acquisition counts
+    ({"acquisition_time": "120500"}, 70_000 / 175e6),                   # a later bed: the series time counts
     ({"corrected_image": None}, 70_000 / 175e6),
 ])
 def test_suv_by_hand(changes, factor):
@@ -698,8 +699,9 @@ def tracer(**changes):
 def write_pet(folder, **changes):
     volume = np.random.default_rng(0).integers(0, 30000, (6, 4, 6)).astype(np.int16)
     elements = {
-        "SOPClassUID": PositronEmissionTomographyImageStorage, "Modality": "PT", "Units": "BQML", "DecayCorrection": "START",
-        "PatientWeight": 70, "SeriesTime": "114946.2", "AcquisitionTime": lambda i: f"{115530 - i}", "RescaleIntercept": 0,
+        "SOPClassUID": PositronEmissionTomographyImageStorage, "Modality": "PT", "Units": "BQML",
+        "DecayCorrection": "START", "PatientWeight": 70, "RescaleIntercept": 0,
+        "SeriesTime": "114946.2", "AcquisitionTime": lambda i: f"{115530 - i}",
         "CorrectedImage": ["DECY", "ATTN"], "RadiopharmaceuticalInformationSequence": tracer(),
         "RescaleSlope": lambda i: 0.5 + i / 4, "pixels": lambda i: volume[i]} | changes
     return write_series(folder, EVEN, **elements), volume

@@ -225,6 +225,8 @@ def test_a_collapsed_interval_gets_the_exact_bound():
     assert none.low == 0 and np.isclose(none.high, 1 - 0.025 ** (1 / 12), atol=1e-6)
     no_difference = ev.bootstrap_interval(lambda w: 0.0, PATIENTS, bounds=(-1, 1))
     assert no_difference.low < 0 < no_difference.high
+    constant = ev.bootstrap_interval(lambda w: 0.25, PATIENTS)        # a constant guess: nothing is uncertain
+    assert (constant.low, constant.high) == (0.25, 0.25)
 
 
 def test_too_few_patients_give_no_number():
@@ -331,18 +333,36 @@ def subtype_table(counts, seed=0):
     truth = np.repeat(np.arange(len(counts)), counts)
     probability = np.random.default_rng(seed).dirichlet(np.ones(len(counts)), len(truth))
     names = [f"P{i}" for i in range(len(truth))]
-    values = ev.resampled(lambda w: ev.subtype_scores(truth, probability, w), names, 100)
+    averaged = ev.averaged_classes(truth, len(counts))
+    values = ev.resampled(lambda w: ev.subtype_scores(truth, probability, w, averaged), names, 50, strata=truth)
     return truth, values
+
+
+def test_a_rare_class_stays_out_of_the_means_only():
+    truth, values = subtype_table([6, 5, 1])
+    assert ev.averaged_classes(truth, 3) == [0, 1]
+    made = ev.subtype_estimates(values, truth, ["A", "G", "E"])
+    assert made["balanced_accuracy"].estimable and made["auc_macro"].estimable and not made["auc_E"].estimable
+    assert made["brier"].n == 12
+    called = np.eye(3)[[0] * 6 + [1] * 5 + [0]]
+    assert ev.subtype_scores(truth, called, averaged=[0, 1])["balanced_accuracy"] == 1
+    assert ev.subtype_scores(truth, called)["balanced_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_strata_keep_their_size():
+    draws = ev.resamples(PATIENTS, n=200, strata=[0] * 9 + [1] * 3)
+    assert (draws[:, :9].sum(axis=1) == 9).all() and (draws[:, 9:].sum(axis=1) == 3).all()
+    assert ev.resamples([], n=5).shape == (6, 0)
 
 
 def test_rules_for_subtypes():
     truth, values = subtype_table([8, 4])
     made = ev.subtype_estimates(values, truth, ["A", "G"])
-    assert made["auc_A"].reason == "8 patients in the class, 4 outside, at least 5 each needed"
+    assert made["auc_A"].reason == "8 in the class, 4 outside, at least 5 patients each needed"
     assert made["balanced_accuracy"].estimable and made["brier"].estimable and made["balanced_accuracy"].n == 12
     truth, values = subtype_table([10, 2])
     assert ev.subtype_estimates(values, truth, ["A", "G"])["balanced_accuracy"].reason == (
-        "at least 3 patients a class needed, G has 2")
+        "two classes with at least 3 patients needed, A has 10, G has 2")
     truth, values = subtype_table([3, 1])
     made = ev.subtype_estimates(values, truth, ["A", "G"])
     assert {e.reason for e in made.values()} == {"at least 10 patients needed"}
@@ -357,7 +377,7 @@ def test_no_patients_no_subtype_numbers():
 
 def test_chance_is_chance():
     truth = np.repeat([0, 1, 2, 3], 5)
-    made = ev.chance_range(truth, np.eye(4)[truth], n=300)           # a perfect network, with the labels dealt out anew
+    made = ev.chance_range(truth, np.eye(4)[truth], n=150)           # a perfect network, with the labels dealt out anew
     assert abs(made.value - 0.25) < 0.03 and made.low < 0.25 < made.high < 0.7
     assert not ev.chance_range(truth[:4], np.eye(4)[truth[:4]]).estimable
 
@@ -376,7 +396,7 @@ def made_up_cohort(seed=0):
 
 def metrics_bytes(found, truth, stacks, path):
     scored = ev.score_rules(found, truth, stacks)
-    estimates, _ = ev.estimate_all(lambda w: ev.detection_scores(scored, w), scored["centre"].patients, 200, seed=0)
+    estimates, _ = ev.estimate_all(lambda w: ev.detection_scores(scored, w), scored["centre"].patients, 50, seed=0)
     runs.save_json({"metrics": ev.as_plain(estimates)}, path)
     return path.read_bytes()
 

@@ -427,7 +427,7 @@ def test_swapped_axes_are_noticed():
     volume = boxed()
     volume.mask = volume.mask.transpose(2, 1, 0)
     facts = lab.inspect_volume(volume)
-    assert facts["face_gap"] == 3
+    assert facts["face_gap"] == 2  # z from 2 instead of 4
 
 
 def test_nan_in_ct_or_pet_is_noticed_and_voxels_are_hashed_without_names():
@@ -439,12 +439,18 @@ def test_nan_in_ct_or_pet_is_noticed_and_voxels_are_hashed_without_names():
     assert lab.inspect_volume(plain)["voxel_hash"] == ""  # an empty cube ties nobody
 
 
-def test_coarse_distance_is_in_hu():
-    a = boxed()
-    b = SimpleNamespace(**{**vars(a), "ct_hu": a.ct_hu + 7})
-    table = lab.inspect_volumes(["a", "b"], {"a": a, "b": b}.get)
-    assert lab.coarse_distances_hu(table)[0, 1] == pytest.approx(7, abs=0.1)
-    assert lab.coarse_distances_hu(table).diagonal() == pytest.approx(0, abs=0.1)
+def test_coarse_difference_is_relative_to_the_height_above_air():
+    def block(hu, rows):
+        cube = np.full((16, 16, 16), -1024.0)
+        cube[:rows] = hu
+        return SimpleNamespace(ct_hu=cube, mask=np.zeros((16, 16, 16)), boxes_zyx=np.zeros((0, 6)))
+
+    volumes = {"a": block(-24, 16), "b": block(76, 16), "thin": block(-24, 1), "thin too": block(76, 1),
+               "air": block(-1024, 16)}
+    difference = lab.coarse_differences(lab.inspect_volumes(list(volumes), volumes.get))
+    expected = 100 / np.sqrt((1000**2 + 1100**2) / 2)
+    assert difference[0, 1] == pytest.approx(expected) and difference[2, 3] == pytest.approx(expected)
+    assert difference[0, 0] == 0 and difference[4, 4] == np.inf  # two empty cubes are nobody's twins
 
 
 # ---------------------------------------------------------------- small cohorts

@@ -85,7 +85,8 @@ def test_planes_mark_sides_where_they_are(three):
 
 
 def test_planes_leave_out_letters_and_boxes_elsewhere(three):
-    plots.show_planes(np.zeros((4, 10, 20)), (5, 1, 2), three, at_zyx=(0, 0, 0), boxes_zyx=[(2, 2, 2, 3, 3, 3)], lps=False)
+    elsewhere = [(2, 2, 2, 3, 3, 3)]
+    plots.show_planes(np.zeros((4, 10, 20)), (5, 1, 2), three, (0, 0, 0), boxes_zyx=elsewhere, lps=False)
     assert not any(letters(ax) for ax in three) and not any(len(ax.patches) for ax in three)
 
 

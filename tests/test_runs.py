@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -175,3 +176,31 @@ def test_missing_and_broken_json_name_the_file(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(runs.InputError, match="broken.json is not valid JSON"):
         runs.load_json(tmp_path / "broken.json")
+
+
+def test_fingerprint_follows_linked_folders_and_survives_a_loop(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a.dcm").write_bytes(b"1")
+    (data / "link").symlink_to(elsewhere)
+    (data / "loop").symlink_to(data)
+    (data / "dangling").symlink_to(tmp_path / "nowhere")
+    before = runs.fingerprint(data)
+    assert runs.fingerprint(data) == before
+    (elsewhere / "a.dcm").write_bytes(b"22")
+    assert runs.fingerprint(data) != before
+
+
+def test_fingerprint_notes_a_locked_folder(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(folder):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    open_folder = runs.fingerprint(tmp_path)
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert runs.fingerprint(tmp_path) != open_folder

@@ -168,21 +168,21 @@ def test_subtypes_are_smoothed_and_absent_ones_are_silent():
 def test_boxes_follow_the_voxels(seed):
     hu = np.full((2, 32, 32, 32), -1000, "int16")
     hu[:, 11:17, 13:21, 9:15] = 1000
-    moved, boxes = training.augment(hu, [np.array([[11, 13, 9, 17, 21, 15]])] * 2, np.random.default_rng(seed), shift=3,
+    moved, boxes = training.augment(hu, [np.array([[11, 13, 9, 17, 21, 15]])] * 2, np.random.default_rng(seed),
                                     noise_hu=0, offset_hu=0)
     for volume, box in zip(np.asarray(moved) + 1000, boxes, strict=True):
         for axis in range(3):
             weight = volume.sum(axis=tuple({0, 1, 2} - {axis}))
             middle = np.average(np.arange(32) + 0.5, weights=weight)
             spread = np.sqrt(12 * np.average((np.arange(32) + 0.5 - middle) ** 2, weights=weight))
-            assert middle == pytest.approx(box[0, [axis, axis + 3]].mean(), abs=0.15)  # a sharp block, linearly sampled
-            assert spread == pytest.approx(box[0, axis + 3] - box[0, axis], rel=0.12)
+            assert middle == pytest.approx(box[0, [axis, axis + 3]].mean(), abs=0.25)  # a sharp block, linearly sampled
+            assert spread == pytest.approx(box[0, axis + 3] - box[0, axis], rel=0.15)
 
 
 def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
     hu = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 8, 8)).astype("int16")
     boxes = [np.array([[1, 2, 1, 3, 4, 4]], "float32")] * 6
-    none = dict.fromkeys(("shift", "scale", "gain", "offset_hu", "noise_hu"), 0)
+    none = dict.fromkeys(("shift", "scale", "bend", "gain", "offset_hu", "noise_hu"), 0)
     moved, got = training.augment(hu, boxes, np.random.default_rng(1), **none)
     sides = [bool(box[0, 2] != 1) for box in got]
     assert set(sides) == {True, False}
@@ -192,11 +192,20 @@ def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
 
 
 def test_margins_are_air_and_lost_boxes_are_dropped():
-    matrix, = training.axis_matrices([1.0], [3.0], [False], 4)
-    assert np.array_equal(matrix @ [5, 6, 7, 8], [0, 0, 0, 5])
-    assert training.move_boxes([[0, 0, 0, 2, 2, 2]], [1, 1, 1], [0, 0, -4], [False] * 3, 8).shape == (0, 6)
-    cut = training.move_boxes([[0, 0, 0, 4, 4, 4]], [1, 1, 1], [0, 0, -1], [False] * 3, 8)
-    assert cut.tolist() == [[0, 0, 0, 4, 4, 3]]
+    still, shifted = np.arange(9.0), np.arange(9.0) - 3
+    matrix, = training.axis_matrices(shifted[None])
+    assert np.array_equal(matrix @ [5, 6, 7, 8, 9, 9, 9, 9], [0, 0, 0, 5, 6, 7, 8, 9])
+    cut = training.move_boxes([[0, 0, 3, 4, 4, 7], [0, 0, 0, 2, 2, 4]], np.stack([still, still, shifted]))
+    assert cut.tolist() == [[0, 0, 6, 4, 4, 8], [0, 0, 3, 2, 2, 7]]
+    gone = training.move_boxes([[0, 0, 5, 4, 4, 7]], np.stack([still, still, shifted]))
+    assert gone.shape == (0, 6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_movements_never_fold_the_grid(seed):
+    steps = np.diff(training.draw_edges(3, 64, np.random.default_rng(seed), 0.1, 0.15, 0.03), axis=-1)
+    assert ((steps > 0.3).all(axis=-1) | (steps < -0.3).all(axis=-1)).all()
 
 
 # ---- sampling
@@ -327,7 +336,7 @@ import test_training as t
 def unplug(row):
     if row["epoch"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-t.training.fit(t.network(filters=(8, 16)), t.toys(4), t.toys(2, seed=9), t.quick(epochs=4), folder=sys.argv[1], report=unplug)
+t.training.fit(t.network(filters=(8, 16)), t.toys(4), t.toys(2, seed=9), t.quick(epochs=4), sys.argv[1], unplug)
 """
 
 

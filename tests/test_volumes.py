@@ -276,6 +276,19 @@ def test_mask_volume_and_centre_match_the_boxes():
     assert np.allclose(centre, dicom.to_mm(SOURCE, [[94.5, 94.5, 16.5]])[0], atol=3.0)
 
 
+@pytest.mark.parametrize("name", FLIPS)
+def test_masks_follow_the_direction_of_the_scan(name):
+    affine = np.eye(4)
+    affine[:3, :3] = FLIPS[name]
+    affine = affine @ SOURCE
+    lesions, boxes = lesion_tables({"l0": dict.fromkeys(range(12, 22), (60, 70, 130, 120))}, affine)
+    grid_affine = Grid(40, 6.0).affine((0, 0, 0))
+    placed = volumes.place_lesions(lesions, boxes, affine, grid_affine, 40)
+    assert placed["mask"].sum() * 216 == pytest.approx(70 * 50 * 10 * 0.8 * 0.8 * 5, rel=0.15)
+    centre = dicom.to_mm(grid_affine, np.argwhere(placed["mask"])[:, ::-1]).mean(axis=0)
+    assert np.allclose(centre, dicom.to_mm(affine, [[94.5, 94.5, 16.5]])[0], atol=1.5)
+
+
 def test_a_lesion_on_one_thin_slice_keeps_its_area():
     lesions, boxes = lesion_tables({"l0": {20: (50, 50, 110, 110)}}, SOURCE)
     grid_affine = Grid(40, 6.0).affine((0, 0, 0))
@@ -697,7 +710,22 @@ def test_the_first_pet_with_valid_suv_is_taken_and_lies_on_the_grid(monkeypatch)
     assert suv is None and words == "left out: no SUV"
 
 
-# ------------------------------------------------------------------ real series
+# ------------------------------------------------------------------ phantoms and real series
+
+
+def test_no_tumour_of_the_phantoms_is_cut(phantom_dir, tmp_path):
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    instances, _ = dicom.index_dicom(root, workers=1)
+    stacks, instances = dicom.build_stacks(instances)
+    empty = [table.assign(stack_id=pd.Series(dtype="str")) for table in lesion_tables({}, SOURCE)]
+    cohort = build_cohort(root, instances, stacks, *empty, tmp_path, Grid(), workers=1)
+    assert (cohort.status == "accepted").all() and (cohort.centred_on == "lungs").mean() > 0.9
+    truth = pd.read_parquet(phantom_dir / "truth" / "lesions.parquet").merge(cohort, on="series_uid")
+    assert len(truth) > 8
+    for row in truth.itertuples():
+        hull = [getattr(row, name) for name in volumes.CORNERS_MM]
+        box = volumes.boxes_to_grid(np.reshape(row.affine, (4, 4)), [hull])
+        assert box.min() >= 0 and box.max() <= 64, f"{row.stack_id}: {box}"
 
 
 def test_real_series_build(real_data, tmp_path):
