@@ -1329,13 +1329,13 @@ def annotated(plan: Plan, study: Study, scan: Scan, chest: Thorax, lesions: list
             boxes.setdefault(index, []).append((plan.letter, *box))
     return boxes
 
-# %% ../nbs/appendix/phantom.ipynb #d9c09ed6
+# %% ../nbs/appendix/phantom.ipynb #ed37dcae
 def ct_series(plan: Plan, study: Study, scan: Scan, number_: int, kernel: str, tag: str = "") -> Series:
     """Series of one reconstruction, described in its vendor's words."""
     width, soft_kernel = f"{scan.thickness_mm:g}mm", kernel == "soft"
     words = {"GE MEDICAL SYSTEMS": f"{width} {'Stnd' if soft_kernel else 'Lung'} SS50", "Philips": width,
              "SIEMENS": f"Thorax  {scan.thickness_mm:.1f}  {'B31f' if soft_kernel else 'B70f'}"}
-    header = ct_header(plan, study, float(scan.x_mm[1] - scan.x_mm[0]), scan.thickness_mm, kernel)
+    header = ct_header(plan, study, scan.pixel_mm, scan.thickness_mm, kernel)
     if plan.vendor == "GE MEDICAL SYSTEMS":
         header.PixelPaddingValue = -2000
     uid = named_uid(plan.seed, study.uid, "series", number_, tag)
@@ -1630,30 +1630,41 @@ def write_manifest(path: Path, series_uids: list[str]) -> None:
             "databasketId=manifest-phantom.tcia", "manifestVersion=3.0", "ListOfSeriesToDownload=")
     path.write_text("\n".join((*head, *series_uids)) + "\n", encoding="utf-8", newline="\n")
 
-# %% ../nbs/appendix/phantom.ipynb #dfcf4ec8
+# %% ../nbs/appendix/phantom.ipynb #bb241788
 _VERSION = 2  # raised whenever the same request would give other bytes than before
 
 def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int | None = None,
                 matrix: int = 128) -> Path:
     """
-    Write a cohort of phantoms into folder `out` as the NBIA tool and the annotators would leave it.
+    Write a cohort of phantoms as the NBIA tool and the annotators would leave it.
 
-    Parameters: `patients` with images (>= 1); `seed`: same parameters, same bytes; `quirks`: names from `QUIRKS`,
-    `()` for one clean annotated series a patient; `workers`: processes, None = one for a small cohort, else one a
-    processor; `matrix`: rows and columns of a CT slice (>= 32). Raises `InputError` for an unknown quirk or a folder
-    that holds something else. Returns `out`; if it already holds this very cohort, nothing is written.
+    Parameters
+    ----------
+    out : folder, new, empty or holding phantoms; anything else raises `InputError`.
+    patients : patients with images, at least 1.
+    seed : same parameters, same bytes, whatever `workers` is.
+    quirks : names from `QUIRKS`; `()` gives every patient one clean annotated series.
+    workers : processes; None takes one for a small cohort, else one a processor.
+    matrix : rows and columns of a CT slice, at least 32.
+
+    Returns
+    -------
+    `out`. If it already holds this very cohort, complete, nothing is written.
     """
     out, asked = Path(out), _check_request(patients, seed, quirks, matrix)
-    if _prepare(out, asked):
-        return out
-    plans = plan_cohort(patients, seed, asked["quirks"], matrix)
+    if not _prepare(out, asked):
+        _write_cohort(out, plan_cohort(patients, seed, asked["quirks"], matrix), workers)
+    return out
+
+# %% ../nbs/appendix/phantom.ipynb #148b3899
+def _write_cohort(out: Path, plans: list[Plan], workers: int | None) -> None:
+    """Everything from plans to tables; the marker is renamed last, which declares the cohort complete."""
     results = dict(zip([plan.patient for plan in plans], _run(out, plans, workers), strict=True))
     rows = [row for plan in plans for row in results[plan.patient]["quirks"]]
     for plan in plans:
         rows += _share_notes(out, plan, results, plans) + _annotate_nobody(out, plan, results, plans)
     write_tables(out, plans, results, rows)
     (out / "phantom.partial.json").rename(out / "phantom.json")
-    return out
 
 # %% ../nbs/appendix/phantom.ipynb #708a2d64
 def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:

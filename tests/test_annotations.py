@@ -30,6 +30,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), m
     lambda w: "\ufffe" not in w and "\uffff" not in w)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(words, corners), min_size=1, max_size=5), st.integers(1, 5000), st.integers(1, 5000))
 def test_what_is_written_is_read_back(objects, width, height):
     found = an.parse_annotation(an.format_annotation(objects, width, height).encode())
@@ -108,7 +109,7 @@ def test_nesting_as_deep_as_a_file_may_be_does_not_exhaust_the_stack():
         an.parse_annotation(deep)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_text_gives_boxes_or_a_reason_never_another_error(data):
     text = bytearray(VALID.encode())
@@ -434,7 +435,7 @@ def test_lesions_cover_their_boxes_have_thickness_and_ignore_the_order_of_rows(r
     pd.testing.assert_frame_equal(named, renamed.sort_index())
 
 
-@settings(max_examples=80)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(box_on_slice, min_size=1, max_size=14), st.integers(0, 3))
 def test_a_wider_gap_never_splits_a_lesion(rows, max_gap):
     rows = np.array(rows)

