@@ -227,7 +227,7 @@ def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
     """An estimate that is none, and why."""
     return Estimate(None, None, None, int(n), False, reason, unit)
 
-# %% ../nbs/06_evaluate.ipynb #7cc3ed9e
+# %% ../nbs/06_evaluate.ipynb #87d9b1a0
 def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "") -> Estimate:
     """Estimate from a statistic's values on the sample (first) and on its resamples (the others).
 
@@ -236,8 +236,7 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     n
         Number of independent units behind the statistic: patients, or the smaller class of an AUC.
     bounds
-        Smallest and greatest possible value. An interval collapsed onto one of them, or onto the 0 of a difference, is
-        widened. None: no such bounds (mm).
+        Smallest and greatest possible value; a collapsed interval is widened within them. None: it is left as it is.
     """
     values = np.asarray(values, float)
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
@@ -246,7 +245,7 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     if len(drawn) < (1 - MAX_UNDEFINED) * (len(values) - 1):
         return not_estimable(f"undefined in {1 - len(drawn) / (len(values) - 1):.0%} of the resamples", n, unit)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    if bounds is not None and np.isclose(low, high) and np.isclose(value, (*bounds, 0.0)).any():
+    if bounds is not None and np.isclose(low, high):
         margin = 1 - 0.025 ** (1 / n)
         low, high = max(bounds[0], value - margin), min(bounds[1], value + margin)
     return Estimate(*(round(float(x), 6) for x in (value, low, high)), int(n), True, None, unit)
@@ -542,21 +541,21 @@ def _balanced_accuracy(y, p, averaged):
     table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))[averaged]
     return float(np.mean(table[range(len(averaged)), averaged] / table.sum(axis=1)))
 
-# %% ../nbs/06_evaluate.ipynb #be630cc6
+# %% ../nbs/06_evaluate.ipynb #606a6718
 def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
     """Classes with at least `MIN_EACH_CLASS` patients, over which means are taken."""
     return np.flatnonzero(np.bincount(truth, minlength=classes) >= MIN_EACH_CLASS).tolist()
 
 
-def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence[str]) -> dict[str, Estimate]:
+def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence[str],
+                      constant: bool = False) -> dict[str, Estimate]:
     """Estimates from the resamples of `subtype_scores`, withheld by the rules of this chapter; names end in the class.
 
     Parameters
     ----------
-    values
-        As made by `resampled` of `subtype_scores`, with `averaged_classes`.
-    truth
-        (patients,) class index.
+    values : as made by `resampled` of `subtype_scores`, with `averaged_classes`.
+    truth : (patients,) class index.
+    constant : the answers are the same for every patient by construction, so collapsed intervals are right.
     """
     truth = np.asarray(truth)
     counts = np.bincount(truth, minlength=len(classes))
@@ -566,7 +565,7 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
     for column in values:
         reason = _too_few(column, counts, classes)
         units_here = max(1, units.get(column, len(truth)))
-        bounds = (0.0, 2.0) if column == "brier" else (0.0, 1.0)
+        bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
         made = not_estimable(reason) if reason else summarise(values[column].to_numpy(), units_here, bounds)
         estimates[names.get(column, column)] = replace(made, n=len(truth))
     return estimates

@@ -504,7 +504,7 @@ class Lesion:
     nodes: int
     central: bool
 
-# %% ../nbs/appendix/phantom.ipynb #ad14d57e
+# %% ../nbs/appendix/phantom.ipynb #8e05edb3
 def draw_lesion(chest: Thorax, subtype: str, rng: np.random.Generator, scale: float = 1.0) -> Lesion:
     """A tumour of a subtype, placed in the lung: size, place and signs follow `HABITS`."""
     habit = HABITS[subtype]
@@ -512,8 +512,8 @@ def draw_lesion(chest: Thorax, subtype: str, rng: np.random.Generator, scale: fl
     central = bool(rng.random() < habit.central)
     centre = _place(chest, diameter / 2, central, rng)
     axes = np.exp(rng.normal(0, 0.13, 3))
-    rays = _unit(rng.normal(size=(rng.integers(20, 45), 3)))
-    rays *= rng.uniform(1.1, 1.75, (len(rays), 1))
+    rays = _unit(rng.normal(size=(rng.integers(70, 130), 3)))
+    rays *= rng.uniform(1.25, 2.0, (len(rays), 1))
     shape = {"axes": tuple(axes / np.prod(axes) ** (1 / 3)), "lobes": rng.normal(size=(7, 4)),
              "lobed": float(np.clip(rng.normal(habit.lobed, 0.07), 0.03, 0.6)),
              "spicules": rays if rng.random() < habit.spiculated else rays[:0]}
@@ -591,13 +591,20 @@ def measure_lesion(chest: Thorax, lesion: Lesion, step_mm: float = 2.0) -> dict:
     wide = max(box["x1_mm"] - box["x0_mm"], box["y1_mm"] - box["y0_mm"])
     return box | {"volume_mm3": float(share.sum() * step_mm**3), "diameter_mm": float(wide)}
 
-# %% ../nbs/appendix/phantom.ipynb #a7b98b33
+# %% ../nbs/appendix/phantom.ipynb #74bbbf83
+def _paint_spicules(hu_zyx, grid: Grid, chest: Thorax, lesion: Lesion) -> None:
+    """Rays from the tumour into the lung; those whose tip would leave the lung are not drawn."""
+    thick = float(np.clip(0.08 * lesion.radius_mm, 1.2, 2.6))
+    tips = lesion.centre_mm + lesion.radius_mm * lesion.spicules
+    for ray in lesion.spicules[lung_distance(chest, *tips.T) < 0]:
+        root, waist, tip = (tuple(lesion.centre_mm + lesion.radius_mm * part * ray) for part in (0.5, 0.75, 1.0))
+        paint_tube(hu_zyx, grid, [waist, tip], thick / 2, -150)
+        paint_tube(hu_zyx, grid, [root, waist], thick, -60)
+
+# %% ../nbs/appendix/phantom.ipynb #88f42e46
 def paint_lesion(hu_zyx, grid: Grid, chest: Thorax, lesion: Lesion, enhanced_hu: float) -> None:
     """Draw one tumour: ground-glass rim, solid part, dead or hollow centre, and spicules."""
-    for ray in lesion.spicules:
-        tip = np.add(lesion.centre_mm, lesion.radius_mm * ray)
-        if lung_distance(chest, *tip) < 0:
-            paint_tube(hu_zyx, grid, [lesion.centre_mm, tuple(tip)], min(max(0.06 * lesion.radius_mm, 0.9), 2.2), -120)
+    _paint_spicules(hu_zyx, grid, chest, lesion)
     cuts, (x, y, z) = grid.window(*lesion_corners_mm(lesion))
     if not hu_zyx[cuts].size:
         return
@@ -1630,8 +1637,8 @@ def write_manifest(path: Path, series_uids: list[str]) -> None:
             "databasketId=manifest-phantom.tcia", "manifestVersion=3.0", "ListOfSeriesToDownload=")
     path.write_text("\n".join((*head, *series_uids)) + "\n", encoding="utf-8", newline="\n")
 
-# %% ../nbs/appendix/phantom.ipynb #bb241788
-_VERSION = 2  # raised whenever the same request would give other bytes than before
+# %% ../nbs/appendix/phantom.ipynb #17e885c7
+_VERSION = 4  # raised whenever the same request would give other bytes than before
 
 def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int | None = None,
                 matrix: int = 128) -> Path:

@@ -9,7 +9,7 @@ __all__ = ['log', 'WINDOWS_HU', 'STRIDE', 'LOSSES', 'MODEL_SCHEMA', 'Examples', 
            'axis_matrices', 'move_boxes', 'augment', 'sample_patients', 'Settings', 'examples_hash', 'fit',
            'best_epoch', 'Prediction', 'predict', 'save_model', 'load_model']
 
-# %% ../nbs/05_train_3d_cnn.ipynb #379eb5c5
+# %% ../nbs/05_train_3d_cnn.ipynb #2f7a4959
 import hashlib
 import json
 import logging
@@ -28,6 +28,8 @@ import pandas as pd
 from . import runs
 
 log = logging.getLogger("lungct.training")
+# each network is traced once, and this course has several in one process; TensorFlow takes that for a mistake
+logging.getLogger("tensorflow").addFilter(lambda record: "function retracing" not in record.getMessage())
 
 # %% ../nbs/05_train_3d_cnn.ipynb #32073fbb
 @contextmanager
@@ -134,9 +136,9 @@ def predecessor_cnn(size: int, classes: Sequence[str]) -> keras.Model:
 # %% ../nbs/05_train_3d_cnn.ipynb #f97edaab
 STRIDE = 2  # grid voxels between neighbouring cells of the heat map
 
-# %% ../nbs/05_train_3d_cnn.ipynb #0f5cd974
-def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
-    x = layers.Conv3D(width, 3, strides=stride, padding="same", use_bias=False, name=name, dtype=dtype)(x)
+# %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
+def _conv(x, width: int, name: str, dtype: str, stride: int = 1, kernel: int = 3):
+    x = layers.Conv3D(width, kernel, strides=stride, padding="same", use_bias=False, name=name, dtype=dtype)(x)
     x = layers.GroupNormalization(8, name=f"{name}_norm", dtype=dtype)(x)
     return layers.Activation("relu", name=f"{name}_relu", dtype=dtype)(x)
 
@@ -175,7 +177,7 @@ class HeatPool(layers.Layer):
         weight = ops.average_pool(weight, factor, factor) if factor > 1 else weight
         return ops.sum(weight * x, axis=(1, 2, 3)) / (ops.sum(weight, axis=(1, 2, 3)) + 1e-6)
 
-# %% ../nbs/05_train_3d_cnn.ipynb #0e5a8f8b
+# %% ../nbs/05_train_3d_cnn.ipynb #c827ffe5
 def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (16, 32, 64), dropout: float = 0.3,
                   precision: str = "float32") -> keras.Model:
     """Encoder-decoder with a detection head ("heat", "box") and, for two classes or more, a "subtype" head.
@@ -190,7 +192,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     volume = x = keras.Input((size, size, size, len(WINDOWS_HU)), name="ct")
     levels = []
     for depth, width in enumerate(filters):
-        x = _conv(x, width, f"down{depth}", precision, stride=2)
+        x = _conv(x, width, f"down{depth}", precision, stride=2, kernel=3 if depth else 5)
         levels.append(x := _conv(x, width, f"level{depth}", precision))
     decoded = [x := _conv(Place(name="place", dtype=precision)(x), filters[-1], "bottom", precision)]
     for depth in reversed(range(len(filters) - 1)):
@@ -254,10 +256,10 @@ def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tu
     box[..., 6] = np.where(heat > 0.1, heat, 0)
     return heat[..., None], box
 
-# %% ../nbs/05_train_3d_cnn.ipynb #f6cc8ff0
+# %% ../nbs/05_train_3d_cnn.ipynb #d2372cf0
 def _bell(centre: np.ndarray, extent: np.ndarray, cells: int) -> np.ndarray:
     at, peak = np.arange(cells), np.clip(np.floor(centre), 0, cells - 1)
-    axes = [np.exp(-0.5 * ((at - p) / max(e / 6, 0.5)) ** 2) for p, e in zip(peak, extent, strict=True)]
+    axes = [np.exp(-0.5 * ((at - p) / max(e / 5, 0.8)) ** 2) for p, e in zip(peak, extent, strict=True)]
     return np.einsum("z,y,x->zyx", *axes).astype("float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #5d27b6b5
@@ -353,9 +355,12 @@ def axis_matrices(old_edges: np.ndarray) -> np.ndarray:
     centres = (old_edges[:, 1:] + old_edges[:, :-1]) / 2
     return np.maximum(0, 1 - np.abs(centres[..., None] - 0.5 - np.arange(centres.shape[1]))).astype("float32")
 
-# %% ../nbs/05_train_3d_cnn.ipynb #d7dc057c
+# %% ../nbs/05_train_3d_cnn.ipynb #6fe586e8
 def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
-    """Boxes (k, 6) of a volume moved by (3, size + 1) old edges, cut at the grid; those whose centre leaves are dropped."""
+    """Boxes (k, 6) of a volume moved by (3, size + 1) old edges.
+
+    They are cut at the edge of the grid; those whose centre leaves it are dropped.
+    """
     ends = np.asarray(boxes_zyx, float).reshape(-1, 2, 3)
     inside = np.ones(len(ends), bool)
     moved = np.empty_like(ends)
@@ -367,8 +372,8 @@ def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
         moved[..., axis] = np.interp(ends[..., axis], old, new)
     return np.sort(moved[inside], axis=1).reshape(-1, 6).astype("float32")
 
-# %% ../nbs/05_train_3d_cnn.ipynb #17059a86
-def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, shift: float = 0.1, scale: float = 0.15,
+# %% ../nbs/05_train_3d_cnn.ipynb #ddd5eca8
+def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, shift: float = 0.1, scale: float = 0.2,
             bend: float = 0.03, gain: float = 0.06, offset_hu: float = 25.0, noise_hu: float = 30.0) -> tuple:
     """Randomly moved and disturbed copies of a batch.
 
@@ -403,8 +408,8 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
     noise = each(0, noise_hu) * rng.standard_normal(tuple(volumes.shape), dtype="float32")
     return volumes * each(1 - gain, 1 + gain) + each(-offset_hu, offset_hu) + noise
 
-# %% ../nbs/05_train_3d_cnn.ipynb #e4eee411
-def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, balance: float = 0.5) -> np.ndarray:
+# %% ../nbs/05_train_3d_cnn.ipynb #2913b176
+def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, balance: float = 0.25) -> np.ndarray:
     """Rows of `examples` for one epoch: `draws` patients, one random volume of each.
 
     Every patient comes up its expected number of times, rounded up or down (systematic sampling).
@@ -419,19 +424,19 @@ def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, ba
     chosen = order[np.minimum(np.searchsorted(share, ticks, side="right"), len(patients) - 1)]
     return rng.permutation([rng.choice(np.flatnonzero(owner == patient)) for patient in chosen])
 
-# %% ../nbs/05_train_3d_cnn.ipynb #ee036a65
+# %% ../nbs/05_train_3d_cnn.ipynb #da536357
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes a training, apart from the network and the data."""
 
     epochs: int = 90
-    batch_size: int = 8
-    learning_rate: float = 0.003    # the peak; a tenth of the steps climb to it, a cosine comes down
-    weight_decay: float = 0.001
+    batch_size: int = 4
+    learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down
+    weight_decay: float = 0.02
     clip_norm: float = 1.0          # longest gradient step; early focal losses are rough
     subtype_weight: float = 0.5     # of the subtype loss in the sum; heat and box count 1
     smoothing: float = 0.1
-    balance: float = 0.5
+    balance: float = 0.25
     patience: int = 30              # epochs without a better validation loss
     augmented: bool = True
     seed: int = 0
@@ -461,21 +466,23 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
 def _weights(network: keras.Model, settings: Settings) -> dict[str, float]:
     return {name: settings.subtype_weight if name == "subtype" else 1.0 for name in network.output}
 
-# %% ../nbs/05_train_3d_cnn.ipynb #52d34e91
+# %% ../nbs/05_train_3d_cnn.ipynb #37c44e0a
 def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int) -> dict[str, float]:
     rng = np.random.default_rng([settings.seed, epoch])
     rows = sample_patients(train, settings.draws(len(set(train.patient_id))), rng, settings.balance)
-    trainer.reset_metrics()
+    steps = []
     for step, chosen in enumerate(rows.reshape(-1, settings.batch_size)):
         batch = train.take(chosen)
         hu, boxes = augment(batch.ct_hu, batch.boxes_zyx, rng) if settings.augmented else (batch.ct_hu, batch.boxes_zyx)
         targets = _targets(trainer, boxes, batch.target, settings)
+        trainer.reset_metrics()
         logs = trainer.train_on_batch(normalise(hu), targets, return_dict=True)
+        steps.append(logs)
         if not np.isfinite(logs["loss"]):
-            raise FloatingPointError(f"loss is {logs['loss']} in epoch {epoch}, step {step}; the batch held the volumes "
-                                     f"{', '.join(batch.stack_id)}: look at them, or lower learning_rate")
-    names = [name for name in LOSSES if name in trainer.output] if len(trainer.output) > 1 else []
-    return {"loss": float(logs["loss"])} | {f"{name}_loss": float(logs[f"{name}_loss"]) for name in names}
+            raise FloatingPointError(f"loss is {logs['loss']} in epoch {epoch}, step {step}; the batch held the "
+                                     f"volumes {', '.join(batch.stack_id)}: look at them, or lower learning_rate")
+    names = ["loss"] + [f"{name}_loss" for name in LOSSES if f"{name}_loss" in steps[0]]
+    return {name: float(np.mean([logs[name] for logs in steps])) for name in names}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #460d15a4
 def _targets(network: keras.Model, boxes: Sequence, target: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
@@ -499,9 +506,9 @@ def _validate(trainer: keras.Model, examples: Examples, settings: Settings) -> d
     row = {"val_loss": total} | {f"val_{name}_loss": mean for name, mean in means.items()}
     return row | ({"val_found": _found(outputs, examples)} if "heat" in outputs else {})
 
-# %% ../nbs/05_train_3d_cnn.ipynb #6b03991c
+# %% ../nbs/05_train_3d_cnn.ipynb #efd8ae4e
 def _forward(network: keras.Model, ct_hu: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    parts = []
+    parts, batch_size = [], min(batch_size, len(ct_hu))
     for start in range(0, len(ct_hu), batch_size):
         batch = ct_hu[start : start + batch_size]
         rows = np.arange(batch_size) % len(batch)  # the last batch is filled up, so that every batch has one shape
@@ -522,12 +529,13 @@ def _found(outputs: Mapping, examples: Examples) -> float:
 def _one_each(examples: Examples) -> Examples:
     return examples.take(np.sort(np.unique(examples.patient_id, return_index=True)[1]))
 
-# %% ../nbs/05_train_3d_cnn.ipynb #40758f59
+# %% ../nbs/05_train_3d_cnn.ipynb #8ec7ead2
 def _key(network: keras.Model, train: Examples, validation: Examples | None, settings: Settings) -> str:
     code = runs.hash_file(Path(runs.__file__).with_name("training.py"))
     data = [examples_hash(examples) for examples in (train, validation) if examples is not None]
     start = [hashlib.blake2b(weight.tobytes(), digest_size=8).hexdigest() for weight in network.get_weights()]
-    facts = [asdict(settings), network.get_config(), start, data, code, keras.backend.backend(), runs.package_versions()]
+    versions = [keras.backend.backend(), runs.package_versions()]
+    facts = [asdict(settings), network.get_config(), start, data, code, versions]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ba8c5148

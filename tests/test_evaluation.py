@@ -225,7 +225,9 @@ def test_a_collapsed_interval_gets_the_exact_bound():
     assert none.low == 0 and np.isclose(none.high, 1 - 0.025 ** (1 / 12), atol=1e-6)
     no_difference = ev.bootstrap_interval(lambda w: 0.0, PATIENTS, bounds=(-1, 1))
     assert no_difference.low < 0 < no_difference.high
-    constant = ev.bootstrap_interval(lambda w: 0.25, PATIENTS)        # a constant guess: nothing is uncertain
+    always = ev.bootstrap_interval(lambda w: 0.25, PATIENTS)            # it happened to be so: twelve patients long
+    assert always.low < 0.25 < always.high
+    constant = ev.bootstrap_interval(lambda w: 0.25, PATIENTS, bounds=None)        # it must be so
     assert (constant.low, constant.high) == (0.25, 0.25)
 
 

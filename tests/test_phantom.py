@@ -278,7 +278,7 @@ def test_two_readers_agree_about_as_well_as_people_do():
 
 def test_subtypes_lean_as_the_textbooks_say_and_overlap():
     rows = []
-    for plan in phantom.plan_cohort(240, 1, ()):
+    for plan in phantom.plan_cohort(600, 1, ()):
         _, (lesion,) = phantom.draw_patient(plan)
         rows.append((plan.letter, 2 * lesion.radius_mm, lesion.central, lesion.cavity > 0, len(lesion.spicules) > 0))
     table = pd.DataFrame(rows, columns=["subtype", "size", "central", "cavity", "spiculated"]).groupby("subtype")
