@@ -12,7 +12,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-MAX_CELL_LINES, MAX_LINE, MAX_MEDIAN = 30, 120, 12
+MAX_CELL_LINES, MAX_LINE, MAX_MEDIAN = 30, 120, 15
 MAX_NOTEBOOK, MAX_FIGURE = 1_500_000, 150_000
 CLOSING = ("## Limits", "## Summary", "## Exercises")
 MACHINE_PATHS = re.compile(r"/work/|/tmp/|/home/|/root/")

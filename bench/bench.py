@@ -44,7 +44,8 @@ def index_jobs(folder: Path) -> dict[str, Callable[[], object] | None]:
     def read_bytes():
         return sum(len(p.read_bytes()[:8192]) for p in sorted(folder.glob("*.dcm")))
 
-    return {"lungct index_dicom": ours, "pydicom stop_before_pixels": pydicom_headers, "open and read (limit)": read_bytes}
+    return {"lungct index_dicom": ours, "pydicom stop_before_pixels": pydicom_headers,
+            "open and read (limit)": read_bytes}
 
 
 def read_jobs(folder: Path) -> dict[str, Callable[[], object] | None]:
@@ -103,9 +104,9 @@ def main() -> None:
         files = len(list(folder.glob("*.dcm")))
         parts = [table("Index headers, one process", measure(index_jobs(folder)), files),
                  table("Read one stack to HU", measure(read_jobs(folder)), files)]
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    head = (f"# Benchmark results\n\n{datetime.date.today()}; {machine}; {what}, {files} files, warm page cache; medians "
-            f"of {REPEATS} interleaved repeats. Ratios carry over to other machines, absolute times do not.\n")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    head = (f"# Benchmark results\n\n{datetime.date.today()}; {machine}; {what}, {files} files, warm page cache; "
+            f"medians of {REPEATS} interleaved repeats. Ratios carry over to other machines, absolute times do not.\n")
     RESULTS.write_text("\n".join([head, *parts]), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 

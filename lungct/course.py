@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'notebook_folder', 'chapter_parameters', 'parse_parameter', 'read_overrides', 'check_folder', 'reasons_to_run',
-           'Progress', 'ticking', 'ChapterFailed', 'run_chapter', 'Course', 'plan_course', 'run_course', 'plain_errors',
-           'run', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download', 'doctor', 'main']
+           'Lines', 'Progress', 'ticking', 'ChapterFailed', 'run_chapter', 'Course', 'plan_course', 'run_course',
+           'plain_errors', 'run', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download', 'doctor', 'main']
 
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
@@ -100,14 +100,28 @@ def _code(notebook: Path) -> list[str]:
     ours = (cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", []))
     return [cell.source for cell in ours if cell.cell_type == "code"]
 
-# %% ../nbs/appendix/course.ipynb #08eb3a2c
-class Progress:
-    """Tells on `stream` how far a chapter is: one moving line in a terminal, a line a section elsewhere."""
+# %% ../nbs/appendix/course.ipynb #f7ca1639
+class Lines:
+    """Writes lines that stay and, in a terminal, one line that moves."""
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
-        self.started = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+        if self.live:
+            self.rewrite("")
+        print(text, file=self.stream, flush=True)
+
+    def rewrite(self, text: str) -> None:
+        """Replace the moving line, cut to the width of the terminal."""
+        width = os.get_terminal_size(self.stream.fileno()).columns - 1
+        print(f"\r{text[:width]:<{width}}\r", end="", file=self.stream, flush=True)
+
+# %% ../nbs/appendix/course.ipynb #8626816c
+class Progress(Lines):
+    """Tells how far a chapter is: one moving line in a terminal, a line a section elsewhere."""
 
     def chapter(self, name: str, notebook) -> None:
         """Start a chapter; `notebook` is its notebook node, for the sections and the number of cells."""
@@ -117,24 +131,12 @@ class Progress:
     def cell(self, cell=None, cell_index: int = 0) -> None:
         """A cell starts; the arguments are those of nbclient's hook `on_cell_start`."""
         section = self.sections[min(cell_index, self.cells - 1)]
+        seconds = f"{time.monotonic() - self.since:.0f} s"
         if self.live:
-            self._rewrite(f"{self.name}  cell {cell_index + 1}/{self.cells}  {self._seconds()}  {section}")
+            self.rewrite(f"{self.name}  cell {cell_index + 1}/{self.cells}  {seconds}  {section}")
         elif section != self.section:
-            self.line(f"  cell {cell_index + 1:>3}/{self.cells}  {self._seconds():>6}  {section}")
+            self.line(f"  cell {cell_index + 1:>3}/{self.cells}  {seconds:>6}  {section}")
         self.section = section
-
-    def line(self, text: str) -> None:
-        """Write a line that stays."""
-        if self.live:
-            self._rewrite("")
-        print(text, file=self.stream, flush=True)
-
-    def _rewrite(self, text: str) -> None:
-        width = os.get_terminal_size(self.stream.fileno()).columns if self.live else 80
-        print(f"\r{text[: width - 1]:<{width - 1}}\r", end="", file=self.stream, flush=True)
-
-    def _seconds(self) -> str:
-        return f"{time.monotonic() - self.since:.0f} s"
 
 # %% ../nbs/appendix/course.ipynb #550c4507
 def _sections(notebook) -> list[str]:
@@ -174,7 +176,7 @@ def ticking(progress: Progress):
         if progress.live:
             worker.join()
 
-# %% ../nbs/appendix/course.ipynb #aac9781d
+# %% ../nbs/appendix/course.ipynb #4dcf2f17
 class ChapterFailed(RuntimeError):
     """A chapter stopped with an error that is not the user's input; holds where and why."""
 
@@ -183,16 +185,22 @@ def run_chapter(notebook: Path, executed: Path, parameters: Mapping, progress: P
     """Execute one chapter into `executed`; raises InputError or ChapterFailed with the failing cell named."""
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     progress.chapter(notebook.stem, nbformat.read(notebook, as_version=4))
     with tempfile.TemporaryDirectory(prefix="lungct-") as sockets, ticking(progress) as note:
         try:
-            papermill.execute_notebook(notebook, executed, dict(parameters), progress_bar=False,
-                                       on_cell_start=note, config=_local_sockets(sockets))
+            papermill.execute_notebook(notebook, executed, dict(parameters), progress_bar=False, on_cell_start=note,
+                                       config=_local_sockets(sockets), extra_arguments=["--log-level=CRITICAL"])
         except PapermillExecutionError as error:
             _raise_plainly(error, executed)
+        except DeadKernelError:
+            raise ChapterFailed(
+                f"{executed.stem} died in section {progress.section!r} without a word: most often the system was out "
+                f"of memory (see dmesg), or a GPU driver crashed (see lungct doctor)\n"
+                f"  the notebook up to there: {executed}") from None
 
 # %% ../nbs/appendix/course.ipynb #659568e3
 def _local_sockets(folder: str):
@@ -263,7 +271,7 @@ def _leave_nothing(run_dir: Path, name: str, executed: Path) -> None:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-# %% ../nbs/appendix/course.ipynb #d3cc98f4
+# %% ../nbs/appendix/course.ipynb #24ff0e42
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="lungct: from messy clinical CT and PET to honest 3D deep learning. Not for clinical use.")
 
@@ -271,7 +279,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @contextmanager
 def plain_errors():
     """Turn the user's mistakes into one line and status 2, a failed chapter into status 1, Ctrl-C into 130."""
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for name in ("papermill", "asyncio"):  # what they would log is said once, by the lines below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield

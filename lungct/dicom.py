@@ -393,10 +393,8 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Parameters
     ----------
-    workers
-        Processes; as many as there are processors when None. Small folders are read in this process.
-    progress
-        Called as ``progress(files_done, files)`` from time to time.
+    workers : processes; as many as there are processors when None. Small folders are read in this process.
+    progress : called as ``progress(files_done, files)`` from time to time.
 
     Returns
     -------
@@ -404,8 +402,7 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Raises
     ------
-    ValueError
-        `root` is no folder, is empty, or holds no DICOM image; the line says which.
+    ValueError : `root` is no folder, is empty, or holds no DICOM image; the line says which.
     """
     if not os.path.isdir(root):
         raise ValueError(f"folder {root} {'is a file' if os.path.exists(root) else 'does not exist'}: check the path")
@@ -925,12 +922,9 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
 
     Parameters
     ----------
-    instances
-        From `index_dicom`.
-    min_slices
-        Stacks with fewer slices are excluded (two is the least that has a spacing).
-    root
-        Folder the paths start from. Needed to tell equal slices at one position from different ones;
+    instances : from `index_dicom`.
+    min_slices : stacks with fewer slices are excluded (two is the least that has a spacing).
+    root : folder the paths start from. Needed to tell equal slices at one position from different ones;
         without it no slice is dropped and repeated positions stay a reason for exclusion.
 
     Returns
@@ -956,8 +950,6 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
 class Stack:
     """One volume in memory.
 
-    Attributes
-    ----------
     hu_zyx : (slices, rows, columns) Hounsfield units, int16 or float32; None for PET.
     affine : 4x4 matrix from voxel-centre index (x, y, z) to LPS mm.
     sop_uids : SOP Instance UID of each slice, along z.

@@ -59,7 +59,7 @@ def training_step(xla: bool, precision: str, size: int = 32) -> str:
         raise FloatingPointError(f"loss is {loss} after one step with xla={xla}, {precision}")
     return f"{', '.join(keras.distribution.list_devices()) or keras.backend.backend()}, loss {loss:.4f}"
 
-# %% ../nbs/appendix/doctor.ipynb #6e5fe039
+# %% ../nbs/appendix/doctor.ipynb #8f180d93
 @dataclass(frozen=True)
 class Trial:
     """What came back from one training step in its own process."""
@@ -73,7 +73,7 @@ class Trial:
         verdict = "works" if self.ok else "FAILS"
         return f"XLA {'on ' if self.xla else 'off'}  {self.precision:<15} {verdict}: {self.detail}"
 
-
+# %% ../nbs/appendix/doctor.ipynb #2dbf2087
 def try_step(xla: bool, precision: str, command: Sequence[str] | None = None) -> Trial:
     """Make one training step in a separate process; its death is a result, not an error."""
     code = f"from lungct.doctor import training_step; print(training_step({xla}, {precision!r}))"

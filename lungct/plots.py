@@ -28,14 +28,13 @@ WINDOWS = {"lung": (-600, 1500), "soft tissue": (40, 400), "mediastinum": (50, 3
 TISSUE_BANDS_HU = {"air": (-1024, -950), "lung": (-950, -700), "fat": (-120, -60),
                    "soft tissue": (0, 80), "bone": (200, 1500)}
 
-
+# %% ../nbs/appendix/plots.ipynb #0314d516
 def window_limits(window: str | tuple[float, float]) -> tuple[float, float]:
     """Values drawn black and white by a window.
 
     Parameters
     ----------
-    window
-        A name in `WINDOWS`, or (centre, width), in the unit of the image (HU for CT).
+    window : a name in `WINDOWS`, or (centre, width), in the unit of the image (HU for CT).
 
     Returns
     -------
@@ -138,7 +137,6 @@ def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: S
     Parameters
     ----------
     volume_zyx : (slices, rows, columns); spacing_zyx_mm : distance between neighbours along z, y, x.
-    axes : three axes.
     at_zyx : index of the voxel the planes pass through; the middle when None.
     boxes_zyx : rows of (z0, y0, x0, z1, y1, x1), voxel edges; drawn on the planes that cut them.
     mask : array of the volume's shape; what is above 0 is tinted.
@@ -212,12 +210,9 @@ def show_counts(counts: Mapping[str, float] | pd.Series, ax: Axes, title: str | 
 
     Parameters
     ----------
-    counts
-        Name -> number, drawn in the given order.
-    unit
-        What is counted; labels the axis.
-    colours
-        Name -> colour; names left out get the plain colour.
+    counts : name -> number, drawn in the given order.
+    unit : what is counted; labels the axis.
+    colours : name -> colour; names left out get the plain colour.
     """
     counts = dict(counts)
     if title:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'PHANTOM_FOLDERS', 'InputError', 'project_path', 'atomic',
-           'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value', 'fingerprint', 'Chapter',
-           'begin', 'load_manifest', 'input_path', 'code_hash', 'package_versions', 'stale']
+           'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value', 'fingerprint', 'Outputs',
+           'Chapter', 'begin', 'load_manifest', 'input_path', 'code_hash', 'package_versions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -159,30 +159,13 @@ def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[tupl
 def _stamp(name: str, stat: os.stat_result) -> tuple[str, int, int]:
     return name, stat.st_size, stat.st_mtime_ns
 
-# %% ../nbs/appendix/runs.ipynb #1fb5f749
+# %% ../nbs/appendix/runs.ipynb #740b22ca
 @dataclass
-class Chapter:
-    """One chapter at work in its folder of the run; made by `begin`, closed by `finish`."""
+class Outputs:
+    """The files that a chapter declares as its own, in the folder `folder`."""
 
-    name: str
-    run_dir: Path
-    seed: int
-    parameters: dict
-    inputs: dict
-    needs: dict
-    started: float
-    outputs: list[str] = field(default_factory=list)
-
-    @property
-    def folder(self) -> Path:
-        """This chapter's folder, `<run_dir>/<name>`."""
-        return self.run_dir / self.name
-
-    def of(self, name: str) -> Path:
-        """The folder of an earlier chapter; KeyError when `begin` was not told of it."""
-        if name not in self.needs:
-            raise KeyError(f"{self.name} reads from {name} but did not name it in needs={tuple(self.needs)}")
-        return self.run_dir / name
+    folder: Path
+    outputs: list[str] = field(default_factory=list, kw_only=True)
 
     def add(self, relative: str | os.PathLike) -> Path:
         """Declare a file in the chapter's folder as output and return its path."""
@@ -199,18 +182,35 @@ class Chapter:
         """Write a JSON file into the chapter's folder and declare it as output."""
         return save_json(value, self.add(relative))
 
+# %% ../nbs/appendix/runs.ipynb #c60797c4
+@dataclass
+class Chapter(Outputs):
+    """One chapter at work in `<run_dir>/<name>`; made by `begin`, closed by `finish`."""
+
+    name: str
+    facts: dict
+    started: float
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the whole run."""
+        return self.folder.parent
+
+    def of(self, name: str) -> Path:
+        """The folder of an earlier chapter; KeyError when `begin` was not told of it."""
+        if name not in self.facts["needs"]:
+            raise KeyError(f"{self.name} reads from {name} but did not name it in needs={tuple(self.facts['needs'])}")
+        return self.run_dir / name
+
     def finish(self) -> Path:
         """Hash the outputs and write the manifest, last of all; from now on the chapter counts as done."""
         outputs = {name: hash_file(self.folder / name) for name in sorted(self.outputs)}
-        facts = {
-            "schema": SCHEMA_VERSION, "chapter": self.name, "parameters": self.parameters, "seed": self.seed,
-            "inputs": self.inputs, "needs": self.needs, "outputs": outputs, "outputs_hash": hash_value(outputs),
-            "code": code_hash(), "packages": package_versions(), "python": platform.python_version(),
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
-        return save_json(facts, self.folder / MANIFEST)
+        closing = {"outputs": outputs, "outputs_hash": hash_value(outputs), "code": code_hash(),
+                   "packages": package_versions(), "python": platform.python_version(),
+                   "seconds": round(time.monotonic() - self.started, 3)}
+        return save_json(self.facts | closing, self.folder / MANIFEST)
 
-# %% ../nbs/appendix/runs.ipynb #a232e2ce
+# %% ../nbs/appendix/runs.ipynb #7be37637
 def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
           inputs: Mapping[str, str] | None = None, needs: Sequence[str] = ()) -> Chapter:
     """Start a chapter in `<run_dir>/<name>`.
@@ -232,7 +232,9 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     run_dir = project_path(run_dir)
     seen = {needed: _outputs_hash(run_dir, needed, name) for needed in needs}
     stamps = {key: _input(path) for key, path in (inputs or {}).items()}
-    chapter = Chapter(name, run_dir, seed, dict(parameters), stamps, seen, time.monotonic())
+    facts = {"schema": SCHEMA_VERSION, "chapter": name, "parameters": dict(parameters), "seed": seed,
+             "inputs": stamps, "needs": seen}
+    chapter = Chapter(run_dir / name, name, facts, time.monotonic())
     chapter.folder.mkdir(parents=True, exist_ok=True)
     (chapter.folder / MANIFEST).unlink(missing_ok=True)
     return chapter

@@ -6,10 +6,10 @@
 __all__ = ['log', 'WINDOWS_HU', 'STRIDE', 'LOSSES', 'MODEL_SCHEMA', 'Examples', 'gather', 'normalise', 'layer_costs',
            'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'reproducible', 'encode_targets',
            'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges',
-           'axis_matrices', 'move_boxes', 'augment', 'sample_patients', 'Settings', 'examples_hash', 'fit',
-           'best_epoch', 'Prediction', 'predict', 'save_model', 'load_model']
+           'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients', 'Settings', 'examples_hash',
+           'fit', 'best_epoch', 'Prediction', 'predict', 'save_model', 'load_model']
 
-# %% ../nbs/05_train_3d_cnn.ipynb #2f7a4959
+# %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
 import json
 import logging
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import minimum_filter
 
 from . import runs
 
@@ -349,11 +350,15 @@ def draw_edges(n: int, size: int, rng: np.random.Generator, shift: float, scale:
     old[mirrored, 2] = old[mirrored, 2, ::-1]
     return (old + 0.5) * size
 
-# %% ../nbs/05_train_3d_cnn.ipynb #b082f29d
+# %% ../nbs/05_train_3d_cnn.ipynb #c1aeeddf
 def axis_matrices(old_edges: np.ndarray) -> np.ndarray:
     """Linear resampling along one axis, (n, size + 1) old edges to (n, size, size) float32: new = matrix @ old."""
-    centres = (old_edges[:, 1:] + old_edges[:, :-1]) / 2
-    return np.maximum(0, 1 - np.abs(centres[..., None] - 0.5 - np.arange(centres.shape[1]))).astype("float32")
+    return _linear((old_edges[:, 1:] + old_edges[:, :-1]) / 2, old_edges.shape[1] - 1)
+
+
+def _linear(at: np.ndarray, size: int) -> np.ndarray:
+    # weights of `size` voxels (centres at 0.5, 1.5, ...) for the values at coordinates `at`
+    return np.maximum(0, 1 - np.abs(at[..., None] - 0.5 - np.arange(size))).astype("float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #6fe586e8
 def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
@@ -408,6 +413,45 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
     noise = each(0, noise_hu) * rng.standard_normal(tuple(volumes.shape), dtype="float32")
     return volumes * each(1 - gain, 1 + gain) + each(-offset_hu, offset_hu) + noise
 
+# %% ../nbs/05_train_3d_cnn.ipynb #34efdd84
+def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, donor_box: np.ndarray,
+               centre_zyx: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Copy of a volume (z, y, x) with the lesion of another blended in; returns it with the boxes, one more.
+
+    Parameters
+    ----------
+    donor_box : (6,) the lesion in `donor_hu`, grid voxels.
+    centre_zyx : where its centre shall be, grid voxels.   factor : its new extent over the old.
+    """
+    start, extent = np.asarray(donor_box[:3], float), np.asarray(donor_box[3:] - donor_box[:3], float)
+    low = centre_zyx - extent * factor / 2
+    box = np.clip([*low, *(low + extent * factor)], 0, len(ct_hu)).astype("float32")
+    voxels = [np.arange(int(a), int(np.ceil(b))) for a, b in zip(box[:3], box[3:], strict=True)]
+    within = [(v + 0.5 - a) / (e * factor) for v, a, e in zip(voxels, low, extent, strict=True)]  # 0 to 1 in the box
+    patch = donor_hu.astype("float32")
+    for axis, (share, a, e) in enumerate(zip(within, start, extent, strict=True)):
+        patch = np.moveaxis(np.tensordot(_linear(a + share * e, len(donor_hu)), patch, (1, axis)), 0, axis)
+    radius = np.sqrt(sum((2 * part - 1) ** 2 for part in np.ix_(*within)))
+    weight = np.clip(3 * (1 - radius), 0, 1)
+    changed = ct_hu.copy()
+    changed[np.ix_(*voxels)] = weight * patch + (1 - weight) * changed[np.ix_(*voxels)]
+    return changed, np.concatenate([np.reshape(boxes_zyx, (-1, 6)), box[None]]).astype("float32")
+
+# %% ../nbs/05_train_3d_cnn.ipynb #757cc9c5
+def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, share: float) -> Examples:
+    donors = [row for row, boxes in enumerate(train.boxes_zyx) if len(boxes)]
+    volumes, boxes, target = list(batch.ct_hu), list(batch.boxes_zyx), batch.target.copy()
+    for i in np.flatnonzero(rng.random(len(batch)) < share) if donors else ():
+        lung = np.argwhere((minimum_filter(volumes[i], 5) > -950) & (volumes[i] < -650))  # not the skin: air near by
+        donor = int(rng.choice(donors))
+        box = rng.permutation(train.boxes_zyx[donor])[0]
+        factor = np.exp(rng.uniform(np.log(0.4), np.log(1.2)))
+        if len(lung):
+            centre = lung[rng.integers(len(lung))] + 0.5
+            volumes[i], boxes[i] = transplant(volumes[i], boxes[i], train.ct_hu[donor], box, centre, factor)
+            target[i] = -1
+    return Examples(np.stack(volumes), boxes, target, batch.patient_id, batch.stack_id)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #2913b176
 def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, balance: float = 0.25) -> np.ndarray:
     """Rows of `examples` for one epoch: `draws` patients, one random volume of each.
@@ -424,7 +468,7 @@ def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, ba
     chosen = order[np.minimum(np.searchsorted(share, ticks, side="right"), len(patients) - 1)]
     return rng.permutation([rng.choice(np.flatnonzero(owner == patient)) for patient in chosen])
 
-# %% ../nbs/05_train_3d_cnn.ipynb #da536357
+# %% ../nbs/05_train_3d_cnn.ipynb #cf8f0844
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes a training, apart from the network and the data."""
@@ -439,6 +483,7 @@ class Settings:
     balance: float = 0.25
     patience: int = 30              # epochs without a better validation loss
     augmented: bool = True
+    transplants: float = 0.5        # share of volumes that get a lesion of another patient
     seed: int = 0
 
     def draws(self, patients: int) -> int:
@@ -466,14 +511,17 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
 def _weights(network: keras.Model, settings: Settings) -> dict[str, float]:
     return {name: settings.subtype_weight if name == "subtype" else 1.0 for name in network.output}
 
-# %% ../nbs/05_train_3d_cnn.ipynb #37c44e0a
+# %% ../nbs/05_train_3d_cnn.ipynb #d696d4cc
 def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int) -> dict[str, float]:
     rng = np.random.default_rng([settings.seed, epoch])
     rows = sample_patients(train, settings.draws(len(set(train.patient_id))), rng, settings.balance)
     steps = []
     for step, chosen in enumerate(rows.reshape(-1, settings.batch_size)):
         batch = train.take(chosen)
-        hu, boxes = augment(batch.ct_hu, batch.boxes_zyx, rng) if settings.augmented else (batch.ct_hu, batch.boxes_zyx)
+        hu, boxes = batch.ct_hu, batch.boxes_zyx
+        if settings.augmented:
+            batch = _with_guests(batch, train, rng, settings.transplants)
+            hu, boxes = augment(batch.ct_hu, batch.boxes_zyx, rng)
         targets = _targets(trainer, boxes, batch.target, settings)
         trainer.reset_metrics()
         logs = trainer.train_on_batch(normalise(hu), targets, return_dict=True)

@@ -29,7 +29,8 @@ def write_chapter(folder, number, body="", parameters="amount = 1  # how much\n"
         nbformat.v4.new_code_cell(
             "from lungct import runs\n"
             f"chapter = runs.begin({name!r}, run_dir, {{'amount': amount}}, seed, needs={tuple(needs)!r})\n"
-            + (f"before = runs.load_json(chapter.of({needs[0]!r}) / 'sum.json')['sum']\n" if needs else "before = 0\n")),
+            + (f"before = runs.load_json(chapter.of({needs[0]!r}) / 'sum.json')['sum']\n" if needs
+               else "before = 0\n")),
         nbformat.v4.new_code_cell(body or "pass"),
         nbformat.v4.new_code_cell("chapter.save_json({'sum': before + amount}, 'sum.json')\nchapter.finish();"),
     ]
@@ -102,6 +103,14 @@ def test_a_failed_chapter_stops_the_run_and_the_next_call_goes_on_there(chapters
     write_chapter(chapters, 3)
     said = run(chapters, tmp_path / "run")
     assert said.count("already done") == 2 and total(tmp_path / "run") == 6
+
+
+def test_a_kernel_killed_by_the_system_is_said(chapters, tmp_path):
+    write_chapter(chapters, 2, body="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(course.ChapterFailed, match=r"02_parse_annotations died in section 'The work'.*out of memory"):
+        run(chapters, tmp_path / "run")
+    write_chapter(chapters, 2)
+    assert run(chapters, tmp_path / "run").count("already done") == 1
 
 
 def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, tmp_path):

@@ -82,7 +82,8 @@ def test_library_never_imports_nbdev_or_prints():
 
 
 def test_no_host_of_a_registry_is_named():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    command = ["git", "ls-files"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     hosts = re.compile(r"(pypi|pythonhosted|npmjs|deb\.debian)\.(org|com)")
     for name in filter(None, tracked):
         path = ROOT / name
