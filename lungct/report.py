@@ -93,7 +93,7 @@ def _alternative_texts(body: str) -> str:
         done.append(re.sub(r'alt="(No description has been provided for this image)?"', f'alt="{heading}"', part))
     return "".join(done)
 
-# %% ../nbs/appendix/report.ipynb #7c7f58f1
+# %% ../nbs/appendix/report.ipynb #4cced7e1
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --back: #fff; --card: #f5f7fa;
   --mark: #0b5cad; }
@@ -108,7 +108,7 @@ h1, h2, h3 { line-height: 1.25; } h1 { font-size: 1.7rem; } h2 { margin-top: 2.2
 dt { color: var(--soft); font-size: .9rem; } dd { margin: .2rem 0 0; font-weight: 600; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; white-space: nowrap; }
 figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: 0 1rem; }
