@@ -44,6 +44,7 @@ class Grid:
     def __post_init__(self):
         if not (self.size >= 1 and self.spacing_mm > 0):
             raise runs.InputError(f"grid of {self.size} voxels of {self.spacing_mm} mm: both must be above zero")
+        object.__setattr__(self, "spacing_mm", float(self.spacing_mm))  # 6 and 6.0 are one grid and one hash
 
     @property
     def shape_zyx(self) -> tuple[int, int, int]:

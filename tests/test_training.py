@@ -262,14 +262,14 @@ def test_one_volume_does_not_change_another_in_its_batch():
 
 
 def test_overfits_a_handful_of_volumes():
-    net, few = network(filters=(8, 16)), toys(4)
+    net, few = network(filters=(16, 32)), toys(4)  # with 8 channels each is a group of its own and loses its level
     lessons = Settings(epochs=120, batch_size=4, learning_rate=0.01, augmented=False, patience=120)
     history = training.fit(net, few, few, lessons)
     assert history.loss.iloc[-1] < history.loss.iloc[0] / 5
     assert history.val_found.iloc[-1] == 1
     got = training.predict(net, few.ct_hu)
     assert [int(g.probabilities.argmax()) for g in got] == few.target.tolist()
-    assert np.mean([training.box_iou(g.boxes_zyx[0], b[0]) for g, b in zip(got, few.boxes_zyx, strict=True)]) > 0.5
+    assert np.mean([training.box_iou(g.boxes_zyx[0], b[0]) for g, b in zip(got, few.boxes_zyx, strict=True)]) > 0.9
 
 
 def test_no_training_volume_is_an_input_error():

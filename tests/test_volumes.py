@@ -737,3 +737,8 @@ def test_real_series_build(real_data, tmp_path):
     cohort = build_cohort(root, instances, stacks, *empty, tmp_path, Grid(), workers=1)
     assert len(cohort) >= 2 and (cohort.status == "accepted").all() and (cohort.centred_on == "lungs").all()
     assert ((cohort.hu_mean > -950) & (cohort.hu_mean < -200)).all() and (cohort.lung_litres > 0.4).all()
+
+
+def test_a_grid_of_whole_millimetres_is_the_same_grid_as_with_a_decimal_point():
+    whole, decimal = volumes.Grid(64, 6), volumes.Grid(64, 6.0)
+    assert repr(whole) == repr(decimal) and hash(whole) == hash(decimal)
