@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from PIL import Image
 
 from lungct import course
 
-RUN = ROOT / "runs" / "phantom"
+RUN = ROOT / "runs" / "notebooks"
 LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette of 256 colours
 
 
 def execute_all() -> dict[Path, Path]:
-    """Executed copy of each notebook: the chapters from a run of the course, the others one by one."""
+    """Executed copy of each notebook: the chapters from a fresh run of the course, the others one by one."""
+    shutil.rmtree(RUN, ignore_errors=True)
     subprocess.run([Path(sys.executable).parent / "lungct", "run", "--run-dir", RUN], cwd=ROOT, check=True)
     executed = {}
     for path in notebooks():

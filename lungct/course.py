@@ -366,7 +366,7 @@ def phantom(
             raise runs.InputError(f"unknown quirk {', '.join(unknown)}: known are {', '.join(phantoms.QUIRKS)}")
         print(phantoms.make_cohort(Path(out).absolute(), patients=patients, seed=seed, quirks=chosen))
 
-# %% ../nbs/appendix/course.ipynb #c39d7821
+# %% ../nbs/appendix/course.ipynb #22dd6415
 @app.command()
 def predict(
     folder: Annotated[str, typer.Argument(help="Folder with DICOM files of one or more series.")],
@@ -378,7 +378,6 @@ def predict(
         check_folder("folder", folder)
         if not Path(model).is_file():
             raise runs.InputError(f"--model {model} is not a file: train one with lungct run")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from lungct.predict import predict_folder
 
         print(predict_folder(folder, model, out))

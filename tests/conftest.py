@@ -11,7 +11,6 @@ REAL = os.environ.get("LUNGCT_REAL_DATA", "")
 def pytest_configure(config):
     # one place for thread limits: two test processes with default BLAS threads are slower than one
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def pytest_terminal_summary(terminalreporter):
