@@ -29,7 +29,8 @@ def execute_all() -> dict[Path, Path]:
             executed[path] = chapter
         else:
             executed[path] = RUN / "notebooks" / "appendix" / path.name
-            course.run_chapter(path, executed[path], {}, course.Progress())
+            takes_run = '"parameters"' in path.read_text(encoding="utf-8")
+            course.run_chapter(path, executed[path], {"run_dir": str(RUN)} if takes_run else {}, course.Progress())
     return executed
 
 

@@ -138,9 +138,9 @@ def predecessor_cnn(size: int, classes: Sequence[str]) -> keras.Model:
 STRIDE = 2  # grid voxels between neighbouring cells of the heat map
 
 # %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
-def _conv(x, width: int, name: str, dtype: str, stride: int = 1, kernel: int = 3):
-    x = layers.Conv3D(width, kernel, strides=stride, padding="same", use_bias=False, name=name, dtype=dtype)(x)
-    x = layers.GroupNormalization(8, name=f"{name}_norm", dtype=dtype)(x)
+def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
+    x = layers.Conv3D(width, 3, strides=stride, padding="same", name=name, dtype=dtype)(x)
+    x = layers.LayerNormalization(name=f"{name}_norm", dtype=dtype)(x)  # over the channels of each place
     return layers.Activation("relu", name=f"{name}_relu", dtype=dtype)(x)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #6f0feab4
@@ -193,7 +193,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     volume = x = keras.Input((size, size, size, len(WINDOWS_HU)), name="ct")
     levels = []
     for depth, width in enumerate(filters):
-        x = _conv(x, width, f"down{depth}", precision, stride=2, kernel=3 if depth else 5)
+        x = _conv(x, width, f"down{depth}", precision, stride=2)
         levels.append(x := _conv(x, width, f"level{depth}", precision))
     decoded = [x := _conv(Place(name="place", dtype=precision)(x), filters[-1], "bottom", precision)]
     for depth in reversed(range(len(filters) - 1)):
@@ -226,7 +226,7 @@ def _check_sizes(size: int, filters: Sequence[int]) -> None:
         raise runs.InputError(f"grid size {size} is not a multiple of {step}: change grid_size of chapter 3, "
                               f"or give fewer than {len(filters)} filters")
     if any(width % 8 or width < 8 for width in filters):
-        raise runs.InputError(f"filters {tuple(filters)}: expected multiples of 8, which normalisation and GPUs need")
+        raise runs.InputError(f"filters {tuple(filters)}: expected multiples of 8, which GPUs need")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9f16bf5a
 def reproducible(seed: int) -> None:
@@ -439,18 +439,16 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
 
 # %% ../nbs/05_train_3d_cnn.ipynb #757cc9c5
 def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, share: float) -> Examples:
-    donors = [row for row, boxes in enumerate(train.boxes_zyx) if len(boxes)]
-    volumes, boxes, target = list(batch.ct_hu), list(batch.boxes_zyx), batch.target.copy()
-    for i in np.flatnonzero(rng.random(len(batch)) < share) if donors else ():
+    volumes, boxes = list(batch.ct_hu), list(batch.boxes_zyx)
+    some = np.array([len(b) > 0 for b in train.boxes_zyx])
+    for i in np.flatnonzero(rng.random(len(batch)) < share):
         lung = np.argwhere((minimum_filter(volumes[i], 5) > -950) & (volumes[i] < -650))  # not the skin: air near by
-        donor = int(rng.choice(donors))
-        box = rng.permutation(train.boxes_zyx[donor])[0]
-        factor = np.exp(rng.uniform(np.log(0.4), np.log(1.2)))
-        if len(lung):
-            centre = lung[rng.integers(len(lung))] + 0.5
+        donors = np.flatnonzero(some & (train.target == batch.target[i]))
+        if len(lung) and len(donors):
+            donor, centre = rng.choice(donors), lung[rng.integers(len(lung))] + 0.5
+            box, factor = rng.permutation(train.boxes_zyx[donor])[0], np.exp(rng.uniform(np.log(0.4), np.log(1.2)))
             volumes[i], boxes[i] = transplant(volumes[i], boxes[i], train.ct_hu[donor], box, centre, factor)
-            target[i] = -1
-    return Examples(np.stack(volumes), boxes, target, batch.patient_id, batch.stack_id)
+    return Examples(np.stack(volumes), boxes, batch.target, batch.patient_id, batch.stack_id)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #2913b176
 def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, balance: float = 0.25) -> np.ndarray:
@@ -476,9 +474,9 @@ class Settings:
     epochs: int = 90
     batch_size: int = 4
     learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down
-    weight_decay: float = 0.02
+    weight_decay: float = 0.01
     clip_norm: float = 1.0          # longest gradient step; early focal losses are rough
-    subtype_weight: float = 0.5     # of the subtype loss in the sum; heat and box count 1
+    subtype_weight: float = 1.0     # of the subtype loss in the sum; heat and box count 1
     smoothing: float = 0.1
     balance: float = 0.25
     patience: int = 30              # epochs without a better validation loss

@@ -177,6 +177,7 @@ def test_real_series_go_through_all_chapters(real_run):
     run_dir, done = real_run
     check_contracts(run_dir)
     assert "not estimable" in done.stdout
+    assert "too few to learn from" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
     metrics = json.loads((run_dir / "06_evaluate" / "metrics.json").read_text())["metrics"]
     for name, metric in metrics.items():
         assert metric["estimable"] is False or metric["n"] >= 5, f"{name} from {metric['n']} patients"

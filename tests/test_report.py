@@ -64,3 +64,12 @@ def test_findings_are_ordered_worst_first():
 def test_unfinished_run_is_refused(tmp_path):
     with pytest.raises(runs.InputError, match=r"lacks 01_explore_dicom, .*finish it with lungct run"):
         report.build(tmp_path)
+
+
+@pytest.mark.parametrize(("patients", "words"), [
+    (1, "1 labelled patient is too few"), (3, "3 labelled patients are too few")])
+def test_too_few_patients_are_said_in_words(patients, words):
+    labels = pd.DataFrame({"patient_id": [f"p{n}" for n in range(patients)] + ["other"],
+                           "role": ["train"] * patients + ["unused"]})
+    assert words in report.too_few_html({"metrics": {"cpm": {"estimable": False}}}, labels)
+    assert report.too_few_html({"metrics": {"cpm": {"estimable": True}}}, labels) == ""
