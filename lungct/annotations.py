@@ -465,7 +465,7 @@ def link_boxes(slices: np.ndarray, boxes_xyxy: np.ndarray, max_gap: int = 1, min
     (n,) number of the lesion of each box, from 0 on.
     """
     if max_gap < 0 or not 0 < min_overlap <= 1:
-        raise ValueError(f"expected max_gap >= 0 and 0 < min_overlap <= 1, got {max_gap} and {min_overlap}")
+        raise runs.InputError(f"expected max_gap >= 0 and 0 < min_overlap <= 1, got {max_gap} and {min_overlap}")
     slices = np.asarray(slices, int)
     near = np.abs(slices[:, None] - slices[None, :]) <= max_gap + 1
     linked = near & (overlap_of_smaller(boxes_xyxy) >= min_overlap)

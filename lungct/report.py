@@ -33,7 +33,7 @@ def count_table(values: pd.Series, name: str, caption: str) -> str:
         return f"<p>{html.escape(caption)}: none.</p>"
     return table_html(pd.DataFrame({name: counts.index, "count": counts.to_numpy()}), caption)
 
-# %% ../nbs/appendix/report.ipynb #4e6d1f34
+# %% ../nbs/appendix/report.ipynb #5216c26b
 def headline_html(metrics: Mapping) -> str:
     """The headline numbers of chapter 6 as a definition list."""
     items = "".join(f"<div><dt>{html.escape(i['label'])}</dt><dd>{html.escape(i['text'])}</dd></div>"
@@ -46,9 +46,9 @@ def too_few_html(metrics: Mapping, labels: pd.DataFrame) -> str:
     if any(metric["estimable"] for metric in metrics["metrics"].values()):
         return ""
     patients = labels[labels["role"] != "unused"]["patient_id"].nunique()
-    return (f'<p class="note">{patients} labelled patient{"s are" if patients != 1 else " is"} too few to learn from or '
-            "to test on: no number on this page estimates how well the network works. The tables and pictures below show "
-            "what was read and how.</p>")
+    subject = "1 labelled patient is" if patients == 1 else f"{patients} labelled patients are"
+    return (f'<p class="note">{subject} too few to learn from or to test on: no number on this page estimates how well '
+            "the network works. The tables and pictures below show what was read and how.</p>")
 
 
 def audit_html(audit: Mapping) -> str:

@@ -210,7 +210,7 @@ class Chapter(Outputs):
                    "seconds": round(time.monotonic() - self.started, 3)}
         return save_json(self.facts | closing, self.folder / MANIFEST)
 
-# %% ../nbs/appendix/runs.ipynb #7be37637
+# %% ../nbs/appendix/runs.ipynb #8d788668
 def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
           inputs: Mapping[str, str] | None = None, needs: Sequence[str] = ()) -> Chapter:
     """Start a chapter in `<run_dir>/<name>`.
@@ -229,6 +229,8 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     """
     if name not in CHAPTERS:
         raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected zero or more")
     run_dir = project_path(run_dir)
     seen = {needed: _outputs_hash(run_dir, needed, name) for needed in needs}
     stamps = {key: _input(path) for key, path in (inputs or {}).items()}

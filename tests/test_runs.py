@@ -146,6 +146,12 @@ def test_missing_input_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_negative_seed_writes_nothing(tmp_path):
+    with pytest.raises(runs.InputError, match="seed is -1, expected zero or more"):
+        runs.begin("01_explore_dicom", tmp_path / "run", {}, -1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_chapter_lists_the_known_ones(tmp_path):
     with pytest.raises(runs.InputError, match="unknown chapter '07'.*01_explore_dicom"):
         runs.begin("07", tmp_path, {}, 0)

@@ -479,3 +479,23 @@ def test_predict_refuses_another_grid_and_takes_nothing():
     assert training.predict(network(), np.zeros((0, SIZE, SIZE, SIZE), "int16")) == []
     bare = training.predict(network(["A"]), toys(1).ct_hu)[0]
     assert bare.probabilities.shape == (0,)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"epochs": 0}, "epochs is 0"), ({"batch_size": -1}, "batch_size is -1"), ({"learning_rate": 0.0}, "learning_rate"),
+    ({"patience": 0}, "patience is 0"), ({"balance": 1.5}, "balance is 1.5, expected 0 to 1")])
+def test_settings_out_of_range_are_the_users_to_mend(changes, message):
+    with pytest.raises(runs.InputError, match=message):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize("text", ["", "abc", "16, 32", "1.5", "-8"])
+def test_filters_that_are_no_numbers_are_the_users_to_mend(text):
+    with pytest.raises(runs.InputError, match="expected whole numbers with blanks between"):
+        training.parse_filters(text)
+    assert training.parse_filters(" 8  16 ") == (8, 16)
+
+
+def test_unknown_precision_lists_the_known():
+    with pytest.raises(runs.InputError, match="precision 'foo': expected one of float32, mixed_bfloat16"):
+        training.build_network(SIZE, "AG", (8,), precision="foo")
