@@ -37,6 +37,8 @@ def execute_all() -> dict[Path, Path]:
 def keep(source: Path, executed: Path, stamp: str) -> None:
     """Take the outputs of `executed` over into `source`, cleaned so that a second refresh makes no noise."""
     notebook, ran = nbformat.read(source, as_version=4), nbformat.read(executed, as_version=4)
+    if course.code_of(executed) != course.code_of(source):
+        sys.exit(f"{source} was edited while it ran: make notebooks again")
     results = {cell.id: cell.outputs for cell in ran.cells if cell.cell_type == "code"}
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'notebook_folder', 'chapter_parameters', 'parse_parameter', 'read_overrides', 'check_folder', 'check_run_dir',
-           'reasons_to_run', 'Lines', 'Progress', 'ticking', 'ChapterFailed', 'run_chapter', 'Course', 'plan_course',
-           'run_course', 'plain_errors', 'run', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download',
-           'doctor', 'main']
+           'reasons_to_run', 'code_of', 'Lines', 'Progress', 'ticking', 'ChapterFailed', 'run_chapter', 'Course',
+           'plan_course', 'run_course', 'plain_errors', 'run', 'print_headline', 'join_pairs', 'phantom', 'predict',
+           'download', 'doctor', 'main']
 
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
@@ -98,17 +98,18 @@ def check_run_dir(run_dir: str) -> Path:
         raise runs.InputError(f"--run-dir {folder} could not be written ({error.strerror}): choose another") from None
     return folder
 
-# %% ../nbs/appendix/course.ipynb #05709473
+# %% ../nbs/appendix/course.ipynb #fa46a9a7
 def reasons_to_run(run_dir: Path, name: str, notebook: Path, parameters: Mapping) -> list[str]:
     """Why a chapter must run (again), in words; empty when its work on disk is still good."""
     executed = run_dir / "notebooks" / f"{name}.ipynb"
     reasons = runs.stale(run_dir, name, parameters)
-    if not reasons and (not executed.is_file() or _code(executed) != _code(notebook)):
+    if not reasons and (not executed.is_file() or code_of(executed) != code_of(notebook)):
         reasons = ["its notebook has changed"]
     return reasons
 
 
-def _code(notebook: Path) -> list[str]:
+def code_of(notebook: Path) -> list[str]:
+    """Sources of a notebook's code cells, without the parameters that papermill injected."""
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
@@ -286,11 +287,11 @@ def _leave_nothing(run_dir: Path, name: str, executed: Path) -> None:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-# %% ../nbs/appendix/course.ipynb #24ff0e42
+# %% ../nbs/appendix/course.ipynb #6aac8f33
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="lungct: from messy clinical CT and PET to honest 3D deep learning. Not for clinical use.")
 
-
+# %% ../nbs/appendix/course.ipynb #2b88e079
 @contextmanager
 def plain_errors():
     """Turn the user's mistakes into one line and status 2, a failed chapter into status 1, Ctrl-C into 130."""

@@ -368,12 +368,8 @@ def draw_edges(n: int, size: int, rng: np.random.Generator, shift: float, scale:
 # %% ../nbs/05_train_3d_cnn.ipynb #c1aeeddf
 def axis_matrices(old_edges: np.ndarray) -> np.ndarray:
     """Linear resampling along one axis, (n, size + 1) old edges to (n, size, size) float32: new = matrix @ old."""
-    return _linear((old_edges[:, 1:] + old_edges[:, :-1]) / 2, old_edges.shape[1] - 1)
-
-
-def _linear(at: np.ndarray, size: int) -> np.ndarray:
-    # weights of `size` voxels (centres at 0.5, 1.5, ...) for the values at coordinates `at`
-    return np.maximum(0, 1 - np.abs(at[..., None] - 0.5 - np.arange(size))).astype("float32")
+    centres = (old_edges[:, 1:] + old_edges[:, :-1]) / 2
+    return np.maximum(0, 1 - np.abs(centres[..., None] - 0.5 - np.arange(centres.shape[1]))).astype("float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #6fe586e8
 def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
@@ -443,14 +439,22 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
     box = np.clip([*low, *(low + extent * factor)], 0, len(ct_hu)).astype("float32")
     voxels = [np.arange(int(a), int(np.ceil(b))) for a, b in zip(box[:3], box[3:], strict=True)]
     within = [(v + 0.5 - a) / (e * factor) for v, a, e in zip(voxels, low, extent, strict=True)]  # 0 to 1 in the box
-    patch = donor_hu.astype("float32")
-    for axis, (share, a, e) in enumerate(zip(within, start, extent, strict=True)):
-        patch = np.moveaxis(np.tensordot(_linear(a + share * e, len(donor_hu)), patch, (1, axis)), 0, axis)
+    patch = _sample(donor_hu, [a + share * e for share, a, e in zip(within, start, extent, strict=True)])
     radius = np.sqrt(sum((2 * part - 1) ** 2 for part in np.ix_(*within)))
     weight = np.clip(3 * (1 - radius), 0, 1)
     changed = ct_hu.copy()
     changed[np.ix_(*voxels)] = weight * patch + (1 - weight) * changed[np.ix_(*voxels)]
     return changed, np.concatenate([np.reshape(boxes_zyx, (-1, 6)), box[None]]).astype("float32")
+
+# %% ../nbs/05_train_3d_cnn.ipynb #684efea6
+def _sample(volume: np.ndarray, at_zyx: Sequence[np.ndarray]) -> np.ndarray:
+    # linear, axis by axis, with the nearest voxel outside; no BLAS, whose sums depend on its number of threads
+    for axis, at in enumerate(at_zyx):
+        low = np.floor(at - 0.5).astype(int)
+        share = np.expand_dims(at - 0.5 - low, [other for other in range(3) if other != axis]).astype("float32")
+        below, above = (np.take(volume, np.clip(i, 0, volume.shape[axis] - 1), axis) for i in (low, low + 1))
+        volume = (1 - share) * below + share * above
+    return volume
 
 # %% ../nbs/05_train_3d_cnn.ipynb #757cc9c5
 def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, share: float) -> Examples:
