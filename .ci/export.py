@@ -23,10 +23,12 @@ def export() -> None:
 
 
 if __name__ == "__main__":
+    check = "--check" in sys.argv
+    del sys.argv[1:]  # nbdev's commands read the command line themselves
     before = modules()
     export()
     after = modules()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if "--check" in sys.argv and changed:
+    if check and changed:
         sys.exit(f"lungct/ was not what the notebooks export: {', '.join(changed)}; commit the export")
     print(f"{len(after) - 1} files exported, {len(changed)} changed")
