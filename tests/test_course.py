@@ -189,6 +189,8 @@ def lungct(*arguments, cwd=None):
     (["run", "--run-dir", "/proc/x"], "could not be written"),
     (["predict", "/nowhere", "--model", "m.keras", "--out", "o"], "folder /nowhere is not a folder"),
     (["phantom", "out", "--quirks", "odd"], "unknown quirk odd: known are"),
+    (["phantom", "/dev/null/x"], "/dev/null is a file, not a folder"),
+    (["predict", "/usr", "--model", "/etc/hostname", "--out", "/proc/x"], "--out /proc/x could not be written"),
     (["download", "out"], "expected one: name it with --manifest"),
 ])
 def test_bad_input_is_one_line_and_status_2_and_writes_nothing(arguments, message, tmp_path):
