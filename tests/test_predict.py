@@ -21,7 +21,9 @@ def model(tmp_path_factory):
     training.reproducible(0)
     network = training.build_network(GRID["size"], ["A", "B", "E", "G"], (8, 16))
     heat = network.get_layer("heat")
-    heat.set_weights([heat.get_weights()[0] * 5, np.zeros(1)])          # scores around one half: there are boxes
+    heat.set_weights([heat.get_weights()[0] * 0.5, np.zeros(1)])        # scores around one half: there are boxes
+    box = network.get_layer("box")                                      # and so large that they reach into the scan
+    box.set_weights([box.get_weights()[0] * 0.1, np.array([0, 0, 0, 2.5, 2.5, 2.5])])
     training.save_model(network, folder, classes=list("ABEG"), spacing_mm=GRID["spacing_mm"],
                         training_hash="none", settings=training.Settings(), validation={})
     return folder / "model.keras"
