@@ -6,9 +6,9 @@
 __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_COLUMNS', 'PROBLEM_COLUMNS', 'CONTENT_OUTCOMES',
            'SECONDARY_CAPTURE_CLASS', 'LEDGER_COLUMNS', 'CORNERS_MM', 'LESION_COLUMNS', 'PAIR_COLUMNS',
            'CLINICAL_HEADERS', 'CLINICAL_COLUMNS', 'CONFLICT_COLUMNS', 'TOLERANCES', 'annotation_folder',
-           'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'AnnotationError',
-           'parse_annotation', 'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'require_match',
-           'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
+           'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
+           'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'require_match', 'place_boxes',
+           'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
            'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from . import runs
-from .dicom import Exclusion, to_mm
+from .dicom import BadFile, Exclusion, to_mm
 
 # %% ../nbs/02_parse_annotations.ipynb #daf934bc
 def annotation_folder(annotation_path: str, run_dir: str | os.PathLike) -> Path:
@@ -104,14 +104,6 @@ class XmlProblem(StrEnum):
     SWAPPED = "corners are swapped"
     NO_XML = "folder without XML"
 
-
-class AnnotationError(ValueError):
-    """One annotation that cannot be used: `reason` is an `XmlProblem`, `detail` says what was found."""
-
-    def __init__(self, reason: XmlProblem, detail: str):
-        super().__init__(f"{reason.value}: {detail}")
-        self.reason, self.detail = reason, detail
-
 # %% ../nbs/02_parse_annotations.ipynb #5d9d7ba5
 EDGES = ["xmin", "ymin", "xmax", "ymax"]
 
@@ -120,16 +112,16 @@ def _only(element: ElementTree, tag: str):
     # the one child called `tag`; a second one would leave open which was meant
     found = element.findall(tag)
     if len(found) != 1:
-        raise AnnotationError(XmlProblem.TAG_COUNT, f"expected one <{tag}> in <{element.tag[:40]}>, got {len(found)}")
+        raise BadFile(XmlProblem.TAG_COUNT, f"expected one <{tag}> in <{element.tag[:40]}>, got {len(found)}")
     return found[0]
 
 
 def _pixels(element: ElementTree, tag: str) -> int:
     text = (_only(element, tag).text or "").strip()
     if re.fullmatch(r"-[0-9]+", text):
-        raise AnnotationError(XmlProblem.NEGATIVE, f"<{tag}> is {text[:40]!r}, expected a pixel position from 0 on")
+        raise BadFile(XmlProblem.NEGATIVE, f"<{tag}> is {text[:40]!r}, expected a pixel position from 0 on")
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise AnnotationError(XmlProblem.NOT_WHOLE, f"<{tag}> is {text[:40]!r}, expected a whole number of pixels")
+        raise BadFile(XmlProblem.NOT_WHOLE, f"<{tag}> is {text[:40]!r}, expected a whole number of pixels")
     return int(text)
 
 # %% ../nbs/02_parse_annotations.ipynb #29d3b76e
@@ -137,7 +129,7 @@ def _read_object(element: ElementTree) -> dict:
     label = (_only(element, "name").text or "").strip()
     corners = {tag: _pixels(_only(element, "bndbox"), tag) for tag in EDGES}
     if corners["xmax"] < corners["xmin"] or corners["ymax"] < corners["ymin"]:
-        raise AnnotationError(XmlProblem.SWAPPED, f"expected xmin <= xmax, ymin <= ymax, got {tuple(corners.values())}")
+        raise BadFile(XmlProblem.SWAPPED, f"expected xmin <= xmax, ymin <= ymax, got {tuple(corners.values())}")
     return {"label": label, "subtype": subtype_of(label), **corners}
 
 
@@ -159,20 +151,20 @@ def parse_annotation(data: bytes | str) -> list[dict]:
 
     Raises
     ------
-    AnnotationError
+    BadFile
         For anything else than a well-formed annotation with at least one whole object.
     """
     try:
         root = ElementTree.fromstring(data, forbid_dtd=True)
     except DefusedXmlException as error:
-        raise AnnotationError(XmlProblem.FORBIDDEN, type(error).__name__) from None
+        raise BadFile(XmlProblem.FORBIDDEN, type(error).__name__) from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise AnnotationError(XmlProblem.NOT_XML, str(error)) from None
+        raise BadFile(XmlProblem.NOT_XML, str(error)) from None
     if root.tag != "annotation":
-        raise AnnotationError(XmlProblem.WRONG_ROOT, f"root element is <{root.tag[:40]}>")
+        raise BadFile(XmlProblem.WRONG_ROOT, f"root element is <{root.tag[:40]}>")
     objects = root.findall("object")
     if not objects:
-        raise AnnotationError(XmlProblem.NO_OBJECT, "nothing is annotated")
+        raise BadFile(XmlProblem.NO_OBJECT, "nothing is annotated")
     return [{**_read_object(element), **_image_size(root)} for element in objects]
 
 # %% ../nbs/02_parse_annotations.ipynb #8005f42c
@@ -181,14 +173,14 @@ MAX_BYTES = 1 << 20  # 1 MiB
 
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise AnnotationError(XmlProblem.UNREADABLE, "not a regular file")
+        raise BadFile(XmlProblem.UNREADABLE, "not a regular file")
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise AnnotationError(XmlProblem.UNREADABLE, str(error.strerror)) from None
+        raise BadFile(XmlProblem.UNREADABLE, str(error.strerror)) from None
     if len(data) > MAX_BYTES:
-        raise AnnotationError(XmlProblem.TOO_LARGE, f"more than {MAX_BYTES:,} bytes")
+        raise BadFile(XmlProblem.TOO_LARGE, f"more than {MAX_BYTES:,} bytes")
     return data
 
 # %% ../nbs/02_parse_annotations.ipynb #64053d82
@@ -207,13 +199,24 @@ def _walk(root: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
     def refused(error):
         odd.append((Path(error.filename), str(error.strerror)))
 
-    for folder, below, names in os.walk(root, onerror=refused):
+    seen = set()
+    for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
+        if _again(folder, seen):
+            below.clear()
+            continue
         found = [Path(folder, name) for name in names if name.lower().endswith(".xml")]
         files += found
         if not found and not below:
             odd.append((Path(folder), ""))
     base = root.parent if any(file.parent == root for file in files) else root
     return base, sorted(files), sorted(odd)
+
+
+def _again(folder: str, seen: set[tuple[int, int]]) -> bool:
+    # links to folders are followed, as chapter 1 does; a folder met again (a loop of links) is not entered twice
+    info = os.stat(folder)
+    key = info.st_dev, info.st_ino
+    return key in seen or seen.add(key) is not None
 
 # %% ../nbs/02_parse_annotations.ipynb #33a395d1
 LAYOUT = "<patient>/<SOPInstanceUID>.xml"
@@ -252,8 +255,8 @@ def read_annotations(root: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFram
         key = _key(path, base)
         try:
             rows += [{**key, "object_index": i, **found} for i, found in enumerate(parse_annotation(_read_bytes(path)))]
-        except AnnotationError as error:
-            problems.append({**key, "reason": error.reason.value, "detail": error.detail})
+        except BadFile as error:
+            problems.append({**key, "reason": error.problem.value, "detail": error.detail})
     problems += [_odd_folder(*found, base) for found in odd]
     return _table(rows, BOX_COLUMNS), _table(problems, PROBLEM_COLUMNS)
 
@@ -421,13 +424,18 @@ def count_outcomes(ledger: pd.DataFrame) -> pd.Series:
     return counts.astype("int64").rename("files").rename_axis("outcome")
 
 # %% ../nbs/02_parse_annotations.ipynb #04a4279f
-def require_match(ledger: pd.DataFrame, instances: pd.DataFrame, folder: str | os.PathLike) -> None:
+def require_match(ledger: pd.DataFrame, stacks: pd.DataFrame, folder: str | os.PathLike) -> None:
     """Raise InputError, in one line, when no annotation lies on an accepted stack."""
     if (ledger["outcome"] == Outcome.MATCHED.value).any():
         return
+    if not (stacks["modality"].eq("CT") & stacks["status"].eq("accepted")).any():
+        kinds = stacks["reason"].fillna("accepted " + stacks["modality"]).value_counts()
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise runs.InputError(f"no accepted CT volume among the {len(stacks)} stacks of chapter 1 ({told}): "
+                              "annotations need CT to lie on; give a --dicom-path that holds some")
     counts = count_outcomes(ledger)
     came = ", ".join(f"{count} {name}" for name, count in counts[counts > 0].items()) or "no XML file at all"
-    wanted = [name.removeprefix(PATIENT_PREFIX) for name in sorted(set(instances["patient_id"].dropna()))[:3]]
+    wanted = [name.removeprefix(PATIENT_PREFIX) for name in sorted(set(stacks["patient_id"].dropna()))[:3]]
     raise runs.InputError(f"no matching annotation in {folder} ({came}): expected folders named like "
                           f"{', '.join(wanted) or 'A0001'} that hold <SOPInstanceUID>.xml of accepted images")
 

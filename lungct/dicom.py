@@ -177,9 +177,9 @@ class FileProblem(StrEnum):
 
 # %% ../nbs/01_explore_dicom.ipynb #4932262d
 class BadFile(ValueError):
-    """A file that cannot become an instance; `problem` says of which kind."""
+    """A file that cannot be used; `problem` says of which kind (a member of an Enum), `detail` what was found."""
 
-    def __init__(self, problem: FileProblem, detail: str):
+    def __init__(self, problem: StrEnum, detail: str):
         super().__init__(f"{problem.value}: {detail}")
         self.problem, self.detail = problem, detail
 

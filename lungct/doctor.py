@@ -7,6 +7,7 @@ __all__ = ['GIB', 'COMBINATIONS', 'STEP_SECONDS', 'machine_facts', 'training_ste
 
 # %% ../nbs/appendix/doctor.ipynb #2726f8e1
 import os
+import re
 import platform
 import shutil
 import subprocess
@@ -86,12 +87,20 @@ def try_step(xla: bool, precision: str, command: Sequence[str] | None = None) ->
     if done.returncode == 0:
         return Trial(xla, precision, True, _last_line(done.stdout))
     died = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    return Trial(xla, precision, False, f"{died}: {_last_line(done.stderr)}")
+    return Trial(xla, precision, False, f"{died}: {_reason(done.stderr)}")
 
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "no message"
+
+
+def _reason(errors: str) -> str:
+    # TensorFlow puts lists of kernels and names of nodes below what it has to say
+    lines = [line.strip() for line in errors.splitlines() if line.strip() and not line.strip().startswith("[[")]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt): \S", line)]
+    said = named[-1] if named and not named[-1].endswith(":") else _last_line("\n".join(lines))
+    return re.sub(r"^(\w+\.)+", "", said)[:200]
 
 # %% ../nbs/appendix/doctor.ipynb #22860919
 def advice(trials: Sequence[Trial]) -> str:

@@ -671,7 +671,7 @@ def _verdict(metrics):
     if not difference.estimable:
         return _words(difference)
     words = ("the network beats it" if difference.low > 0 else
-             "the network is worse" if difference.high < 0 else "the network is not shown to beat it")
+             "the network is worse" if difference.high < 0 else "not shown to beat the baseline")
     return f"{words}: difference in balanced accuracy {difference}"
 
 # %% ../nbs/06_evaluate.ipynb #49d4ef73

@@ -726,7 +726,7 @@ def _too_few(material):
     if width > material.promised_width:
         by_class = table[table["role"] == "test"]["subtype"].value_counts().to_dict()
         yield ("warning", f"with {_count(n, 'test patient')} a 95 % interval is about {width:.2f} wide, "
-               f"promised was {material.promised_width:.2f}",
+               f"wanted: at most {material.promised_width:.2f}",
                f"{_count(len(table), 'labelled patient')}; test patients by class: {by_class}",
                f"{patients_needed(material.promised_width)} test patients would do; what needs more is withheld")
 

@@ -1411,7 +1411,9 @@ def write_ct(desk: Desk, study: Study, series: Series, frames: list[Frame]) -> N
 
 # %% ../nbs/appendix/phantom.ipynb #514183c9
 def pad(value):
-    """A decimal string as some scanners pad it: trailing zeros, and a blank in front."""
+    """A decimal string as some scanners pad it: trailing zeros, and a blank in front; an empty value stays empty."""
+    if value is None:
+        return None
     if isinstance(value, (list, pydicom.multival.MultiValue)):
         return [pad(v) for v in value]
     text = str(value) if "." in str(value) else f"{value}."

@@ -117,6 +117,7 @@ class Predictions:
 
     out: Path
     stacks: list[dict]
+    unread: dict[str, int]
 
     def __str__(self) -> str:
         lines = [f"{len(self.stacks)} stacks; results in {self.out} (not for clinical use)"]
@@ -127,6 +128,7 @@ class Predictions:
                 best = f", best score {stack['boxes'][0]['score']:.2f}" if stack["boxes"] else ""
                 what = f"{len(stack['boxes'])} boxes{best}"
             lines.append(f"  {stack['stack']} ({stack['series']}): {what}")
+        lines += [f"  {count} file{'s' * (count != 1)} not used: {reason}" for reason, count in self.unread.items()]
         return "\n".join(lines)
 
 # %% ../nbs/appendix/predict.ipynb #47bdd0c8
@@ -149,15 +151,15 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
         No such folder, no DICOM in it, no model, or a model that does not fit its side-car.
     """
     folder, out = Path(folder), Path(out)
+    network, info = training.load_model(model_path)
     try:
-        instances, _ = dicom.index_dicom(folder, workers=workers)
+        instances, problems = dicom.index_dicom(folder, workers=workers)
     except ValueError as error:
         raise runs.InputError(str(error)) from error
-    network, info = training.load_model(model_path)
     stacks, instances = dicom.build_stacks(instances, root=folder)
     results = [_one(number, row, instances, folder, network, info, out, max_boxes, pictures, show_identity)
                for number, (_, row) in enumerate(stacks.sort_values("stack_id").iterrows(), 1)]
-    return _write(results, info, out)
+    return _write(results, _unread(problems, show_identity), info, out)
 
 # %% ../nbs/appendix/predict.ipynb #c4b5749e
 def _one(number, row, instances, folder, network, info, out, max_boxes, pictures, show_identity):
@@ -191,10 +193,19 @@ def _without_names(text, row, show_identity):
     return text
 
 
+def _unread(problems: pd.DataFrame, show_identity: bool) -> list[dict]:
+    """Files that became no image: how many for each reason, and their names, which may tell who it is, if asked for."""
+    found = []
+    for reason, rows in problems.groupby("reason"):
+        names = {"paths": rows["path"].tolist()} if show_identity else {}
+        found.append({"reason": reason, "files": len(rows), **names})
+    return found
+
+
 ABOUT_MODEL = ("model_hash", "training_hash", "classes", "grid", "packages")
 
 
-def _write(results, info, out):
+def _write(results, unread, info, out):
     """CSV first, JSON last."""
     rows = [{"stack": r["stack"], "series": r["series"], **{k: v for k, v in box.items() if k != "picture"},
              **{f"p_{name}": p for name, p in r["subtypes"].items()}} for r in results for box in r["boxes"]]
@@ -203,5 +214,5 @@ def _write(results, info, out):
         pd.DataFrame(rows, columns=head).to_csv(part, index=False)
     about = {"note": "Not for clinical use.", "coordinates": "mm: LPS; i columns, j rows, k slices: from 0, half-open"}
     about["model"] = {name: info[name] for name in ABOUT_MODEL}
-    runs.save_json({**about, "stacks": results}, out / "predictions.json")
-    return Predictions(out, results)
+    runs.save_json({**about, "stacks": results, "files_not_used": unread}, out / "predictions.json")
+    return Predictions(out, results, {item["reason"]: item["files"] for item in unread})

@@ -75,7 +75,7 @@ def tagged_figures(notebook) -> list[tuple[str, str]]:
 
 def figures_html(figures: Iterable[tuple[str, str]]) -> str:
     """The figures with caption and alternative text."""
-    return "".join(f'<figure><img alt="{html.escape(heading)}" src="data:image/png;base64,{image}">'
+    return "".join(f'<figure><div class="wide"><img alt="{html.escape(heading)}" src="data:image/png;base64,{image}"></div>'
                    f"<figcaption>{html.escape(heading)}</figcaption></figure>" for heading, image in figures)
 
 # %% ../nbs/appendix/report.ipynb #7ea3c52d
@@ -121,6 +121,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; tex
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; white-space: nowrap; }
 figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+@media screen and (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: 0 1rem; }
 summary { cursor: pointer; font-weight: 600; padding: .7rem 0; }
 pre { background: var(--card); border-radius: .3rem; padding: .6rem .8rem; overflow-x: auto; font-size: .82rem;
@@ -174,12 +175,11 @@ def summary_html(run_dir: Path) -> str:
     stacks = runs.load_table(run_dir / "01_explore_dicom" / "stacks.parquet")
     ledger = runs.load_table(run_dir / "02_parse_annotations" / "ledger.parquet")
     labels = runs.load_table(run_dir / "04_check_labels" / "labels.parquet")
-    phantoms = not runs.load_manifest(run_dir, "01_explore_dicom")["inputs"]["dicom_path"]["path"]
     excluded = stacks[stacks["status"] == "excluded"]
     metrics = runs.load_json(run_dir / "06_evaluate" / "metrics.json")
     return "".join([
         f"<h1>lungct report: {html.escape(run_dir.name)}</h1>",
-        f'<p class="note">{_about(phantoms)} Not for clinical use.</p>', too_few_html(metrics, labels),
+        f'<p class="note">{_about(metrics["data"] == "phantoms")} Not for clinical use.</p>', too_few_html(metrics, labels),
         headline_html(metrics),
         "<h2>May these numbers be believed?</h2>",
         audit_html(runs.load_json(run_dir / "04_check_labels" / "audit.json")),

@@ -82,9 +82,9 @@ HOSTILE = {
 def test_a_hostile_text_is_refused_with_its_reason_and_quickly(name):
     text, reason = HOSTILE[name]
     started = time.monotonic()
-    with pytest.raises(an.AnnotationError) as caught:
+    with pytest.raises(dicom.BadFile) as caught:
         an.parse_annotation(text if isinstance(text, bytes) else text.encode())
-    assert caught.value.reason is reason
+    assert caught.value.problem is reason
     assert caught.value.detail and len(caught.value.detail) < 300
     assert time.monotonic() - started < 2
 
@@ -105,7 +105,7 @@ def test_an_annotation_may_leave_out_the_image_size():
 
 def test_nesting_as_deep_as_a_file_may_be_does_not_exhaust_the_stack():
     deep = b"<annotation>" + b"<a>" * 130_000 + b"</a>" * 130_000 + b"</annotation>"
-    with pytest.raises(an.AnnotationError, match="no <object>"):
+    with pytest.raises(dicom.BadFile, match="no <object>"):
         an.parse_annotation(deep)
 
 
@@ -120,8 +120,8 @@ def test_damaged_text_gives_boxes_or_a_reason_never_another_error(data):
     try:
         for box in an.parse_annotation(bytes(text)):
             assert 0 <= box["xmin"] <= box["xmax"] and 0 <= box["ymin"] <= box["ymax"]
-    except an.AnnotationError as error:
-        assert error.reason in XmlProblem
+    except dicom.BadFile as error:
+        assert error.problem in XmlProblem
 
 
 @pytest.mark.parametrize(("label", "subtype"), [
@@ -231,8 +231,10 @@ INSTANCES = images(
     ("Lung_Dx-A0001", "1.3", CAPTURE, None, None), ("Lung_Dx-A0001", "1.4", CT, "s2", 0),
     ("Lung_Dx-A0001", "1.5", CT, None, None), ("Lung_Dx-A0001", "1.6", CT, "s1", None),
     ("Lung_Dx-G0002", "2.1", CT, "s3", 0))
-STACKS = pd.DataFrame([("s1", "accepted", None), ("s2", "excluded", "too few slices"), ("s3", "accepted", None)],
-                      columns=["stack_id", "status", "reason"]).astype("str")
+STACKS = pd.DataFrame(
+    [("s1", "Lung_Dx-A0001", "accepted", None), ("s2", "Lung_Dx-A0001", "excluded", "too few slices"),
+     ("s3", "Lung_Dx-G0002", "accepted", None)],
+    columns=["stack_id", "patient_id", "status", "reason"]).astype("str").assign(modality="CT")
 
 
 def box_rows(*files):
@@ -367,8 +369,25 @@ def test_no_match_at_all_is_one_line_with_the_folders_expected(folder):
     ledger = an.reconcile(INSTANCES, STACKS, boxes.assign(sop_uid="8.8"), problems)
     with pytest.raises(runs.InputError, match=r"no matching annotation in here \(1 unparseable, 1 unknown UID\): "
                                               r"expected folders named like A0001, G0002 that hold"):
-        an.require_match(ledger, INSTANCES, "here")
-    an.require_match(an.reconcile(INSTANCES, STACKS, box_rows(one("A0001", "1.1")), NO_PROBLEMS), INSTANCES, "here")
+        an.require_match(ledger, STACKS, "here")
+    an.require_match(an.reconcile(INSTANCES, STACKS, box_rows(one("A0001", "1.1")), NO_PROBLEMS), STACKS, "here")
+
+
+def test_images_without_a_usable_ct_are_named_as_what_they_are(folder):
+    ledger = an.reconcile(INSTANCES, STACKS, *an.read_annotations(folder))
+    pet = STACKS.assign(modality="PT")
+    with pytest.raises(runs.InputError, match=r"no accepted CT volume among the 3 stacks of chapter 1 "
+                                              r"\(2 accepted PT, 1 too few slices\)"):
+        an.require_match(ledger[ledger["outcome"] != "matched"], pet, "here")
+
+
+def test_linked_patient_folders_are_followed_and_loops_end(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    for patient in folder.iterdir():
+        (tmp_path / "linked" / patient.name).symlink_to(patient)
+    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
+    linked, direct = an.read_annotations(tmp_path / "linked")[0], an.read_annotations(folder)[0]
+    pd.testing.assert_frame_equal(linked, direct)
 
 
 def test_an_empty_annotation_path_means_phantoms_only_after_phantoms(tmp_path):

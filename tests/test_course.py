@@ -49,7 +49,7 @@ def chapters(tmp_path):
 
 def make_course(folder, run_dir, pairs=()):
     defaults = {name: course.chapter_parameters(folder / f"{name}.ipynb") for name in runs.CHAPTERS}
-    return course.Course(folder, run_dir, defaults, course.read_overrides(list(pairs), defaults))
+    return course.Course(folder, run_dir, defaults, course.read_overrides(dict(pairs), defaults))
 
 
 def run(folder, run_dir, pairs=()):
@@ -124,6 +124,28 @@ def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, t
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_input_to_a_chapter_that_had_finished_leaves_it_finished(chapters, tmp_path):
+    refuse = "if amount == 7:\n    raise runs.InputError('seven is too many: give less')"
+    write_chapter(chapters, 1, body=refuse)
+    run(chapters, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(runs.InputError, match="seven is too many"):
+        run(chapters, tmp_path / "run", [("amount", "7")])
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert run(chapters, tmp_path / "run").count("already done") == 6
+
+
+def test_sockets_of_a_killed_run_are_swept_and_those_of_a_living_one_stay(chapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(course.tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, living = (tmp_path / f"{course.SOCKETS}{pid}-abc" for pid in (gone.pid, os.getppid()))
+    dead.mkdir()
+    living.mkdir()
+    course._sweep()
+    assert living.is_dir() and not dead.exists()
+
+
 def test_parameters_come_from_the_tagged_cell(chapters):
     expected = {"run_dir": "runs/x", "seed": 0, "amount": 1}
     assert course.chapter_parameters(chapters / "01_explore_dicom.ipynb") == expected
@@ -185,6 +207,18 @@ def lungct(*arguments, cwd=None):
     (["run", "-p", "seed"], "-p seed lacks its value"),
     (["run", "-p"], "lacks its value: write -p NAME VALUE"),
     (["run", "-pseed"], "-p seed lacks its value"),
+    (["run", "-p", "grid_size", "0"], "parameter grid_size is 0, expected a multiple of 8 from 8 to 1,024"),
+    (["run", "-p", "class_e", "foo"], "parameter class_e is 'foo', expected 'keep' or 'merge' or 'set aside'"),
+    (["run", "-p", "workers", "0"], "parameter workers is 0"),
+    (["run", "-p", "bootstrap_samples", "0"], "parameter bootstrap_samples is 0"),
+    (["run", "--scheduler", "nonsense"], "parameter scheduler is 'nonsense'"),
+    (["run", "-p", "dicom_path", "/usr"], "--dicom-path and --annotation-path go together"),
+    (["run", "-p", "dicom_path", "/nowhere", "-p", "annotation_path", "/usr"], "--dicom-path /nowhere is not a folder"),
+    (["run", "-p", "real_tables", "/nowhere"], "--real-tables /nowhere is not a folder"),
+    (["run", "-p", "clinical_path", "/nowhere.xlsx"], "clinical_path /nowhere.xlsx is not a file"),
+    (["run", "--epochs", "3"], "No such option: --epochs"),
+    (["train"], "No such command 'train'"),
+    (["predict"], "Missing argument"),
     (["run", "--run-dir", "/dev/null/x"], "/dev/null is a file, not a folder"),
     (["run", "--run-dir", "/proc/x"], "could not be written"),
     (["predict", "/nowhere", "--model", "m.keras", "--out", "o"], "folder /nowhere is not a folder"),
@@ -223,15 +257,24 @@ def test_help_does_not_import_tensorflow():
     assert all(command in done.stdout for command in ("run", "phantom", "download", "predict", "doctor"))
 
 
-def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path):
-    write_chapter(chapters, 2, body="import time\ntime.sleep(120)")
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, "SIGTERM to a script's background job"])
+def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
+    write_chapter(chapters, 2, body="import os, pathlib, time\n"
+                                    "pathlib.Path(run_dir, 'kernel').write_text(str(os.getpid()))\ntime.sleep(120)")
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
             "import test_course as t\nfrom lungct import course\n"
             f"with course.plain_errors(): t.run(Path({str(chapters)!r}), Path({str(tmp_path / 'run')!r}))\n")
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(tmp_path / "run" / "02_parse_annotations")
-    child.send_signal(signal.SIGINT)
+    ignored = isinstance(asked, str)  # as a shell without job control starts `command &`
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                             preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None)
+    wait_for(tmp_path / "run" / "kernel")
+    child.send_signal(signal.SIGTERM if ignored else asked)
     _, errors = child.communicate(timeout=60)
+    kernel = int((tmp_path / "run" / "kernel").read_text())
+    deadline = time.monotonic() + 20
+    while Path("/proc", str(kernel)).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path("/proc", str(kernel)).exists(), "the kernel must not live on"
     assert child.returncode != 0 and "interrupted; the same command goes on" in errors
     assert runs.load_manifest(tmp_path / "run", "02_parse_annotations") is None
     write_chapter(chapters, 2)

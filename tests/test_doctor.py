@@ -26,6 +26,15 @@ def test_a_failing_child_shows_its_last_line():
     assert not trial.ok and trial.detail == "exit status 1: RuntimeError: No algorithm worked!"
 
 
+def test_what_tensorflow_says_is_found_above_its_lists_of_kernels():
+    said = ("  File x, line 3\ntensorflow.errors_impl.InvalidArgumentError: No OpKernel was registered to support Op "
+            "'MaxPool3D'\nRegistered kernels:\n  device='CPU'; T in [DT_FLOAT]\n\n\t [[a/MaxPool3D]] [Op:x]\n")
+    assert doctor._reason(said) == "InvalidArgumentError: No OpKernel was registered to support Op 'MaxPool3D'"
+    graph = ("a.b.UnknownError: Graph execution error:\nNode: 'conv3d'\nNo algorithm worked! Out of memory\n"
+             "\t [[{{node conv3d}}]]\n")
+    assert doctor._reason(graph) == "No algorithm worked! Out of memory"
+
+
 def test_a_hanging_child_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "STEP_SECONDS", 0.5)
     trial = doctor.try_step(True, "float32", [sys.executable, "-c", "import time; time.sleep(30)"])

@@ -533,3 +533,14 @@ def test_one_quirk_alone(tmp_path):
     cohort = Cohort(phantom.make_cohort(tmp_path / "c", patients=1, seed=2, quirks="slice_gap", matrix=32))
     assert set(cohort.quirks.quirk) == {"slice_gap"}
     check_slice_gap(cohort, cohort.carriers("slice_gap"))
+
+
+def test_an_emptied_attribute_is_not_padded():
+    assert phantom.pad(None) is None and phantom.pad([None, "1.5"]) == [None, " 1.5000"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patients", "seed"), [(1, 0), (2, 0), (4, 0), (6, 1)])
+def test_small_cohorts_of_any_seed_are_written(tmp_path, patients, seed):
+    root = phantom.make_cohort(tmp_path / "cohort", patients=patients, seed=seed, matrix=32, workers=1)
+    assert len(list((root / "Lung-PET-CT-Dx").iterdir())) == patients

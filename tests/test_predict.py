@@ -1,6 +1,7 @@
 """Predict: coordinates, refusals, files written, and nobody's name in them."""
 
 import json
+import shutil
 from itertools import product
 
 import numpy as np
@@ -173,6 +174,17 @@ def test_identity_stays_behind_unless_asked_for(made, patient, model, tmp_path):
     shown = predict.predict_folder(patient, model, tmp_path, pictures=0, show_identity=True, workers=1)
     assert {stack["patient_id"] for stack in shown.stacks} == set(instances["patient_id"])
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_files_that_could_not_be_used_are_counted_and_their_names_hidden(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    whole = sorted((tmp_path / "in").rglob("*.dcm"))[0]
+    (tmp_path / "in" / "Lung_Dx-A9999.dcm").write_bytes(whole.read_bytes()[:-1000])
+    (tmp_path / "in" / "letter.txt").write_text("dear colleague")
+    made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", pictures=0, workers=1)
+    saved = runs.load_json(tmp_path / "out" / "predictions.json")["files_not_used"]
+    assert {"reason": "truncated", "files": 1} in saved and {"reason": "not DICOM", "files": 1} in saved
+    assert "1 file not used: truncated" in str(made) and "A9999" not in str(saved) + str(made)
 
 
 def test_the_same_call_writes_the_same_bytes(made, patient, model, tmp_path):

@@ -147,7 +147,7 @@ def test_missing_input_writes_nothing(tmp_path):
 
 
 def test_negative_seed_writes_nothing(tmp_path):
-    with pytest.raises(runs.InputError, match="seed is -1, expected zero or more"):
+    with pytest.raises(runs.InputError, match="seed is -1, expected 0 to 4,294,967,295"):
         runs.begin("01_explore_dicom", tmp_path / "run", {}, -1)
     assert not (tmp_path / "run").exists()
 
@@ -210,3 +210,38 @@ def test_fingerprint_notes_a_locked_folder(tmp_path, monkeypatch):
     open_folder = runs.fingerprint(tmp_path)
     monkeypatch.setattr(os, "scandir", guarded)
     assert runs.fingerprint(tmp_path) != open_folder
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("grid_size", 0, "grid_size is 0, expected a multiple of 8"), ("balance", float("nan"), "balance is nan"),
+    ("precision", "float8", "expected 'float32' or 'mixed_bfloat16'"),
+    ("filters", "8,16", "filters is '8,16', expected words, each a multiple of 8"),
+    ("filters", "8 12", "filters is '8 12'"),
+    ("scheduler", "host:8786", "scheduler is 'host:8786'")])
+def test_a_value_that_makes_no_sense_is_refused_and_the_finished_chapter_stays(tmp_path, name, value, message):
+    finished(tmp_path)
+    with pytest.raises(runs.InputError, match=message):
+        runs.begin("01_explore_dicom", tmp_path, {name: value}, 0)
+    assert runs.load_manifest(tmp_path, "01_explore_dicom") is not None
+
+
+def test_every_parameter_of_a_chapter_that_is_no_path_has_its_rule_and_passes_it():
+    from lungct import course
+
+    for name in runs.CHAPTERS:
+        defaults = course.chapter_parameters(course.notebook_folder() / f"{name}.ipynb")
+        runs.check_parameters(defaults)
+        free = {key for key in defaults if key.endswith(("_path", "_dir"))} | {"real_tables", "override", "augmented"}
+        assert set(defaults) - free <= set(runs.ALLOWED)
+
+
+def test_a_notebook_shows_an_input_error_as_one_line():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from lungct.runs import InputError
+
+    shell, shown = InteractiveShell(), []
+    shell._showtraceback = lambda kind, value, lines: shown.extend(lines)
+    shell.user_ns["InputError"] = InputError
+    shell.run_cell("raise InputError('folder x is empty: choose another')")
+    assert shown == ["InputError: folder x is empty: choose another"]

@@ -465,8 +465,15 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(facts | {"model_hash": "0"}))
     with pytest.raises(runs.InputError, match="model_hash = 0"):
         training.load_model(tmp_path)
+    few, bare = facts | {"classes": ["A"]}, {name: fact for name, fact in facts.items() if name != "grid"}
+    for text, message in [("{", "cannot be read .JSONDecodeError"), ("[]", "lacks schema, model_hash"),
+                          (json.dumps(few), "tells 2 subtypes apart, its side-car names .'A'."),
+                          (json.dumps(bare), "lacks grid size, grid spacing_mm")]:
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(runs.InputError, match=message):
+            training.load_model(tmp_path)
     (tmp_path / "model.json").unlink()
-    with pytest.raises(runs.InputError, match="model.json does not exist"):
+    with pytest.raises(runs.InputError, match="model.json cannot be read .FileNotFoundError.: a model and its"):
         training.load_model(tmp_path)
     with pytest.raises(runs.InputError, match="does not exist: train one with chapter 5"):
         training.load_model(tmp_path / "nowhere" / "model.keras")
