@@ -211,7 +211,7 @@ def _walk(root: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
     base = root.parent if any(file.parent == root for file in files) else root
     return base, sorted(files), sorted(odd)
 
-
+# %% ../nbs/02_parse_annotations.ipynb #9a25c53d
 def _again(folder: str, seen: set[tuple[int, int]]) -> bool:
     # links to folders are followed, as chapter 1 does; a folder met again (a loop of links) is not entered twice
     info = os.stat(folder)

@@ -192,7 +192,7 @@ def _without_names(text, row, show_identity):
         text = text.replace(str(row[name]), f"<{name}>")
     return text
 
-
+# %% ../nbs/appendix/predict.ipynb #0bb4fa9b
 def _unread(problems: pd.DataFrame, show_identity: bool) -> list[dict]:
     """Files that became no image: how many for each reason, and their names, which may tell who it is, if asked for."""
     found = []
@@ -201,7 +201,7 @@ def _unread(problems: pd.DataFrame, show_identity: bool) -> list[dict]:
         found.append({"reason": reason, "files": len(rows), **names})
     return found
 
-
+# %% ../nbs/appendix/predict.ipynb #079f1e10
 ABOUT_MODEL = ("model_hash", "training_hash", "classes", "grid", "packages")
 
 

@@ -75,7 +75,8 @@ def tagged_figures(notebook) -> list[tuple[str, str]]:
 
 def figures_html(figures: Iterable[tuple[str, str]]) -> str:
     """The figures with caption and alternative text."""
-    return "".join(f'<figure><div class="wide"><img alt="{html.escape(heading)}" src="data:image/png;base64,{image}"></div>'
+    return "".join('<figure><div class="wide">'
+                   f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{image}"></div>'
                    f"<figcaption>{html.escape(heading)}</figcaption></figure>" for heading, image in figures)
 
 # %% ../nbs/appendix/report.ipynb #7ea3c52d
@@ -179,7 +180,8 @@ def summary_html(run_dir: Path) -> str:
     metrics = runs.load_json(run_dir / "06_evaluate" / "metrics.json")
     return "".join([
         f"<h1>lungct report: {html.escape(run_dir.name)}</h1>",
-        f'<p class="note">{_about(metrics["data"] == "phantoms")} Not for clinical use.</p>', too_few_html(metrics, labels),
+        f'<p class="note">{_about(metrics["data"] == "phantoms")} Not for clinical use.</p>',
+        too_few_html(metrics, labels),
         headline_html(metrics),
         "<h2>May these numbers be believed?</h2>",
         audit_html(runs.load_json(run_dir / "04_check_labels" / "audit.json")),

@@ -45,7 +45,7 @@ class InputError(ValueError):
         # IPython asks an exception for its own form: in a notebook, too, the line is all there is to see
         return [f"{type(self).__name__}: {self}"]
 
-# %% ../nbs/appendix/runs.ipynb #4827da29
+# %% ../nbs/appendix/runs.ipynb #92cbc29b
 ALLOWED = {
     "seed": (0, 2**32 - 1), "phantom_patients": (1, 10_000), "min_slices": (2, 10_000), "workers": (1, 1024),
     "max_gap": (0, 1000), "min_overlap": (1e-6, 1.0), "grid_size": range(8, 1025, 8), "grid_spacing_mm": (0.1, 100.0),
@@ -56,7 +56,7 @@ ALLOWED = {
     "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000), "bootstrap_samples": (10, 1_000_000),
 }
 
-# %% ../nbs/appendix/runs.ipynb #1bf6c4a1
+# %% ../nbs/appendix/runs.ipynb #5551bcf2
 def check_parameters(parameters: Mapping) -> None:
     """Raise InputError for the first value that `ALLOWED` does not allow; names it does not know are passed over."""
     for name, value in parameters.items():
@@ -75,7 +75,7 @@ def _allows(rule, value: object) -> bool:
             return value in rule
     return rule[0] <= value <= rule[1]
 
-
+# %% ../nbs/appendix/runs.ipynb #b5dfea3b
 def _in_words(rule) -> str:
     match rule:
         case re.Pattern():
@@ -274,8 +274,7 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     Raises
     ------
     InputError
-        If a value makes no sense, a needed chapter has not finished, or an input path does not exist. Nothing is
-        written then.
+        A value makes no sense, a needed chapter has not finished, or a path does not exist. Nothing is written then.
     """
     if name not in CHAPTERS:
         raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")

@@ -806,12 +806,13 @@ def _side_car(path: Path) -> dict:
     facts = facts if isinstance(facts, dict) else {}
     grid = facts["grid"] if isinstance(facts.get("grid"), dict) else {}
     needed = ("schema", "model_hash", "classes", "windows_hu", "stride", "training_hash", "packages")
-    lacks = [name for name in needed if name not in facts] + [f"grid {k}" for k in ("size", "spacing_mm") if k not in grid]
+    lacks = [name for name in needed if name not in facts]
+    lacks += [f"grid {name}" for name in ("size", "spacing_mm") if name not in grid]
     if lacks:
         raise runs.InputError(f"side-car {beside} lacks {', '.join(lacks)}: {TOGETHER}")
     return facts
 
-# %% ../nbs/05_train_3d_cnn.ipynb #72f85155
+# %% ../nbs/05_train_3d_cnn.ipynb #0994800d
 def _compare(path: Path, facts: Mapping, grid: Mapping) -> None:
     expected = {"schema": MODEL_SCHEMA, "model_hash": runs.hash_file(path), "stride": STRIDE,
                 "windows_hu": [list(window) for window in WINDOWS_HU]}
