@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_installed_packages_are_those_of_the_constraints():
     found = {canonicalize_name(name): Version(number) for name, number in (line.split("==") for line in listed)}
     wanted = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     assert {name: found.get(name) for name in wanted} == {name: PINS[name] for name in wanted}
+
+
+def test_every_pin_supports_each_python_that_the_project_names():
+    """Debian 12 brings 3.11.2: a pin that asks for 3.11.5 would stop the first command of the README there."""
+    offered = ["3.11.0", *(f"{text.rsplit(' ', 1)[-1]}.0" for text in PROJECT["classifiers"] if "Python :: 3.1" in text)]
+    for found in distributions():
+        asked, name = found.metadata["Requires-Python"], canonicalize_name(found.metadata["Name"])
+        if asked and PINS.get(name) == Version(found.version):
+            refused = [python for python in offered if not SpecifierSet(asked).contains(python)]
+            assert not refused, f"{name} {found.version} does not run on Python {refused}"
 
 
 @pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "phantom", "plots", "runs",
