@@ -67,11 +67,12 @@ def test_installed_packages_are_those_of_the_constraints():
 
 def test_every_pin_supports_each_python_that_the_project_names():
     """Debian 12 brings 3.11.2: a pin that asks for 3.11.5 would stop the first command of the README there."""
-    offered = ["3.11.0", *(f"{text.rsplit(' ', 1)[-1]}.0" for text in PROJECT["classifiers"] if "Python :: 3.1" in text)]
+    offered = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert "3.11" in offered
     for found in distributions():
         asked, name = found.metadata["Requires-Python"], canonicalize_name(found.metadata["Name"])
         if asked and PINS.get(name) == Version(found.version):
-            refused = [python for python in offered if not SpecifierSet(asked).contains(python)]
+            refused = [python for python in offered if not SpecifierSet(asked).contains(f"{python}.0")]
             assert not refused, f"{name} {found.version} does not run on Python {refused}"
 
 
