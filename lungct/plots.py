@@ -69,7 +69,7 @@ def _mm_image(image_yx, ax, spacing_yx_mm, window, lower=False):
     extent = (0, width, 0, height) if lower else (0, width, height, 0)
     low, high = window_limits(window)
     ax.imshow(image_yx, cmap="gray", vmin=low, vmax=high, extent=extent, origin="lower" if lower else "upper",
-              aspect="equal", interpolation="nearest")
+              aspect="equal", interpolation="antialiased")   # smooths where many pixels share one dot of the screen
     ax.tick_params(labelsize=8)
 
 
@@ -134,6 +134,20 @@ def _orientation_marks(ax, down, across):
     ax.text(0.5, 0.05, bottom, **style)
     ax.text(0.5, 0.95, top, **style)
 
+# %% ../nbs/appendix/plots.ipynb #553b6cf9
+def _overlays(ax, heat_zyx, heat_limits, mask, place):
+    """Lay a plane of the heat and of the mask over the axes; `place` is (axis cut, index, whether index 0 is below)."""
+    cut, index, lower = place
+    if heat_zyx is not None:
+        _heat(ax, np.take(heat_zyx, index, axis=cut), heat_limits, lower)
+    if mask is not None:
+        _tint(ax, np.take(mask, index, axis=cut), BOX_COLOUR, lower)
+
+
+def _check_planes(volume_zyx, axes):
+    if volume_zyx.ndim != 3 or len(axes) != 3:
+        raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
+
 # %% ../nbs/appendix/plots.ipynb #1c86ff6e
 def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: Sequence[Axes],
                 at_zyx: Sequence[int] | None = None, window: str | tuple[float, float] = "lung",
@@ -156,10 +170,7 @@ def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: S
     for ax, (name, cut, down, across) in zip(axes, _PLANES, strict=True):
         spacing = (spacing_zyx_mm[down], spacing_zyx_mm[across])
         _mm_image(volume_zyx.take(at[cut], axis=cut), ax, spacing, window, lower=down == 0)
-        if heat_zyx is not None:
-            _heat(ax, np.take(heat_zyx, at[cut], axis=cut), heat_limits, lower=down == 0)
-        if mask is not None:
-            _tint(ax, np.take(mask, at[cut], axis=cut), BOX_COLOUR, lower=down == 0)
+        _overlays(ax, heat_zyx, heat_limits, mask, (cut, at[cut], down == 0))
         _plane_boxes(ax, boxes_zyx, at[cut], (cut, down, across), spacing, colours)
         if lps:
             _orientation_marks(ax, down, across)
@@ -168,11 +179,6 @@ def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: S
     return axes
 
 # %% ../nbs/appendix/plots.ipynb #74e444bf
-def _check_planes(volume_zyx, axes):
-    if volume_zyx.ndim != 3 or len(axes) != 3:
-        raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
-
-
 def _plane_boxes(ax, boxes_zyx, index, plane, spacing, colours):
     """Outlines of the boxes that a plane through the centre of voxel `index` cuts."""
     boxes = np.asarray([] if boxes_zyx is None else boxes_zyx, float).reshape(-1, 2, 3)
@@ -283,16 +289,13 @@ def is_headless() -> bool:
 
 # %% ../nbs/appendix/plots.ipynb #3d83ed11
 def _overview(volume_zyx, spacing_zyx_mm, window, title) -> Figure:
-    """Twelve slices spread over a volume, each thinned to at most about 160 pixels."""
+    """A sheet of at most twelve slices spread over a volume."""
     chosen = np.unique(np.linspace(0, len(volume_zyx) - 1, 14).round().astype(int))
     chosen = chosen[1:-1] if len(chosen) > 12 else chosen              # the very ends show little
-    thin = max(1, -(-max(volume_zyx.shape[1:]) // 160))
     rows, columns = -(-len(chosen) // 4), min(4, len(chosen))
-    fig = Figure(figsize=(6, 0.3 + 6 * rows / columns * volume_zyx.shape[1] * spacing_zyx_mm[1]
-                          / (volume_zyx.shape[2] * spacing_zyx_mm[2])), dpi=80, layout="constrained")
-    step = (thin * spacing_zyx_mm[1], thin * spacing_zyx_mm[2])
-    montage([volume_zyx[k, ::thin, ::thin] for k in chosen], fig.add_subplot(), step, window, 4,
-            [f"{k}" for k in chosen], title)
+    tall, wide = np.multiply(volume_zyx.shape[1:], spacing_zyx_mm[1:])
+    fig = Figure(figsize=(5.4, 0.3 + 5.4 * rows * tall / (columns * wide)), dpi=80, layout="constrained")
+    montage(volume_zyx[chosen], fig.add_subplot(), spacing_zyx_mm[1:], window, 4, [f"{k}" for k in chosen], title)
     return fig
 
 # %% ../nbs/appendix/plots.ipynb #201d996c
@@ -422,7 +425,7 @@ def show_positions(stacks: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     for i, (label, (numbers, depths_mm)) in enumerate(stacks.items()):
         colour, shape = LINE_COLOURS[i % len(LINE_COLOURS)], "osD^v"[i % 5]
         ax.plot(numbers, depths_mm, shape, markersize=3, color=colour, label=label)
-        _shade_gaps(ax, np.unique(np.asarray(depths_mm, float).round(2)), gap_steps)
+        _shade_gaps(ax, np.asarray(numbers, float), np.asarray(depths_mm, float), gap_steps)
     ax.set_xlabel("instance number", fontsize=9)
     ax.set_ylabel("depth (mm)", fontsize=9)
     ax.tick_params(labelsize=8)
@@ -431,13 +434,16 @@ def show_positions(stacks: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-
-def _shade_gaps(ax, depths_mm, gap_steps):
-    steps = np.diff(depths_mm)
+# %% ../nbs/appendix/plots.ipynb #8a6e214c
+def _shade_gaps(ax, numbers, depths_mm, gap_steps):
+    """Grey bands where a stack has no slice, with their height in words on the side that is free."""
+    depths, first = np.unique(depths_mm.round(2), return_index=True)
+    steps = np.diff(depths)
     for k in np.flatnonzero(steps > gap_steps * np.median(steps)) if len(steps) else ():
-        ax.axhspan(depths_mm[k], depths_mm[k + 1], color="0.85", linewidth=0, zorder=0)
-        ax.annotate(f"gap of {steps[k]:g} mm", (0.98, depths_mm[k:k + 2].mean()), xycoords=("axes fraction", "data"),
-                    ha="right", va="center", fontsize=8)
+        ax.axhspan(depths[k], depths[k + 1], color="0.85", linewidth=0, zorder=0)
+        left = numbers[first[k]] > (numbers.min() + numbers.max()) / 2
+        ax.annotate(f"gap of {steps[k]:g} mm", (0.03 if left else 0.97, depths[k:k + 2].mean()), fontsize=8,
+                    xycoords=("axes fraction", "data"), ha="left" if left else "right", va="center")
 
 # %% ../nbs/appendix/plots.ipynb #172d1207
 def show_histogram_hu(values_hu: np.ndarray, ax: Axes, range_hu: tuple[float, float] = (-1100, 1600),
