@@ -64,8 +64,8 @@ def test_installed_packages_are_those_of_the_constraints():
     assert {name: found.get(name) for name in wanted} == {name: PINS[name] for name in wanted}
 
 
-@pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "phantom", "plots", "runs",
-                                    "course", "report", "doctor", "download"])
+@pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "phantom", "plots", "suv",
+                                    "runs", "course", "report", "doctor", "download"])
 def test_import_does_not_load_tensorflow(module):
     name = "lungct" if module == "lungct" else f"lungct.{module}"
     code = f"import {name}, sys; assert not {{'tensorflow', 'keras', 'torch', 'jax'}} & set(sys.modules)"
