@@ -26,6 +26,7 @@ TOC = """```{toctree}
 :caption: Appendix
 appendix/phantom
 appendix/plots
+appendix/suv
 appendix/runs
 appendix/course
 appendix/report

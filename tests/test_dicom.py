@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import zlib
 
 import numpy as np
@@ -649,45 +650,6 @@ def test_voxel_to_mm_and_back(angles, spacing_xyz, points):
 
 # ---- PET -------------------------------------------------------------------------------------------------------------
 
-PET = dict.fromkeys(dicom.INSTANCE_DTYPES) | {
-    "units": "BQML", "decay_correction": "START", "weight_kg": 70.0, "radionuclide_dose_bq": 350e6,
-    "half_life_s": 6586.2, "injection_time": "100000", "series_time": "114946.2", "acquisition_time": "114946.2",
-    "corrected_image": "DECY\\ATTN"}
-
-
-@pytest.mark.parametrize("changes, factor", [
-    ({}, 70_000 / 175e6),                                                       # one half-life
-    ({"decay_correction": "ADMIN"}, 70_000 / 350e6),
-    ({"injection_time": "114946.2"}, 70_000 / 350e6),
-    ({"weight_kg": 35.0}, 35_000 / 175e6),
-    ({"injection_datetime": "20090101100000.00+0800", "injection_time": None}, 70_000 / 175e6),
-    ({"injection_time": "230000", "series_time": "004946.2", "acquisition_time": "004946.2"}, 70_000 / 175e6),
-    ({"series_time": "150000"}, 70_000 / 175e6),                        # rewritten series time: acquisition counts
-    ({"acquisition_time": "120500"}, 70_000 / 175e6),                   # a later bed: the series time counts
-    ({"corrected_image": None}, 70_000 / 175e6),
-])
-def test_suv_by_hand(changes, factor):
-    assert dicom.suv_factor(PET | changes) == pytest.approx(factor, rel=1e-12)
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"weight_kg": None}, r"PatientWeight \(0010,1030\) is missing"), ({"weight_kg": 0.0}, "PatientWeight .* is 0"),
-    ({"weight_kg": math.nan}, "PatientWeight .* is missing"),
-    ({"radionuclide_dose_bq": None}, r"RadionuclideTotalDose \(0018,1074\) is missing"),
-    ({"radionuclide_dose_bq": 350.0}, "RadionuclideTotalDose .* is 350"),
-    ({"half_life_s": None}, r"RadionuclideHalfLife \(0018,1075\) is missing"),
-    ({"injection_time": None}, r"RadiopharmaceuticalStartTime \(0018,1072\) is missing"),
-    ({"injection_time": "120000"}, "RadiopharmaceuticalStartTime .* 23.8 h before"),
-    ({"series_time": None, "acquisition_time": None}, r"SeriesTime \(0008,0031\) is missing"),
-    ({"units": "CNTS"}, r"Units \(0054,1001\) is CNTS, expected BQML"), ({"units": None}, "Units .* is missing"),
-    ({"decay_correction": "NONE"}, r"DecayCorrection \(0054,1102\) is NONE, expected START or ADMIN"),
-    ({"corrected_image": "DECY\\SCAT"}, r"CorrectedImage \(0028,0051\)"),
-])
-def test_suv_refused_with_the_tag(changes, words):
-    with pytest.raises(dicom.SuvError, match=words):
-        dicom.suv_factor(PET | changes)
-
-
 def tracer(**changes):
     item = Dataset()
     item.RadiopharmaceuticalStartTime, item.RadionuclideTotalDose, item.RadionuclideHalfLife = "100000", 350e6, 6586.2
@@ -724,3 +686,82 @@ def test_pet_without_weight_is_refused(tmp_path):
     assert only(stacks)["status"] == "accepted" and "PatientWeight" in only(stacks)["suv_refusal"]
     with pytest.raises(dicom.SuvError, match="PatientWeight"):
         dicom.read_stack(instances, folder)
+
+
+def test_pet_without_decay_correction_has_a_factor_a_slice(tmp_path):
+    times = ["100000", "100000", "114946.2", "114946.2", "133932.4", "133932.4"]
+    folder, volume = write_pet(tmp_path / "pet", DecayCorrection="NONE", CorrectedImage=["ATTN"],
+                               AcquisitionTime=lambda i: times[i], SeriesTime="100000")
+    stacks, instances = stacks_of(folder)
+    assert pd.isna(only(stacks)["suv_refusal"])
+    expected = volume * (0.5 + np.arange(6)[:, None, None] / 4) * 0.0002 * np.repeat([1, 2, 4], 2)[:, None, None]
+    assert np.allclose(dicom.read_stack(instances, folder).suv_zyx, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"Units": "CNTS"}, r"Units \(0054,1001\) is CNTS"), ({"CorrectedImage": ["DECY"]}, "without ATTN"),
+    ({"PatientWeight": lambda i: 70 + i // 5}, r"PatientWeight \(0010,1030\) differs within the stack, 70.0 and 71.0")])
+def test_pet_is_refused_with_the_tag(tmp_path, changes, words):
+    folder, _ = write_pet(tmp_path / "pet", **changes)
+    stacks, instances = stacks_of(folder)
+    assert re.search(words, only(stacks)["suv_refusal"])
+    with pytest.raises(dicom.SuvError, match=words):
+        dicom.read_stack(instances, folder)
+
+
+@pytest.mark.parametrize("frame, expected", [("1.2.9", "1.2.9"), (None, None), (lambda i: f"1.2.{i // 3}", None)])
+def test_stack_remembers_its_frame_of_reference(tmp_path, frame, expected):
+    folder = write_series(tmp_path / "s", EVEN, FrameOfReferenceUID=frame)
+    assert dicom.read_stack(stacks_of(folder)[1], folder).frame_of_reference_uid == expected
+
+
+# ---- one grid on another ---------------------------------------------------------------------------------------------
+
+def made_up(shape, affine, frame="1.2", modality="PT", kind=np.float32, seed=0):
+    values = np.random.default_rng(seed).uniform(-900, 900, shape).astype(kind)
+    pair = (None, values) if modality == "PT" else (values, None)
+    return dicom.Stack(modality, pair[0], affine, modality, (), 0, pair[1], frame)
+
+
+def grid(spacing, origin, angles=(0, 0, 0)):
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(angles) * spacing
+    affine[:3, 3] = origin
+    return affine
+
+
+def as_sitk(values, affine):
+    image, spacing = sitk.GetImageFromArray(values), np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+@pytest.mark.parametrize("angles", [(0, 0, 0), (0.3, 0, 0), (0.4, -0.3, 0.2)], ids=["straight", "turned", "oblique"])
+@pytest.mark.parametrize("modality, kind", [("PT", np.float32), ("CT", np.int16), ("CT", np.float32)])
+def test_resampling_equals_simpleitk(angles, modality, kind):
+    stack = made_up((7, 9, 11), grid((4.07, 3.9, 5.0), (-20, -15, -12), angles), modality=modality, kind=kind)
+    like = made_up((15, 21, 18), grid((1.9, 2.1, 2.3), (-17, -23, -18), (0.1, 0.05, 0)), modality="CT", kind=np.int16)
+    found, outside = dicom.resample_to(stack, like), 0 if modality == "PT" else dicom.AIR_HU
+    expected = sitk.GetArrayFromImage(sitk.Resample(
+        as_sitk(stack.values_zyx.astype(np.float32), stack.affine), as_sitk(like.values_zyx, like.affine),
+        sitk.Transform(), sitk.sitkLinear, float(outside), sitk.sitkFloat32))
+    assert found.values_zyx.dtype == np.float32 and np.allclose(found.values_zyx, expected, rtol=0, atol=2e-3)
+    assert 0 < found.padding_voxels < expected.size and found.padding_voxels == (expected == outside).sum()
+    assert np.array_equal(found.affine, like.affine) and found.modality == modality and found.sop_uids == ()
+    assert (found.hu_zyx is None) == (modality == "PT")
+
+
+def test_resampling_to_itself_changes_nothing():
+    stack = made_up((5, 6, 7), grid((0.8, 0.8, 2.5), (3, 4, 5), (0.4, -0.3, 0.2)))
+    again = dicom.resample_to(stack, stack)
+    assert np.allclose(again.suv_zyx, stack.suv_zyx, atol=1e-3) and again.padding_voxels == 0
+
+
+@pytest.mark.parametrize("one, other", [("1.2", "1.3"), (None, "1.3"), ("1.2", None), (None, None)])
+def test_resampling_needs_one_frame_of_reference(one, other):
+    pet, ct = made_up((3, 3, 3), np.eye(4), one), made_up((3, 3, 3), np.eye(4), other, "CT")
+    words = f"one frame of reference.* PT is in {one or 'none'}, CT is in {other or 'none'}"
+    with pytest.raises(ValueError, match=words):
+        dicom.resample_to(pet, ct)

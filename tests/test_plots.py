@@ -1,13 +1,18 @@
 """Pictures keep millimetres, colours and sides, and say when there is nothing to show."""
 
+import io
+from types import SimpleNamespace
+
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 from lungct import plots
 
@@ -159,3 +164,145 @@ def test_no_global_settings(ax):
     plots.show_counts({"a": 1}, ax)
     plots.show_slice(np.zeros((4, 4)), ax)
     assert dict(matplotlib.rcParams) == before
+
+
+# ---- one scan over another -------------------------------------------------------------------------------------------
+
+def test_heat_lies_on_the_planes_and_cold_is_transparent(three):
+    heat = np.zeros((4, 10, 20))
+    heat[2, 5, 10] = 8
+    plots.show_planes(np.zeros(heat.shape), (5, 1, 2), three, heat_zyx=heat, heat_limits=(0, 8))
+    for ax in three:
+        below, above = ax.images
+        assert above.get_extent() == below.get_extent() and above.origin == below.origin
+        assert above.get_clim() == (0, 8) and above.get_array().max() == 8
+        colours = above.to_rgba(above.get_array())
+        assert colours[..., 3].min() == 0 and colours[..., 3].max() == pytest.approx(0.85)
+
+
+def test_heat_grows_brighter_and_never_more_transparent():
+    red, green, blue, alpha = plots.HEAT(np.linspace(0, 1, 256)).T
+    brightness = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    assert (np.diff(brightness) >= 0).all() and (np.diff(alpha) >= 0).all() and alpha[0] == 0
+
+
+def test_heat_bar(ax):
+    assert plots.heat_bar(ax, (0, 6), "SUV") is ax
+    bar = ax.child_axes[0]
+    assert bar.get_xlabel() == "SUV" and bar.get_xlim() == (0, 6)
+
+
+def test_plane_figure_keeps_proportions():
+    fig, axes, corner = plots.plane_figure((60, 100, 150), (5, 2, 2))
+    plots.show_planes(np.zeros((60, 100, 150)), (5, 2, 2), axes)
+    fig.canvas.draw()
+    wide, tall, deep = (ax.get_position() for ax in axes)
+    width, height = fig.get_size_inches()
+    assert wide.width == pytest.approx(tall.width, rel=0.02) and tall.height == pytest.approx(deep.height, rel=0.02)
+    assert tall.height * height / (tall.width * width) == pytest.approx(300 / 300, rel=0.02)
+    assert not corner.axison
+    plt.close(fig)
+
+
+# ---- spreads and positions -------------------------------------------------------------------------------------------
+
+def test_spread(ax):
+    groups = {"CT": [1, 10, 100, 0, np.nan], "PT": pd.Series([10])}
+    plots.show_spread(groups, ax, "images", "series", "t", {"PT": "red"})
+    bars = [(patch.get_y(), patch.get_height()) for patch in ax.patches if patch.get_height()]
+    assert ax.get_xscale() == "log" and bars == [(0, 1), (0, 1), (0, 1), (1, 1)]        # PT stands on CT
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["CT", "PT"]
+
+
+@pytest.mark.parametrize("groups", [{}, {"CT": []}, {"CT": [0]}])
+def test_spread_of_nothing(ax, groups):
+    assert letters(plots.show_spread(groups, ax)) == {"none"}
+
+
+def test_spread_of_one_value(ax):
+    assert sum(patch.get_height() for patch in plots.show_spread({"CT": [7, 7]}, ax).patches) == 2
+
+
+def test_positions_shade_gaps(ax):
+    numbers, depths = np.arange(9), np.array([0, 5, 10, 15, 30, 35, 40, 45, 50.0])
+    plots.show_positions({"a": (numbers, depths[::-1]), "b": (numbers, np.arange(9) * 5.0)}, ax, title="t")
+    assert letters(ax) == {"gap of 15 mm"} and len(ax.lines) == 2 and len(ax.patches) == 1
+    assert (ax.patches[0].get_y(), ax.patches[0].get_height()) == (15, 15)
+    assert "mm" in ax.get_ylabel() and ax.get_xlabel() == "instance number"
+
+
+@pytest.mark.parametrize("stacks, words", [({}, {"none"}), ({"a": ([], [])}, set()), ({"a": ([1], [2.0])}, set())])
+def test_positions_of_little(ax, stacks, words):
+    assert letters(plots.show_positions(stacks, ax)) == words
+
+
+# ---- the browser -----------------------------------------------------------------------------------------------------
+
+VOLUME = np.random.default_rng(0).normal(-500, 400, (9, 12, 10)).astype(np.int16)
+
+
+def parts(widget):
+    return widget.children[1].children[0], widget.children[1].children[1], widget.children[2]
+
+
+def test_browser_redraws_the_slice_and_window_chosen():
+    slider, choice, picture = parts(plots.browse(VOLUME, (5, 1, 1), headless=False, title="one"))
+    assert (slider.min, slider.value, slider.max) == (0, 4, 8)
+    assert picture.value == plots.slice_png(VOLUME, 4, (5, 1, 1), "lung")
+    slider.value = 7
+    assert picture.value == plots.slice_png(VOLUME, 7, (5, 1, 1), "lung")
+    choice.value = "bone"
+    assert picture.value == plots.slice_png(VOLUME, 7, (5, 1, 1), "bone") != plots.slice_png(VOLUME, 7, (5, 1, 1))
+
+
+def test_browser_takes_windows_by_number():
+    _, choice, picture = parts(plots.browse(VOLUME, (5, 1, 1), headless=False, windows=[(2.5, 5)]))
+    assert [label for label, _ in choice.options] == ["2.5, width 5"]
+    assert picture.value == plots.slice_png(VOLUME, 4, (5, 1, 1), (2.5, 5))
+
+
+@pytest.mark.parametrize("slices, shown", [(1, [0]), (9, list(range(9))), (60, None)])
+def test_browser_falls_back_to_a_montage(slices, shown):
+    before = plt.get_fignums()
+    fig = plots.browse(np.zeros((slices, 12, 10)), (5, 1, 1), headless=True, title="t")
+    fig.savefig(io.BytesIO())
+    labels = [int(text.get_text()) for text in fig.axes[0].texts]
+    assert labels == (shown or sorted(set(labels))) and len(labels) <= 12 and labels[-1] < slices
+    assert plt.get_fignums() == before, "nothing is left open"
+
+
+def test_browser_refuses_what_is_no_volume():
+    with pytest.raises(ValueError, match=r"3D volume, got shape \(3, 4\)"):
+        plots.browse(np.zeros((3, 4)), (1, 1, 1))
+
+
+def test_headless_without_a_kernel_and_by_wish(monkeypatch):
+    monkeypatch.delenv("LUNGCT_HEADLESS", raising=False)
+    assert plots.is_headless() is True
+    monkeypatch.setenv("LUNGCT_HEADLESS", "0")
+    assert plots.is_headless() is False
+    monkeypatch.setenv("LUNGCT_HEADLESS", "1")
+    assert plots.is_headless() is True
+
+
+@pytest.mark.parametrize("answers, headless", [(True, False), (False, True), (None, True)])
+def test_headless_is_asked_of_the_message_that_runs_the_cell(monkeypatch, answers, headless):
+    content = {} if answers is None else {"allow_stdin": answers}
+    kernel = SimpleNamespace(get_parent=lambda channel: {"content": content} if channel == "shell" else {})
+    monkeypatch.delenv("LUNGCT_HEADLESS", raising=False)
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    assert plots.is_headless() is headless
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers, kind", [(False, "Figure"), (True, "VBox")])
+def test_headless_in_a_real_kernel(monkeypatch, answers, kind):
+    monkeypatch.delenv("LUNGCT_HEADLESS", raising=False)
+    code = ("import numpy as np\nfrom lungct import plots\n"
+            "print(type(plots.browse(np.zeros((3, 4, 4)), (1, 1, 1))).__name__)")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    client = NotebookClient(notebook, timeout=60, kernel_name="python3")
+    with client.setup_kernel():
+        client.kc.allow_stdin = answers                    # a runner says False, a front end with a person says True
+        client.execute_cell(notebook.cells[0], 0)
+    assert notebook.cells[0].outputs[0]["text"].strip() == kind

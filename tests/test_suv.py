@@ -1,0 +1,263 @@
+"""SUV factors computed by hand, by properties, and by a library we did not write; every refusal names its element."""
+
+import math
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+
+from lungct import dicom, suv
+from lungct.suv import SuvError, suv_factor, suv_factors
+
+HALF_LIFE_S = 6586.2
+PET = {"units": "BQML", "decay_correction": "START", "corrected_image": "DECY\\ATTN", "weight_kg": 70.0,
+       "radionuclide_dose_bq": 350e6, "half_life_s": HALF_LIFE_S, "injection_time": "100000",
+       "series_time": "114946.2", "acquisition_time": "114946.2"}
+ONE_HALF_LIFE, FRESH = 70_000 / 175e6, 70_000 / 350e6
+UNCORRECTED = {"decay_correction": "NONE", "corrected_image": "ATTN\\SCAT"}
+LATER = {"series_date": "20100102", "acquisition_date": "20100102", "injection_datetime": "20100101230000",
+         "injection_time": None}
+
+
+def clock(seconds):
+    seconds = round(seconds, 1) % 86400
+    return f"{int(seconds // 3600):02}{int(seconds % 3600 // 60):02}{seconds % 60:04.1f}"
+
+
+def test_chapter_one_hands_it_on():
+    assert dicom.suv_factor is suv_factor and dicom.SuvError is SuvError
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, factor", [
+    ({}, ONE_HALF_LIFE),
+    ({"injection_time": "114946.2"}, FRESH),
+    ({"injection_time": "10:00:00"}, ONE_HALF_LIFE),
+    ({"weight_kg": 35.0}, ONE_HALF_LIFE / 2),
+    ({"decay_correction": "ADMIN"}, FRESH),
+    ({"decay_correction": "ADMIN", "half_life_s": None, "injection_time": None, "series_time": None}, FRESH),
+    ({"injection_datetime": "20090101100000.00+0800", "injection_time": None}, ONE_HALF_LIFE),
+    ({"injection_datetime": "20090101100030", "injection_time": "100100"}, FRESH * 2 ** (6556.2 / HALF_LIFE_S)),
+    ({"injection_datetime": "20090101"}, ONE_HALF_LIFE),                        # a date alone: the bare time counts
+])
+def test_by_hand(changes, factor):
+    assert suv_factor(PET | changes) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("changes, uptake_s", [
+    ({"acquisition_time": "120500"}, 6586.2),                           # a later bed: the series time counts
+    ({"acquisition_time": None}, 6586.2),
+    ({"series_time": "150000"}, 6586.2),                                # rewritten: the acquisition counts
+    ({"series_time": None}, 6586.2),
+    ({"series_time": "150000", "ge_scan_datetime": "20100101114900"}, 6540),
+    ({"series_time": "114900", "ge_scan_datetime": "20100101110000"}, 6540),     # GE's note only where it is needed
+    ({"series_date": "20100103", "acquisition_date": "20100101", "series_time": "090000"}, 6586.2),
+    ({"series_date": "20100101", "acquisition_date": "20100102"}, 6586.2),
+])
+def test_start_of_the_scan(changes, uptake_s):
+    assert suv_factor(PET | changes) == pytest.approx(FRESH * 2 ** (uptake_s / HALF_LIFE_S), rel=1e-12)
+
+
+@pytest.mark.parametrize("changes", [
+    {"injection_time": "230000", "series_time": "004946.2", "acquisition_time": "004946.2"},
+    LATER | {"series_time": "004946.2", "acquisition_time": "004946.2"},
+    LATER | {"series_time": "004946.2", "acquisition_time": "004946.2", "series_date": "20190509",
+             "acquisition_date": "20190509"},                           # dates of two calendars: times of day
+])
+def test_past_midnight(changes):
+    assert suv_factor(PET | changes) == pytest.approx(ONE_HALF_LIFE, rel=1e-12)
+
+
+def test_a_tracer_that_lives_for_days_needs_dates():
+    iodine = PET | {"half_life_s": 360806.4, "injection_datetime": "20100101114946.2", "injection_time": None}
+    assert suv_factor(iodine | {"series_date": "20100103", "acquisition_date": "20100103"}) == pytest.approx(
+        FRESH * 2 ** (2 * 86400 / 360806.4), rel=1e-12)
+    with pytest.raises(SuvError, match=r"RadiopharmaceuticalStartDateTime \(0018,1078\) tells no day .* 100 h"):
+        suv_factor(iodine)
+
+
+def test_stack_starts_with_its_earliest_image_in_any_order():
+    beds = [PET | {"series_time": "160000", "acquisition_time": t} for t in ("120100", "114946.2", "115500")]
+    assert suv_factors(beds) == pytest.approx([ONE_HALF_LIFE] * 3) == suv_factors(beds[::-1])
+    over_midnight = [PET | {"injection_time": "221013.8", "series_time": "030000", "acquisition_time": t}
+                     for t in ("000500", "000000", "000300")]
+    over_midnight += [PET | {"injection_time": "221013.8", "series_time": "030000", "acquisition_time": "235959"}]
+    assert suv_factors(over_midnight) == pytest.approx([FRESH * 2 ** (6585.2 / HALF_LIFE_S)] * 4)
+
+
+def test_without_correction_each_slice_has_its_own_factor():
+    beds = [PET | UNCORRECTED | {"acquisition_time": clock(36000 + n * HALF_LIFE_S)} for n in (0, 1, 2)]
+    assert suv_factors(beds) == pytest.approx(FRESH * np.array([1, 2, 4]), rel=1e-12)
+
+
+@pytest.mark.parametrize("duration_s", [1.0, 180.0, 3600.0])
+def test_a_frame_stands_for_its_mean_activity(duration_s):
+    times = (np.arange(200_000) + 0.5) / 200_000 * duration_s                   # the mean by numerical integration
+    mean = np.mean(2 ** (-times / HALF_LIFE_S))
+    image = PET | UNCORRECTED | {"frame_duration_ms": duration_s * 1000}
+    assert suv_factor(image) == pytest.approx(ONE_HALF_LIFE / mean, rel=1e-9)
+    assert suv_factor(image | {"decay_correction": "START", "corrected_image": "DECY\\ATTN"}) == \
+        pytest.approx(ONE_HALF_LIFE)
+
+
+@pytest.mark.parametrize("changes, factor", [
+    ({"philips_suv_factor": 0.00031}, 0.00031),
+    ({"philips_suv_factor": 0.00031, "philips_activity_factor": 2.5, "weight_kg": None}, 0.00031),
+    ({"philips_activity_factor": 2.5}, 2.5 * ONE_HALF_LIFE),
+    ({"philips_suv_factor": 0.0, "philips_activity_factor": 2.5}, 2.5 * ONE_HALF_LIFE),
+    ({"philips_suv_factor": math.nan, "philips_activity_factor": 2.5, "decay_correction": "ADMIN"}, 2.5 * FRESH),
+])
+def test_counts_of_philips(changes, factor):
+    assert suv_factor(PET | {"units": "CNTS"} | changes) == pytest.approx(factor, rel=1e-12)
+
+
+def test_philips_factors_may_differ_from_slice_to_slice():
+    images = [PET | {"units": "CNTS", "philips_suv_factor": f} for f in (0.1, 0.2)]
+    assert suv_factors(images).tolist() == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("suv_type", [None, "BW", math.nan, ""])
+def test_suv_already(suv_type):
+    image = {"units": "GML", "suv_type": suv_type, "corrected_image": "ATTN"}
+    assert suv_factors([image, image]).tolist() == [1, 1]
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+MISSING = {"weight_kg": r"PatientWeight \(0010,1030\)", "radionuclide_dose_bq": r"RadionuclideTotalDose \(0018,1074\)",
+           "half_life_s": r"RadionuclideHalfLife \(0018,1075\)", "units": r"Units \(0054,1001\)",
+           "decay_correction": r"DecayCorrection \(0054,1102\)", "corrected_image": r"CorrectedImage \(0028,0051\)",
+           "injection_time": r"RadiopharmaceuticalStartTime \(0018,1072\)"}
+
+
+@pytest.mark.parametrize("column", MISSING)
+@pytest.mark.parametrize("nothing", [None, math.nan, "", "absent"])
+def test_missing(column, nothing):
+    header = {k: v for k, v in PET.items() if k != column} | ({} if nothing == "absent" else {column: nothing})
+    with pytest.raises(SuvError, match=MISSING[column] + " is missing"):
+        suv_factor(header)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"weight_kg": 0.0}, "PatientWeight .* is 0, expected 1 to 500 kg"),
+    ({"weight_kg": -70.0}, "PatientWeight .* is -70"), ({"weight_kg": 70_000.0}, "PatientWeight .* is 70000"),
+    ({"weight_kg": math.inf}, "PatientWeight .* is inf"),
+    ({"radionuclide_dose_bq": 350.0}, "RadionuclideTotalDose .* is 350, expected"),
+    ({"radionuclide_dose_bq": 0.0}, "RadionuclideTotalDose .* is 0"),
+    ({"radionuclide_dose_bq": 3.5e11}, r"RadionuclideTotalDose .* is 3.5e\+11"),
+    ({"half_life_s": 0.0}, "RadionuclideHalfLife .* is 0"),
+    ({"half_life_s": 6586200.0}, "RadionuclideHalfLife .* is 6"),
+    ({"half_life_s": 109.77}, r"lies 1.8 h before the scan, RadionuclideHalfLife \(0018,1075\) is 109.77 s"),
+    ({"injection_time": "120000"}, r"RadiopharmaceuticalStartTime \(0018,1072\) lies 23.8 h before the scan"),
+    ({"injection_time": "991000"}, "RadiopharmaceuticalStartTime .* is missing"),
+    ({"series_time": None, "acquisition_time": None}, r"SeriesTime \(0008,0031\) is missing"),
+    (UNCORRECTED | {"acquisition_time": None}, r"AcquisitionTime \(0008,0032\) is missing"),
+    (LATER | {"series_time": "220000", "acquisition_time": "220000"}, r"StartDateTime \(0018,1078\) lies 23.0 h"),
+    (LATER | {"series_date": "20100101", "acquisition_date": "20100101"}, "DateTime .* lies 11.2 h after the scan"),
+    ({"injection_datetime": "20100101103000"}, "StartDateTime .* is 20100101103000 and .*StartTime .* is 100000"),
+    ({"units": "PROPCNTS"}, r"Units \(0054,1001\) is PROPCNTS, expected BQML or CNTS or GML"),
+    ({"units": "CNTS"}, r"Philips SUV factor \(7053,xx00\) nor Philips activity factor \(7053,xx09\)"),
+    ({"units": "CNTS", "philips_suv_factor": -1.0}, "Philips SUV factor"),
+    ({"units": "CNTS", "philips_suv_factor": 0.1} | UNCORRECTED, "DecayCorrection .* is NONE, expected START or ADMIN"),
+    ({"units": "GML", "suv_type": "LBM"}, r"SUVType \(0054,1006\) is LBM, expected BW"),
+    ({"units": "GML", "suv_type": "BSA"}, "SUVType .* is BSA"), ({"units": "GML", "suv_type": "IBW"}, "is IBW"),
+    ({"units": "GML", "corrected_image": "DECY"}, "CorrectedImage .* is DECY, without ATTN"),
+    ({"decay_correction": "OTHER"}, "DecayCorrection .* is OTHER, expected START or ADMIN or NONE"),
+    ({"corrected_image": "DECY\\SCAT"}, "CorrectedImage .*without ATTN"),
+    ({"corrected_image": "ATTN"}, "CorrectedImage .* is ATTN and DecayCorrection .* is START"),
+    ({"decay_correction": "NONE"}, "CorrectedImage .* and DecayCorrection .* is NONE"),
+])
+def test_refused_with_the_tag(changes, words):
+    with pytest.raises(SuvError, match=words):
+        suv_factor(PET | changes)
+
+
+@pytest.mark.parametrize("column, other", [("weight_kg", 71.0), ("radionuclide_dose_bq", 351e6), ("units", "GML"),
+                                           ("injection_time", "100100"), ("series_time", None)])
+def test_a_stack_tells_one_story(column, other):
+    with pytest.raises(SuvError, match=f"{suv._KEYWORDS[column]} .* differs within the stack"):
+        suv_factors([PET, PET | {column: other}])
+
+
+def test_no_images():
+    with pytest.raises(SuvError, match="without images"):
+        suv_factors([])
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_any_text_is_a_time_or_none(time, day):
+    moment = suv._moment({"t": time, "d": day, "x_datetime": day + time}, "t", "d")
+    assert moment is None or 0 <= moment.second < 86400
+    suv._moment({"x_datetime": day + time}, "x_datetime")
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+START_S = st.integers(0, 86399)
+UPTAKE_S = st.floats(0, 6 * HALF_LIFE_S).map(lambda s: round(s, 1))
+
+
+def header(start_s, uptake_s, dose=350e6, weight=70.0):
+    scan = clock(start_s + uptake_s)
+    return PET | {"injection_time": clock(start_s), "series_time": scan, "acquisition_time": scan,
+                  "radionuclide_dose_bq": dose, "weight_kg": weight}
+
+
+@given(START_S, UPTAKE_S, st.floats(2e6, 5e9), st.floats(1, 250))
+def test_definition(start_s, uptake_s, dose, weight):
+    factor = suv_factor(header(start_s, uptake_s, dose, weight))
+    assert factor == pytest.approx(weight * 1000 / dose * math.exp(math.log(2) * uptake_s / HALF_LIFE_S), rel=1e-9)
+    assert suv_factor(header(start_s, uptake_s, 2 * dose, weight)) == pytest.approx(factor / 2)
+    assert suv_factor(header(start_s, uptake_s, dose, 2 * weight)) == pytest.approx(factor * 2)
+
+
+@given(START_S, st.floats(0, 5 * HALF_LIFE_S).map(lambda s: round(s, 1)))
+def test_a_half_life_more_halves_what_is_left(start_s, uptake_s):
+    once, again = suv_factor(header(start_s, uptake_s)), suv_factor(header(start_s, uptake_s + HALF_LIFE_S))
+    assert again == pytest.approx(2 * once, rel=1e-9)
+
+
+@given(START_S, UPTAKE_S)
+def test_dates_change_nothing_when_they_are_right(start_s, uptake_s):
+    plain = header(start_s, uptake_s)
+    day = f"201001{1 + int((start_s + uptake_s) // 86400):02}"
+    dated = plain | {"injection_datetime": "20100101" + plain["injection_time"], "series_date": day,
+                     "acquisition_date": day}
+    assert suv_factor(dated) == suv_factor(plain)
+
+
+# ---- a library we did not write --------------------------------------------------------------------------------------
+
+def dataset(row, manufacturer):
+    image, item = Dataset(), Dataset()
+    image.Modality, image.Manufacturer, image.PatientWeight = "PT", manufacturer, row["weight_kg"]
+    image.Units, image.DecayCorrection = row["units"], row["decay_correction"]
+    image.CorrectedImage = row["corrected_image"].split("\\")
+    image.SeriesTime, image.AcquisitionTime = row["series_time"], row["acquisition_time"]
+    image.SeriesDate = image.AcquisitionDate = "20100101"
+    image.RescaleSlope, image.RescaleIntercept = 1.5, 0
+    item.RadiopharmaceuticalStartTime, item.RadionuclideTotalDose = row["injection_time"], row["radionuclide_dose_bq"]
+    item.RadionuclideHalfLife = row["half_life_s"]
+    image.RadiopharmaceuticalInformationSequence = pydicom.Sequence([item])
+    return image
+
+
+@pytest.mark.parametrize("uptake_s", [0, 1800, 3600, 5400.5])
+def test_equal_to_pysuv(uptake_s):
+    pysuv = pytest.importorskip("pysuv", reason="pysuv, the other implementation, is not installed")
+    row = header(9 * 3600, uptake_s)
+    found = pysuv.get_suv_factor(dataset(row, "SIEMENS"))
+    assert suv_factor(row) == pytest.approx(found.suv_factor, rel=1e-6)
+
+
+def test_equal_to_the_factor_pysuv_takes_from_philips():
+    pysuv = pytest.importorskip("pysuv", reason="pysuv, the other implementation, is not installed")
+    row = PET | {"units": "CNTS", "philips_suv_factor": 0.00047}
+    image = dataset(row, "Philips Medical Systems")
+    image.add_new(0x70530010, "LO", "Philips PET Private Group")
+    image.add_new(0x70531000, "DS", "0.00047")
+    assert suv_factor(row) == pytest.approx(pysuv.get_suv_factor(image).suv_factor)
