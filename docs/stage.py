@@ -24,6 +24,7 @@ TOC = """```{toctree}
 ```{toctree}
 :hidden:
 :caption: Appendix
+appendix/headers
 appendix/phantom
 appendix/plots
 appendix/suv

@@ -7,7 +7,6 @@ import zlib
 
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +23,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from lungct import dicom
+from lungct import dicom, headers
 from lungct.dicom import Exclusion, FileProblem
 
 GEOMETRY_TOLERANCE_MM = 1e-4
@@ -83,62 +82,6 @@ def stacks_of(folder, min_slices=4, with_root=True):
 def only(stacks):
     assert len(stacks) == 1, stacks[["slices", "reason", "detail"]]
     return stacks.iloc[0]
-
-
-# ---- converters ------------------------------------------------------------------------------------------------------
-
-PLAIN = dicom._Decoding()
-
-
-@pytest.mark.parametrize("raw, value", [
-    (b"1.5", 1.5), (b" 0.8417 ", 0.8417), (b"-2\0", -2), (b"1\\2", 1), (b"1e3", 1000),
-    (b"", None), (b" ", None), (b"abc", None), (b"1,5", None), (b"nan", None), (b"inf", None), (b"1_0", None),
-])
-def test_number(raw, value):
-    assert dicom._number(raw, PLAIN) == value
-
-
-@pytest.mark.parametrize("raw, value", [
-    (b"12 ", 12), (b"3.000000", 3), (b"-7", -7), (b"3.5", None), (b"9" * 40, None), (b"", None)])
-def test_whole(raw, value):
-    assert dicom._whole(raw, PLAIN) == value
-
-
-@pytest.mark.parametrize("raw, value", [
-    (b"061Y", 61), (b"018M", 1.5), (b"061Y ", 61), (b"Y", None), (b"061", None), (b"", None)])
-def test_age(raw, value):
-    assert dicom._age(raw, PLAIN) == value
-
-
-def test_text_keeps_several_values_and_reads_other_alphabets():
-    assert dicom._text(b"ORIGINAL \\PRIMARY\0", PLAIN) == "ORIGINAL\\PRIMARY"
-    assert dicom._text("Müller".encode("latin-1"), dicom._Decoding(("latin_1",))) == "Müller"
-    assert dicom._text("肺".encode(), dicom._Decoding(("UTF8",))) == "肺"
-    assert dicom._text(b" \0", PLAIN) is None
-
-
-@given(st.binary(max_size=40))
-def test_converters_never_raise(raw):
-    for convert in (dicom._number, dicom._whole, dicom._age, dicom._short, dicom._stored_value):
-        value = convert(raw, PLAIN)
-        assert value is None or math.isfinite(value)
-
-
-def test_header_agrees_with_pydicom(real_data):
-    files = sorted((real_data / "Lung-PET-CT-Dx").rglob("*.dcm"))[::25]
-    for path in files:
-        row, dataset = dicom.read_header(path), pydicom.dcmread(path, stop_before_pixels=True)
-        for column, (keyword, _) in dicom._HEADER.items():
-            element = dataset.get(keyword)
-            if column == "age_years":
-                expected = float(str(element)[:3])
-            elif element in (None, ""):
-                expected = None
-            elif isinstance(element, pydicom.multival.MultiValue):
-                expected = "\\".join(map(str, element)) if column == "image_type" else list(map(float, element))
-            else:
-                expected = element
-            assert row[column] == expected, (path, column)
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -224,15 +167,21 @@ def test_linked_folder_is_read(tree, tmp_path):
     assert len(instances) == 5 and problems.empty
 
 
+def lock(monkeypatch, name):
+    """Play that a file may not be opened: root may open everything."""
+    def locked(read):
+        def refuse(path, *more):
+            if str(path).endswith(name):
+                raise PermissionError(13, "Permission denied")
+            return read(path, *more)
+        return refuse
+
+    for reader in ("_read_start", "read_header_pydicom"):
+        monkeypatch.setattr(headers, reader, locked(getattr(headers, reader)))
+
+
 def test_no_permission(tree, monkeypatch):
-    read = dicom.read_header
-
-    def locked(path):
-        if path.endswith("002.dcm"):
-            raise PermissionError(13, "Permission denied")
-        return read(path)
-
-    monkeypatch.setattr(dicom, "read_header", locked)      # root may read everything, so the lock is played
+    lock(monkeypatch, "002.dcm")
     assert problem_of(tree, "002.dcm") == ("no permission", "Permission denied")
 
 
@@ -305,18 +254,133 @@ def test_processes_give_the_same_table(tmp_path):
 @given(changes=st.lists(st.tuples(st.integers(132, 700), st.integers(0, 255)), min_size=1, max_size=6),
        end=st.integers(0, 700))
 def test_mutated_files_never_stop_the_index(tmp_path, changes, end):
-    path = tmp_path / "mutant.dcm"
+    path = tmp_path / "in" / "mutant.dcm"
     content = bytearray(write_slice(path).read_bytes())
     for at, value in changes:
         content[at % len(content)] = value
     path.write_bytes(content[: end + 132] if end < 300 else content)
-    good, bad = dicom._read_many(str(tmp_path), ["mutant.dcm"])
-    assert len(good) + len(bad) == 1
-    for row in good:
-        dicom.build_stacks(dicom._table(good, dicom.INSTANCE_DTYPES))
-        assert row["rows"] > 0
-    for row in bad:
-        assert row["reason"] in set(FileProblem) and row["detail"]
+    table = headers.read_headers(path.parent, [("mutant.dcm", path.stat().st_size, 0)])
+    assert len(table) == 1
+    instances, problems = dicom._as_tables(table, [])
+    assert len(instances) + len(problems) == 1
+    if len(instances):
+        dicom.build_stacks(instances)
+        assert instances["rows"][0] > 0
+    else:
+        assert problems["reason"][0] in set(FileProblem) and problems["detail"][0]
+
+
+def test_odd_names_and_a_crowded_folder(tmp_path):
+    template = write_slice(tmp_path / "t.dcm", SOPInstanceUID="1.2.3.10000").read_bytes()
+    names = ["ohne Ende – ü 肺.dcm", " leading blank", "a'b\"c;$(d).dcm", "new\nline.dcm", "-rf", "x" * 250,
+             *(f"{i}" for i in range(10_000 - 6))]
+    folder = tmp_path / "one folder" / "ünd zwei"
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(template.replace(b"1.2.3.10000", b"1.2.3.%05d" % i))
+    instances, problems = dicom.index_dicom(tmp_path / "one folder", workers=1)
+    assert problems.empty and instances["path"].tolist() == sorted(f"ünd zwei/{name}" for name in names)
+
+
+def test_folders_nested_deep(tmp_path):
+    folder = tmp_path / "in"
+    for _ in range(200):
+        folder = folder / "d"
+    write_slice(folder / "a.dcm")
+    (folder / "back").symlink_to(tmp_path / "in")
+    instances, problems = dicom.index_dicom(tmp_path / "in")
+    assert instances["path"].tolist() == ["d/" * 200 + "a.dcm"]
+    assert problems["reason"].tolist() == ["folder already read"]
+
+
+# ---- the cache of the index ------------------------------------------------------------------------------------------
+
+@pytest.fixture()
+def opened(monkeypatch):
+    """Names of the files that were opened since the list was cleared."""
+    names, read = [], headers._read_start
+
+    def note(path, count):
+        names.append(os.path.basename(path))
+        return read(path, count)
+
+    monkeypatch.setattr(headers, "_read_start", note)
+    return names
+
+
+def assert_same_index(one, two):
+    for a, b in zip(one, two, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+
+
+def test_unchanged_files_are_not_opened(tree, tmp_path, opened):
+    (tree / "notes.txt").write_text("words")
+    (tree / "zz copy.dcm").write_bytes((tree / "002.dcm").read_bytes())
+    cache = tmp_path / "cache" / "index.parquet"
+    first = dicom.index_dicom(tree, cache=cache)
+    assert set(opened) == {"001.dcm", "002.dcm", "003.dcm", "notes.txt", "zz copy.dcm"}
+    opened.clear()
+    stamp = cache.stat().st_mtime_ns
+    assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+    assert_same_index(first, dicom.index_dicom(tree))
+    assert cache.stat().st_mtime_ns == stamp
+    opened.clear()
+    dicom.index_dicom(tree, cache=cache)
+    assert opened == [] and list(cache.parent.iterdir()) == [cache]
+
+
+def test_changed_new_and_lost_files(tree, tmp_path, opened):
+    cache = tmp_path / "index.parquet"
+    dicom.index_dicom(tree, cache=cache)
+    opened.clear()
+    write_slice(tree / "002.dcm", 2, (0, 0, 5), PatientID="Changed")
+    write_slice(tree / "000 new.dcm", 9, (0, 0, 20))
+    (tree / "001.dcm").unlink()
+    now = dicom.index_dicom(tree, cache=cache)
+    assert opened == ["000 new.dcm", "002.dcm"]
+    assert_same_index(now, dicom.index_dicom(tree))
+    opened.clear()
+    assert_same_index(now, dicom.index_dicom(tree, cache=cache))
+    os.utime(tree / "003.dcm", ns=(1, 1))                  # same size, other time: looked at again
+    opened.clear()
+    dicom.index_dicom(tree, cache=cache)
+    assert opened == ["003.dcm"]
+    (tree / "000 new.dcm").unlink()                        # nothing new, one less: the cache forgets it
+    assert len(dicom.index_dicom(tree, cache=cache)[0]) == 2 == len(dicom._load_cache(cache))
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: path.write_bytes(b"no table"), lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(b""), lambda path: pd.DataFrame({"path": ["001.dcm"]}).to_parquet(path),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"002.dcm", b"\xff\xff2.dcm")),
+    lambda path: (path.unlink(), path.mkdir())])
+def test_damaged_caches_are_ignored(tree, tmp_path, harm):
+    cache = tmp_path / "index.parquet"
+    first = dicom.index_dicom(tree, cache=cache)
+    harm(cache)
+    if cache.is_dir():
+        with pytest.raises(OSError):
+            dicom.index_dicom(tree, cache=cache)
+    else:
+        assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+        assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+
+
+def test_other_code_finds_nothing_in_a_cache(tree, tmp_path, opened, monkeypatch):
+    cache = tmp_path / "index.parquet"
+    dicom.index_dicom(tree, cache=cache)
+    opened.clear()
+    monkeypatch.setattr(dicom, "_stamp", lambda: b"other")
+    dicom.index_dicom(tree, cache=cache)
+    assert opened == ["001.dcm", "002.dcm", "003.dcm"]
+
+
+def test_what_may_pass_is_tried_again(tree, tmp_path, monkeypatch):
+    cache = tmp_path / "index.parquet"
+    with monkeypatch.context() as patch:
+        lock(patch, "002.dcm")
+        assert dicom.index_dicom(tree, cache=cache)[1]["reason"].tolist() == ["no permission"]
+    assert len(dicom.index_dicom(tree, cache=cache)[0]) == 3
 
 
 # ---- reasons ---------------------------------------------------------------------------------------------------------
