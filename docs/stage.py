@@ -27,6 +27,7 @@ TOC = """```{toctree}
 appendix/headers
 appendix/phantom
 appendix/plots
+appendix/pixels
 appendix/suv
 appendix/runs
 appendix/course

@@ -115,7 +115,8 @@ _IMAGE = {
 # %% ../nbs/appendix/headers.ipynb #22f9ecf2
 _PIXELS = {
     "samples_per_pixel": ("SamplesPerPixel", _short), "bits_allocated": ("BitsAllocated", _short),
-    "bits_stored": ("BitsStored", _short), "pixel_representation": ("PixelRepresentation", _short),
+    "bits_stored": ("BitsStored", _short), "high_bit": ("HighBit", _short),
+    "pixel_representation": ("PixelRepresentation", _short),
     "pixel_padding_value": ("PixelPaddingValue", _stored_value),
     "pixel_padding_limit": ("PixelPaddingRangeLimit", _stored_value),
 }

@@ -37,7 +37,9 @@ def test_constraints_hold_versions_only():
 
 
 def test_the_extras_are_there():
-    assert set(PROJECT["optional-dependencies"]) == {"dev", "docs", "bench", "gpu"}
+    assert set(PROJECT["optional-dependencies"]) == {"dev", "codecs", "docs", "bench", "gpu"}
+    assert set(PROJECT["optional-dependencies"]["codecs"]) <= set(PROJECT["optional-dependencies"]["dev"])
+    assert not any("libjpeg-libjpeg" in text for text in PROJECT["optional-dependencies"]["codecs"])  # GPL
     assert PROJECT["optional-dependencies"]["gpu"] == ["tensorflow[and-cuda]"]
 
 
@@ -76,8 +78,8 @@ def test_every_pin_supports_each_python_that_the_project_names():
             assert not refused, f"{name} {found.version} does not run on Python {refused}"
 
 
-@pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "phantom", "plots", "runs",
-                                    "suv", "course", "report", "doctor", "download"])
+@pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "headers", "pixels", "suv",
+                                    "phantom", "plots", "runs", "course", "report", "doctor", "download"])
 def test_import_does_not_load_tensorflow(module):
     name = "lungct" if module == "lungct" else f"lungct.{module}"
     code = f"import {name}, sys; assert not {{'tensorflow', 'keras', 'torch', 'jax'}} & set(sys.modules)"

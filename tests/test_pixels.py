@@ -1,0 +1,385 @@
+"""Pixels: every way of packing gives the numbers that went in, and the fast way agrees with the plain one."""
+
+import math
+import warnings
+from pathlib import Path
+
+import gdcm
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+from scipy import ndimage
+
+from lungct import pixels, runs
+
+GEOMETRY_TOLERANCE_MM = 1e-4
+PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+PACKED = (RLELossless, JPEGLSLossless, JPEG2000Lossless)
+
+
+# ---- made-up files ---------------------------------------------------------------------------------------------------
+
+def write(path, stored, syntax=ExplicitVRLittleEndian, bits=None, **changes):
+    """One CT image, of several frames when `stored` has three axes; `changes` set elements, None removes them."""
+    image, width = Dataset(), stored.dtype.itemsize * 8
+    image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, "1.2.3"
+    image.Rows, image.Columns = stored.shape[-2:]
+    if stored.ndim == 3:
+        image.NumberOfFrames = len(stored)
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit = width, bits or width, (bits or width) - 1
+    image.PixelRepresentation = int(stored.dtype.kind == "i")
+    image.RescaleSlope, image.RescaleIntercept = 1, -1024
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    raw = stored.astype(stored.dtype.newbyteorder(order)).tobytes()
+    image.PixelData = raw + b"\0" * (len(raw) % 2)
+    image["PixelData"].VR = "OB" if width == 8 else "OW"
+    for keyword, value in changes.items():
+        setattr(image, keyword, value)
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax in PACKED else syntax
+    if syntax in PACKED:
+        image.compress(syntax)
+    image.save_as(path, enforce_file_format=True)
+    return path
+
+
+def jpeg_lossless(path):
+    """Repack a file with GDCM, which is not what decodes it in pydicom's own tests of encoders."""
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+    return path
+
+
+def header_of(path, **changes):
+    """What an index would say of a file, by pydicom alone."""
+    image = pydicom.dcmread(path)
+    offset = image.get_item("PixelData").value_tell
+    return {
+        "path": path.name, "rows": image.Rows, "columns": image.Columns, "samples_per_pixel": image.SamplesPerPixel,
+        "bits_allocated": image.BitsAllocated, "bits_stored": image.BitsStored, "high_bit": image.HighBit,
+        "pixel_representation": image.PixelRepresentation, "file_bytes": path.stat().st_size,
+        "pixel_offset": None if image.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian else offset,
+        "transfer_syntax_uid": str(image.file_meta.TransferSyntaxUID),
+        "rescale_slope": float(image.get("RescaleSlope", 1)),
+        "rescale_intercept": float(image.get("RescaleIntercept", 0)),
+        "pixel_padding_value": image.get("PixelPaddingValue"), "pixel_padding_limit": None} | changes
+
+
+def values_of(bits, signed, shape=(36, 34), seed=0):
+    """Random numbers of that many bits, with the lowest and the highest among them."""
+    low = -(2 ** (bits - 1)) if signed else 0
+    kind = np.dtype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+    stored = np.random.default_rng(seed).integers(low, low + 2**bits, shape).astype(kind)
+    stored.flat[:2] = low, low + 2**bits - 1
+    return stored
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bits", [8, 9, 10, 11, 12, 13, 14, 15, 16])
+@pytest.mark.parametrize("syntax", [*PLAIN, *PACKED], ids=lambda uid: uid.name)
+def test_numbers_come_back(tmp_path, syntax, bits, signed):
+    stored = values_of(bits, signed)
+    path = write(tmp_path / "a.dcm", stored, syntax, bits)
+    assert np.array_equal(pixels.read_stored(path, header_of(path)), stored)
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_jpeg_lossless(tmp_path, bits, signed):
+    stored = values_of(bits, signed, shape=(16, 16))
+    path = jpeg_lossless(write(tmp_path / "a.dcm", stored, ExplicitVRLittleEndian, bits))
+    assert header_of(path)["transfer_syntax_uid"] == JPEGLosslessSV1
+    assert np.array_equal(pixels.read_stored(path, header_of(path)), stored)
+
+
+@pytest.mark.parametrize("name", [
+    "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm",
+    "MR_small_jpeg_ls_lossless.dcm", "MR_small_padded.dcm"])
+def test_one_image_packed_by_others(name):
+    """Files that come with pydicom, written by other programs: one signed image in many packings."""
+    reference = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False))
+    expected = np.frombuffer(reference.PixelData, "<i2").reshape(reference.Rows, reference.Columns)
+    path = Path(get_testdata_file(name, download=False))
+    assert np.array_equal(pixels.read_stored(path, header_of(path)), expected)
+
+
+@pytest.mark.parametrize("syntax", PLAIN, ids=lambda uid: uid.name)
+@pytest.mark.parametrize("bits", [10, 12, 15])
+def test_foreign_bits_are_dropped(tmp_path, syntax, bits):
+    for signed in (False, True):
+        stored = values_of(bits, signed)
+        mask = (1 << bits) - 1
+        drawn = (stored.view(np.uint16) & mask) | (np.uint16(0xFFFF) ^ mask) * (np.arange(34) % 2).astype(np.uint16)
+        path = write(tmp_path / "a.dcm", drawn.view(stored.dtype), syntax, bits)
+        assert np.array_equal(pixels.read_stored(path, header_of(path)), stored)
+
+
+@pytest.mark.parametrize("syntax", PLAIN, ids=lambda uid: uid.name)
+def test_values_at_the_upper_end_of_their_words(tmp_path, syntax):
+    for signed in (False, True):
+        stored = values_of(12, signed)
+        path = write(tmp_path / "a.dcm", stored << 4 | 5, syntax, 12, HighBit=15)
+        assert np.array_equal(pixels.read_stored(path, header_of(path)), stored)
+
+
+def test_impossible_bits_are_refused(tmp_path):
+    path = write(tmp_path / "a.dcm", values_of(12, False), bits=12)
+    for change in ({"bits_stored": 17}, {"high_bit": 3}, {"high_bit": 16}):
+        with pytest.raises(ValueError, match=r"a.dcm: \d+ bits stored up to bit \d+ do not fit in 16 bits"):
+            pixels.read_stored(path, header_of(path) | change)
+
+
+def test_target_is_filled_without_a_copy(tmp_path):
+    stored = values_of(16, True)
+    path = write(tmp_path / "a.dcm", stored)
+    volume = np.zeros((3, *stored.shape), np.int16)
+    back = pixels.read_stored(path, header_of(path), volume[1])
+    assert np.shares_memory(back, volume) and np.array_equal(volume[1], stored) and not volume[[0, 2]].any()
+
+
+@pytest.mark.parametrize("syntax", [*PLAIN, *PACKED], ids=lambda uid: uid.name)
+def test_frames_in_any_order(tmp_path, syntax):
+    stored = np.stack([values_of(12, False, seed=k) for k in range(5)])
+    path = write(tmp_path / "a.dcm", stored, syntax, 12)
+    header, opened = header_of(path), {}
+    for frame in (3, 0, 4, 1, 2):
+        assert np.array_equal(pixels.read_stored(path, header | {"frame": frame}, None, opened), stored[frame])
+
+
+# ---- files that changed, decoders that are missing ----------------------------------------------------------------
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless], ids=lambda uid: uid.name)
+def test_changed_size_is_told(tmp_path, syntax):
+    path = write(tmp_path / "a.dcm", values_of(12, False), syntax, 12)
+    header = header_of(path)
+    path.write_bytes(path.read_bytes() + b"\0\0")
+    with pytest.raises(ValueError, match=r"a\.dcm changed since it was indexed: [\d,]+ bytes, expected [\d,]+"):
+        pixels.read_stored(path, header)
+
+
+def test_moved_pixels_are_told(tmp_path):
+    path = write(tmp_path / "a.dcm", values_of(12, False), bits=12)
+    header = header_of(path)
+    longer = write(tmp_path / "b.dcm", values_of(12, False)[:30], bits=12, PatientComments="x" * 20)
+    longer.write_bytes(longer.read_bytes()[: header["file_bytes"]].ljust(header["file_bytes"], b"\0"))
+    with pytest.raises(ValueError, match=r"b\.dcm changed since it was indexed: no pixel data at byte"):
+        pixels.read_stored(longer, header)
+
+
+def test_frame_beyond_the_file(tmp_path):
+    path = write(tmp_path / "a.dcm", np.stack([values_of(12, False)] * 2), bits=12)
+    with pytest.raises(ValueError, match=r"changed since it was indexed: 0 of 2,448 bytes of frame 2"):
+        pixels.read_stored(path, header_of(path, frame=2))
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+def test_missing_extra_is_named(tmp_path, monkeypatch, syntax):
+    class Absent:
+        is_available = False
+
+    monkeypatch.setattr(pixels, "get_decoder", lambda uid: Absent)
+    path = write(tmp_path / "a.dcm", values_of(12, False), bits=12)
+    with pytest.raises(runs.InputError, match=r"a\.dcm: JPEG.*needs a decoder: pip install 'lungct\[codecs\]'"):
+        pixels.read_stored(path, header_of(path) | {"transfer_syntax_uid": str(syntax)})
+
+
+def test_syntax_problems():
+    for syntax in (*PLAIN, *PACKED, JPEGLosslessSV1):
+        assert pixels.syntax_problem(syntax, 12) is None
+    assert pixels.syntax_problem("1.2.840.10008.1.2.4.51", 8) is None
+    assert "pylibjpeg-libjpeg (licence: GPL)" in pixels.syntax_problem("1.2.840.10008.1.2.4.51", 12)
+    assert "MPEG2" in pixels.syntax_problem("1.2.840.10008.1.2.4.100")
+
+
+def test_damaged_stream_names_the_file(tmp_path):
+    path = write(tmp_path / "a.dcm", values_of(12, False), JPEGLSLossless, 12)
+    raw = bytearray(path.read_bytes())
+    raw[-60:-20] = b"\0" * 40
+    at = raw.rfind(b"\xff\xd8")
+    raw[at : at + 30] = b"\1" * 30
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.dcm: frame 0 cannot be decoded: "), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pixels.read_stored(path, header_of(path))
+
+
+def test_colour_is_refused(tmp_path):
+    path = write(tmp_path / "a.dcm", np.zeros((4, 18), np.uint8), SamplesPerPixel=3, Columns=6, PlanarConfiguration=0,
+                 PhotometricInterpretation="RGB")
+    with pytest.raises(ValueError, match=r"expected 4 x 6 pixels, got shape \(4, 6, 3\)"):
+        pixels.read_stored(path, header_of(path))
+
+
+# ---- Hounsfield units ------------------------------------------------------------------------------------------------
+
+@settings(max_examples=400, deadline=None)
+@given(bits=st.integers(8, 16), signed=st.booleans(), intercept=st.integers(-40_000, 40_000),
+       padding=st.none() | st.integers(-32768, 65535), limit=st.none() | st.integers(-32768, 65535),
+       seed=st.integers(0, 2**31))
+def test_fast_way_agrees_with_the_plain_one(bits, signed, intercept, padding, limit, seed):
+    stored = values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16)
+    header = {"rescale_slope": 1.0, "rescale_intercept": float(intercept), "bits_stored": bits,
+              "pixel_padding_value": padding, "pixel_padding_limit": limit}
+    expected, counted = pixels.to_hu(stored, header)
+    before = stored.copy()
+    outside = pixels._hu_in_place(stored, header)
+    if outside is None:
+        assert np.array_equal(stored, before)
+        assert abs(intercept) >= 2**15 or pixels.AIR_HU - intercept >= 2**15 or int(stored.max()) + intercept >= 2**15
+    else:
+        assert outside == counted and np.array_equal(stored.view(np.int16), expected)
+
+
+def expected_hu(stored, slope, intercept, padding=None):
+    """By hand, in double precision."""
+    hu = stored.astype(np.float64) * slope + intercept
+    outside = (hu < -1024) | (stored == padding if padding is not None else False)
+    return np.where(outside, -1024, hu), int(outside.sum())
+
+
+@pytest.mark.parametrize("slope, intercept", [(1, -1024), (1, 0), (2, -1024), (-1, 100), (1, 30000), (0.5, -1000.25)])
+@pytest.mark.parametrize("bits, signed", [(8, False), (8, True), (12, False), (16, False), (16, True)])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian], ids=lambda uid: uid.name)
+def test_volume_by_hand(tmp_path, syntax, bits, signed, slope, intercept):
+    stored = np.stack([values_of(bits, signed, seed=k) for k in range(3)])
+    headers = [header_of(write(tmp_path / f"{k}.dcm", plane, syntax, bits, RescaleSlope=slope,
+                               RescaleIntercept=intercept), pixel_padding_value=7) for k, plane in enumerate(stored)]
+    volume, outside = pixels.read_hu(headers, tmp_path)
+    expected, counted = expected_hu(stored, slope, intercept, 7)
+    whole = float(slope).is_integer() and expected.max() < 2**15
+    assert volume.dtype == (np.int16 if whole else np.float32) and outside == counted
+    assert np.array_equal(volume, expected.astype(np.float32))
+
+
+def test_widening_keeps_earlier_slices(tmp_path):
+    planes = [np.full((4, 6), value, np.uint16) for value in (1064, 60_000, 24)]
+    headers = [header_of(write(tmp_path / f"{k}.dcm", plane)) for k, plane in enumerate(planes)]
+    volume, outside = pixels.read_hu(headers, tmp_path)
+    assert volume.dtype == np.float32 and outside == 0
+    assert volume[:, 0, 0].tolist() == [40, 58_976, -1000]
+
+
+def test_not_a_number_is_air():
+    header = {"rescale_slope": 1.0, "rescale_intercept": 0.0}
+    hu, outside = pixels.to_hu(np.array([[math.nan, 5.5]]), header)
+    assert hu.tolist() == [[-1024, 5.5]] and outside == 1
+
+
+def test_scaled_volume(tmp_path):
+    stored = values_of(15, False)
+    headers = [header_of(write(tmp_path / f"{k}.dcm", stored, bits=16, RescaleSlope=0.25 * (k + 1), RescaleIntercept=0),
+                         pixel_padding_value=0) for k in range(2)]
+    volume, outside = pixels.read_scaled(headers, tmp_path, 0.001)
+    assert volume.dtype == np.float32 and outside == 2 * (stored == 0).sum()
+    assert np.allclose(volume, stored * np.array([0.25, 0.5])[:, None, None] * 0.001, rtol=1e-6)
+    each, _ = pixels.read_scaled(headers, tmp_path, [0.001, 0.003])
+    assert np.array_equal(each[0], volume[0]) and np.allclose(each[1], 3 * volume[1], rtol=1e-6)
+
+
+# ---- straightening ---------------------------------------------------------------------------------------------------
+
+def leaning_affine(lean_x, lean_y, spacing=(0.7, 0.9, 2.5), angles=(0.3, -0.2)):
+    """Voxel (x, y, z) -> mm of a stack whose slices are turned by two angles and shifted against each other."""
+    a, b = angles
+    turn = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]]) @ np.array(
+        [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.array([[spacing[0], 0, lean_x], [0, spacing[1], lean_y], [0, 0, spacing[2]]])
+    affine[:3, 3] = -30, 12, 100
+    return affine
+
+
+@settings(max_examples=40, deadline=None)
+@given(lean_x=st.floats(-1.5, 1.5), lean_y=st.floats(-1.5, 1.5), seed=st.integers(0, 1000))
+def test_straightened_values_are_those_at_the_same_place(lean_x, lean_y, seed):
+    """Reference: scipy resamples the leaning array with the two affines; it knows nothing of slices and shifts."""
+    values = np.random.default_rng(seed).normal(0, 100, (7, 12, 9))
+    affine = leaning_affine(lean_x, lean_y)
+    straight, upright = pixels.straighten(values, affine, outside=-1024)
+    steps = upright[:3, :3].T @ upright[:3, :3]
+    assert np.abs(steps - np.diag(np.diag(steps))).max() < 1e-9
+    assert np.allclose(upright[:3, :2], affine[:3, :2]) and math.isclose(steps[2, 2] ** 0.5, 2.5, rel_tol=1e-9)
+    to_leaning = (np.linalg.inv(affine) @ upright)[:3][::-1]
+    reference = ndimage.affine_transform(values, to_leaning[:, 2::-1], to_leaning[:, 3], output_shape=straight.shape,
+                                         order=1, mode="grid-constant", cval=-1024)
+    assert np.abs(straight - reference).max() < 1e-6 * 1024
+
+
+def test_straightening_loses_no_voxel_and_keeps_whole_numbers():
+    """Shifts by whole pixels interpolate nothing: each slice is found again, at its place in mm, with air around."""
+    values = np.random.default_rng(0).integers(-900, 900, (6, 8, 8)).astype(np.int16)
+    affine = leaning_affine(-0.7 * 3, 0.9 * 2, spacing=(0.7, 0.9, 5))
+    straight, upright = pixels.straighten(values, affine)
+    assert straight.dtype == np.int16 and straight.shape == (6, 8 + 10, 8 + 15)
+    for k, plane in enumerate(values):
+        x, y, z, _ = np.linalg.inv(upright) @ affine @ [0, 0, k, 1]
+        assert np.allclose([x, y, z], np.rint([x, y, z]), atol=GEOMETRY_TOLERANCE_MM)
+        x, y = round(x), round(y)
+        assert np.array_equal(straight[k, y : y + 8, x : x + 8], plane)
+    assert (straight == pixels.AIR_HU).sum() == straight.size - values.size
+
+
+def test_a_ball_lies_where_it_was():
+    """A ball of known centre in mm, seen by a leaning scan; its centre of mass stays when straightened."""
+    affine, centre = leaning_affine(0.4, -0.8), None
+    z, y, x = np.mgrid[:30, :60, :60]
+    places = np.stack([x, y, z], -1) @ affine[:3, :3].T + affine[:3, 3]
+    centre = affine[:3, :3] @ [30, 30, 15] + affine[:3, 3]
+    ball = np.where(np.linalg.norm(places - centre, axis=-1) < 12, 40, -1024).astype(np.int16)
+    straight, upright = pixels.straighten(ball, affine)
+    weights = straight.astype(float) + 1024
+    k, j, i = np.indices(straight.shape)
+    found = [np.average(axis, weights=weights) for axis in (i, j, k)]
+    assert np.linalg.norm(upright[:3, :3] @ found + upright[:3, 3] - centre) < 0.1
+    distance = np.linalg.norm(np.stack([i, j, k], -1) @ upright[:3, :3].T + upright[:3, 3] - centre, axis=-1)
+    assert (straight[distance < 11] == 40).all() and (straight[distance > 13.5] == -1024).all()
+
+
+def test_upright_stack_is_left_alone():
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    straight, upright = pixels.straighten(values, leaning_affine(0, 0))
+    assert np.array_equal(straight, values) and np.allclose(upright, leaning_affine(0, 0), atol=1e-12)
+
+
+def test_a_lean_that_no_gantry_has_is_refused():
+    with pytest.raises(ValueError, match=r"slices lean by 76 degrees, at most 45 can be straightened"):
+        pixels.straighten(np.zeros((3, 4, 5), np.int16), leaning_affine(10, 0))
+
+
+def test_missing_values_of_a_table_are_missing(tmp_path):
+    """A table says NA where a header says nothing; bits and sign then have their plain meaning."""
+    stored = values_of(16, False)
+    header = header_of(write(tmp_path / "a.dcm", stored))
+    for column in ("bits_stored", "high_bit", "pixel_representation", "pixel_padding_value", "samples_per_pixel",
+                   "frame"):
+        header[column] = pd.NA
+    assert np.array_equal(pixels.read_stored(tmp_path / "a.dcm", header), stored)
+    volume, outside = pixels.read_hu([header], tmp_path)
+    assert np.array_equal(volume[0], stored - 1024.0) and outside == 0
