@@ -127,8 +127,8 @@ _ENDS = (("I", "S"), ("A", "P"), ("R", "L"))                                   #
 def _orientation_marks(ax, down, across):
     """Letters of the patient's sides at the four edges of a plane of an LPS-ordered array."""
     bottom, top = _ENDS[down] if down == 0 else _ENDS[down][::-1]
-    style = {"transform": ax.transAxes, "color": "white", "fontsize": 9, "ha": "center", "va": "center",
-             "path_effects": [withStroke(linewidth=2, foreground="black")]}
+    style = {"transform": ax.transAxes, "color": "white", "fontsize": 9, "fontweight": "bold", "ha": "center",
+             "va": "center", "path_effects": [withStroke(linewidth=2, foreground="black")]}
     ax.text(0.03, 0.5, _ENDS[across][0], **style)
     ax.text(0.97, 0.5, _ENDS[across][1], **style)
     ax.text(0.5, 0.05, bottom, **style)

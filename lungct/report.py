@@ -122,7 +122,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; tex
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; white-space: nowrap; }
 figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
-@media screen and (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } }
+@media screen and (max-width: 40rem) { caption { white-space: normal; } .wide img { max-width: none; width: 40rem; } }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: 0 1rem; }
 summary { cursor: pointer; font-weight: 600; padding: .7rem 0; }
 pre { background: var(--card); border-radius: .3rem; padding: .6rem .8rem; overflow-x: auto; font-size: .82rem;
