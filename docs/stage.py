@@ -26,12 +26,14 @@ TOC = """```{toctree}
 :caption: Appendix
 appendix/headers
 appendix/phantom
+appendix/scale_model
 appendix/plots
 appendix/pixels
 appendix/suv
 appendix/runs
 appendix/course
 appendix/report
+appendix/exchange
 appendix/predict
 appendix/doctor
 appendix/download

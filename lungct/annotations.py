@@ -7,8 +7,8 @@ __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_CO
            'SECONDARY_CAPTURE_CLASS', 'LEDGER_COLUMNS', 'CORNERS_MM', 'LESION_COLUMNS', 'PAIR_COLUMNS',
            'CLINICAL_HEADERS', 'CLINICAL_COLUMNS', 'CONFLICT_COLUMNS', 'TOLERANCES', 'annotation_folder',
            'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
-           'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'require_match', 'place_boxes',
-           'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
+           'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'compare_rules', 'require_match',
+           'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
            'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
@@ -211,9 +211,9 @@ def _walk(root: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
     base = root.parent if any(file.parent == root for file in files) else root
     return base, sorted(files), sorted(odd)
 
-# %% ../nbs/02_parse_annotations.ipynb #9a25c53d
+# %% ../nbs/02_parse_annotations.ipynb #490ec84b
 def _again(folder: str, seen: set[tuple[int, int]]) -> bool:
-    # links to folders are followed, as chapter 1 does; a folder met again (a loop of links) is not entered twice
+    # chapter 1 follows links too; a folder met again (a loop of links) is not entered twice
     info = os.stat(folder)
     key = info.st_dev, info.st_ino
     return key in seen or seen.add(key) is not None
@@ -294,15 +294,19 @@ SECONDARY_CAPTURE_CLASS = "1.2.840.10008.5.1.4.1.1.7"
 _PAIR = ["patient_id", "sop_uid"]
 
 
+def _is_capture(sop_class_uid: pd.Series) -> pd.Series:
+    uid = sop_class_uid.astype("str").fillna("")
+    return uid.eq(SECONDARY_CAPTURE_CLASS) | uid.str.startswith(SECONDARY_CAPTURE_CLASS + ".")
+
+
 def _images(instances: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     # one row for each (patient, UID): should the same image be on disk twice, the copy that is in use
     images = instances[[*_PAIR, "sop_class_uid", "rows", "columns", "stack_id", "slice_index"]]
     images = images.merge(stacks[["stack_id", "status", "reason"]], on="stack_id", how="left")
     images["accepted"] = images["status"].eq("accepted").fillna(False)
     images["usable"] = images["accepted"] & images["slice_index"].notna()
-    uid = images["sop_class_uid"].astype("str").fillna("")
-    capture = uid.eq(SECONDARY_CAPTURE_CLASS) | uid.str.startswith(SECONDARY_CAPTURE_CLASS + ".")
-    images["capture"] = capture | images["reason"].eq(Exclusion.SECONDARY_CAPTURE.value).fillna(False)
+    excluded = images["reason"].eq(Exclusion.SECONDARY_CAPTURE.value).fillna(False)
+    images["capture"] = _is_capture(images["sop_class_uid"]) | excluded
     images["found"] = True
     return images.sort_values("usable", ascending=False, kind="stable").drop_duplicates(_PAIR)
 
@@ -422,6 +426,30 @@ def count_outcomes(ledger: pd.DataFrame) -> pd.Series:
     """Files for each `Outcome`, in its order, zeros included."""
     counts = ledger["outcome"].value_counts().reindex([outcome.value for outcome in Outcome], fill_value=0)
     return counts.astype("int64").rename("files").rename_axis("outcome")
+
+# %% ../nbs/02_parse_annotations.ipynb #481f2daa
+def compare_rules(instances: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """Where the annotation files lie by the rules of the two published audits.
+
+    Returns
+    -------
+    Columns `rule`, `place`, `files`. "folder and UID" looks among the images of the folder's patient and does not ask
+    whether the file can be parsed; "UID alone" takes any patient's image and sets unparseable files apart. Each rule's
+    files sum to those of the ledger. Whether a stack was accepted plays no part.
+    """
+    images = instances.assign(place=_kind_of_image(instances)).sort_values("place").drop_duplicates(_PAIR)
+    own = ledger[_PAIR].merge(images[[*_PAIR, "place"]], on=_PAIR, how="left")["place"]
+    strangers = ~ledger["patient_id"].isin(instances["patient_id"]).to_numpy()
+    alone = ledger["sop_uid"].map(images.drop_duplicates("sop_uid").set_index("sop_uid")["place"])
+    places = {"folder and UID": own.mask(strangers, "patient without images"),
+              "UID alone": alone.mask(ledger["outcome"] == Outcome.UNPARSEABLE.value, "unparseable")}
+    counts = pd.concat({rule: place.fillna("nothing").value_counts() for rule, place in places.items()})
+    return counts.rename_axis(["rule", "place"]).rename("files").reset_index()
+
+
+def _kind_of_image(instances: pd.DataFrame) -> pd.Series:
+    kind = instances["modality"].map({"CT": "CT", "PT": "PET"}).fillna("another image")
+    return kind.mask(_is_capture(instances["sop_class_uid"]), "secondary capture")
 
 # %% ../nbs/02_parse_annotations.ipynb #04a4279f
 def require_match(ledger: pd.DataFrame, stacks: pd.DataFrame, folder: str | os.PathLike) -> None:

@@ -404,6 +404,8 @@ def phantom(
     patients: Annotated[int, typer.Option(min=1, help="Number of patients.")] = 60,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     quirks: Annotated[str, typer.Option(help="'all', 'none', or names with commas; '?' lists them.")] = "all",
+    scale_model: Annotated[bool, typer.Option("--scale-model", help="The whole collection with tiny pixels.")] = False,
+    fraction: Annotated[float, typer.Option(help="Part of the scale model's patients.")] = 1.0,
 ) -> None:
     """Generate a cohort of phantoms as the collection would lie on disk, with the truth beside it."""
     with plain_errors():
@@ -411,13 +413,27 @@ def phantom(
 
         if quirks == "?":
             print("\n".join(f"{name}: {text}" for name, text in phantoms.QUIRKS.items()))
-            return
-        chosen = {"all": tuple(phantoms.QUIRKS), "none": ()}.get(quirks)
-        chosen = tuple(quirks.split(",")) if chosen is None else chosen
-        unknown = sorted(set(chosen) - set(phantoms.QUIRKS))
-        if unknown:
-            raise runs.InputError(f"unknown quirk {', '.join(unknown)}: known are {', '.join(phantoms.QUIRKS)}")
-        print(phantoms.make_cohort(check_writable("folder", out), patients=patients, seed=seed, quirks=chosen))
+        elif scale_model:
+            if (patients, quirks) != (60, "all"):
+                raise runs.InputError("--scale-model has the collection's patients and quirks: leave out --patients "
+                                      "and --quirks, and use --fraction for fewer patients")
+            from lungct.scale_model import make_scale_model
+
+            print(make_scale_model(check_writable("folder", out), fraction, seed))
+        else:
+            if fraction != 1:
+                raise runs.InputError("--fraction is a part of the scale model: give --scale-model too, or --patients")
+            print(phantoms.make_cohort(check_writable("folder", out), patients, seed, _chosen_quirks(quirks)))
+
+# %% ../nbs/appendix/course.ipynb #9cae9147
+def _chosen_quirks(text: str) -> tuple[str, ...]:
+    from lungct.phantom import QUIRKS
+
+    chosen = {"all": tuple(QUIRKS), "none": ()}.get(text, tuple(text.split(",")))
+    unknown = sorted(set(chosen) - set(QUIRKS))
+    if unknown:
+        raise runs.InputError(f"unknown quirk {', '.join(unknown)}: known are {', '.join(QUIRKS)}")
+    return chosen
 
 # %% ../nbs/appendix/course.ipynb #f9a97972
 @app.command()

@@ -223,7 +223,8 @@ def images(*rows):
     """rows: (patient, uid, sop class, stack, slice)"""
     types = dict.fromkeys(["patient_id", "sop_uid", "sop_class_uid", "stack_id"], "str") | {"slice_index": "Int64"}
     frame = pd.DataFrame(rows, columns=list(types)).astype(types)
-    return frame.assign(rows=pd.Series(512, frame.index, "Int64"), columns=pd.Series(400, frame.index, "Int64"))
+    size = {"rows": pd.Series(512, frame.index, "Int64"), "columns": pd.Series(400, frame.index, "Int64")}
+    return frame.assign(modality="CT", **size)
 
 
 INSTANCES = images(
@@ -259,7 +260,7 @@ def one(folder, uid, label="A", box=SQUARE):
     return (folder, uid, [(label, box)])
 
 
-@pytest.mark.parametrize(("file", "outcome"), [
+ONE_OF_EACH = [
     (one("A0001", "1.1"), Outcome.MATCHED),
     (one("A0001", "1.2", "a"), Outcome.MATCHED),
     (one("A0001", "1.3"), Outcome.SECONDARY_CAPTURE),
@@ -277,7 +278,10 @@ def one(folder, uid, label="A", box=SQUARE):
     (one("A0001", "1.1", "A", (5, 5, 401, 9)), Outcome.OUTSIDE_IMAGE),
     (one("A0001", "1.1", "A", (5, 5, 9, 513)), Outcome.OUTSIDE_IMAGE),
     (one("A0001", "1.1", "A", (0, 0, 400, 512)), Outcome.MATCHED),
-])
+]
+
+
+@pytest.mark.parametrize(("file", "outcome"), ONE_OF_EACH)
 def test_each_outcome(file, outcome):
     assert outcomes(file) == {f"{file[0]}/{file[1]}.xml": outcome.value}
 
@@ -362,6 +366,37 @@ def test_every_file_has_one_outcome_whatever_the_order_of_the_rows(files, random
     usable = ledger[ledger["outcome"] == "matched"]
     assert usable["stack_id"].isin(["s1", "s3"]).all() and usable["slice_index"].notna().all()
     assert not usable.duplicated(["patient_id", "sop_uid"]).any()
+
+
+def rule_totals(ledger, instances=INSTANCES):
+    found = an.compare_rules(instances, ledger)
+    assert (found.groupby("rule")["files"].sum() == len(ledger)).all()
+    return {rule: dict(zip(part["place"], part["files"], strict=True)) for rule, part in found.groupby("rule")}
+
+
+def test_the_two_published_rules_differ_by_borrowers_and_by_the_unparseable_file(folder):
+    boxes = box_rows(one("A0001", "1.1"), one("A0001", "1.3"), one("G0002", "1.2", "G"), one("G0002", "1.3", "G"),
+                     one("A0067", "2.1"), one("A0067", "7.7"), one("A0001", "9.9"))
+    broken = an._table([{"file": "A0001/1.4.xml", "folder": "A0001", "patient_id": "Lung_Dx-A0001", "sop_uid": "1.4",
+                         "reason": XmlProblem.NOT_XML.value, "detail": "cut off"}], an.PROBLEM_COLUMNS)
+    totals = rule_totals(an.reconcile(INSTANCES, STACKS, boxes, broken))
+    # G0002/1.2 and G0002/1.3 borrow from A0001, A0067/2.1 from G0002; A0001/1.4 lies on CT and cannot be parsed
+    assert totals["folder and UID"] == {"CT": 2, "secondary capture": 1, "patient without images": 2, "nothing": 3}
+    assert totals["UID alone"] == {"CT": 3, "secondary capture": 2, "nothing": 2, "unparseable": 1}
+
+
+def test_rules_on_pet_on_other_images_and_on_nothing():
+    instances = INSTANCES.assign(modality=["CT", "PT", "CT", "MR", "CT", "CT", "CT"])
+    boxes = box_rows(one("A0001", "1.1"), one("A0001", "1.2"), one("A0001", "1.3"), one("A0001", "1.4"))
+    totals = rule_totals(an.reconcile(instances, STACKS, boxes, NO_PROBLEMS), instances)
+    assert totals["UID alone"] == totals["folder and UID"] == {
+        "CT": 1, "PET": 1, "secondary capture": 1, "another image": 1}
+    assert rule_totals(an.reconcile(INSTANCES, STACKS, box_rows(), NO_PROBLEMS)) == {}
+
+
+def test_every_outcome_but_unparseable_is_reached_by_some_file_here():
+    reached = {outcome for _, outcome in ONE_OF_EACH}
+    assert reached == set(Outcome) - {Outcome.UNPARSEABLE, Outcome.DUPLICATE, Outcome.OTHER_SIZE}  # tests of their own
 
 
 def test_no_match_at_all_is_one_line_with_the_folders_expected(folder):
@@ -463,6 +498,24 @@ def test_a_wider_gap_never_splits_a_lesion(rows, max_gap):
     assert pd.Series(wide).groupby(narrow).nunique().max() == 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(box_on_slice, min_size=1, max_size=12), st.integers(0, 2), st.sampled_from([0.25, 0.5, 1.0]))
+def test_joining_is_what_a_pencil_would_do(rows, max_gap, min_overlap):
+    def same(a, b):
+        wide = max(0, min(a[3], b[3]) - max(a[1], b[1])) * max(0, min(a[4], b[4]) - max(a[2], b[2]))
+        smaller = min((box[3] - box[1]) * (box[4] - box[2]) for box in (a, b))
+        return abs(a[0] - b[0]) <= max_gap + 1 and wide / smaller >= min_overlap
+
+    group = list(range(len(rows)))
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows[:i]):
+            if same(a, b):
+                group = [group[j] if g == group[i] else g for g in group]
+    found = an.link_boxes([row[0] for row in rows], [row[1:] for row in rows], max_gap, min_overlap)
+    pairs = {(i, j) for i in range(len(rows)) for j in range(i) if group[i] == group[j]}
+    assert pairs == {(i, j) for i in range(len(rows)) for j in range(i) if found[i] == found[j]}
+
+
 def test_gaps_are_bridged_up_to_the_limit_and_counted():
     rows = [(5, 10, 10, 30, 30), (6, 10, 10, 30, 30), (8, 12, 12, 28, 28)]
     lesions, _ = an.join_lesions(placed(*rows), STACK, max_gap=1)
@@ -544,6 +597,36 @@ def test_the_same_lesion_in_two_stacks_is_linked_across_different_grids():
     assert pairs[["lesion_a", "lesion_b", "kind"]].to_numpy().tolist() == [["s1_0", "s2_0", "reconstruction"]]
     assert 0.7 < pairs["iou"].iloc[0] < 1 and pairs["volume_ratio"].iloc[0] == pytest.approx(1)
     assert pairs["centre_distance_mm"].iloc[0] < 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(angle, angle, angle), st.tuples(st.integers(5, 40), st.integers(5, 40), st.integers(2, 9)))
+def test_one_lesion_on_two_oblique_grids_is_one_pair_of_full_agreement(angles, extent):
+    # the second grid has twice the spacing in plane, half along z, and starts at the same corner of the same voxel
+    wide, high, deep = extent
+    fine = affine_of(angles, (0.7, 0.7, 5.0))
+    coarse = fine.copy()
+    coarse[:3, :3] *= np.array([2, 2, 0.5])
+    coarse[:3, 3] = dicom.to_mm(fine, np.array([0.5, 0.5, -0.25]))
+    stacks = stack_table(("s1", "x", "frame", fine), ("s2", "y", "frame", coarse))
+    boxes = pd.concat([placed(*[(4 + k, 20, 40, 20 + 2 * wide, 40 + 2 * high) for k in range(deep)]),
+                       placed(*[(8 + k, 10, 20, 10 + wide, 20 + high) for k in range(2 * deep)], stack_id="s2")],
+                      ignore_index=True)
+    pairs = an.pair_lesions(an.join_lesions(boxes, stacks)[0], stacks)
+    assert pairs["kind"].tolist() == ["reconstruction"]
+    assert pairs["iou"].iloc[0] == pytest.approx(1)
+    assert pairs["centre_distance_mm"].iloc[0] == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 8)] * 3, *[st.integers(1, 6)] * 3), min_size=2, max_size=2))
+def test_iou_is_that_of_counted_voxels(cubes):
+    grid = [np.zeros((14, 14, 14), bool) for _ in cubes]
+    for room, (x, y, z, a, b, c) in zip(grid, cubes, strict=True):
+        room[x:x + a, y:y + b, z:z + c] = True
+    corners = [(x, y, z, x + a, y + b, z + c) for x, y, z, a, b, c in cubes]
+    counted = (grid[0] & grid[1]).sum() / (grid[0] | grid[1]).sum()
+    assert an.iou_3d(corners[:1], corners[1:])[0, 0] == pytest.approx(counted)
 
 
 def test_only_one_study_and_one_frame_of_reference_are_compared():
@@ -726,3 +809,34 @@ def test_the_real_clinical_table(real_data):
     assert clinical["m"].isna().sum() == 3 and clinical["notes"].str.startswith("m ").sum() == 3
     assert clinical["age_years"].notna().sum() == 354 and clinical["weight_kg"].notna().sum() == 351
     assert clinical["sex"].value_counts().to_dict() == {"M": 190, "F": 165}
+
+
+def test_the_real_clinical_table_cell_by_cell(real_data):
+    path = an.find_clinical(real_data / "Annotation")
+    header, *rows = openpyxl.load_workbook(path, read_only=True).active.iter_rows(values_only=True)
+    clinical = an.read_clinical(path).set_index("patient_id")
+    assert "\uff2d-Stage" in header
+    for row in (dict(zip(header, row, strict=True)) for row in rows):
+        mine = clinical.loc[f"Lung_Dx-{row['NewPatientID']}"]
+        for name, column in (("Sex", "sex"), ("Age", "age_years"), ("weight (kg)", "weight_kg"),
+                             ("Smoking History", "smoking"), ("T-Stage", "t"), ("N-Stage", "n")):
+            kept = None if pd.isna(mine[column]) else mine[column]
+            given = row[name] if column not in ("t", "n") else str(row[name])
+            assert kept == given, (row["NewPatientID"], name)
+        grade = row["Histopathological grading"]
+        assert pd.isna(mine["grade"]) == (grade is None) and (grade is None or grade.strip()[:2] == mine["grade"][:2])
+
+
+def test_the_real_ledger_is_the_one_that_the_chapter_explains(real_data):
+    instances, _ = dicom.index_dicom(real_data / "Lung-PET-CT-Dx", workers=1)
+    stacks, instances = dicom.build_stacks(instances, root=real_data / "Lung-PET-CT-Dx")
+    ledger = an.reconcile(instances, stacks, *an.read_annotations(real_data / "Annotation"))
+    found = ledger.groupby(["folder", "outcome"]).size().to_dict()
+    assert found == {
+        ("A0001", "matched"): 20, ("A0003", "unknown UID"): 5, ("A0004", "patient without images"): 14,
+        ("A0005", "patient without images"): 2, ("A0006", "matched"): 10, ("A0006", "unknown UID"): 7,
+        ("A0007", "patient without images"): 6, ("B0019", "patient without images"): 31,
+        ("B0020", "patient without images"): 21, ("E0003", "matched"): 79, ("G0001", "patient without images"): 10}
+    per_stack = ledger[ledger["outcome"] == "matched"].groupby(["folder", "stack_id"]).size()
+    assert {folder: sorted(part) for folder, part in per_stack.groupby("folder")} == {
+        "A0001": [9, 11], "A0006": [5, 5], "E0003": [19, 20, 20, 20]}

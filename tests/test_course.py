@@ -224,6 +224,10 @@ def lungct(*arguments, cwd=None):
     (["predict", "/nowhere", "--model", "m.keras", "--out", "o"], "folder /nowhere is not a folder"),
     (["phantom", "out", "--quirks", "odd"], "unknown quirk odd: known are"),
     (["phantom", "/dev/null/x"], "/dev/null is a file, not a folder"),
+    (["phantom", "/dev/null/x", "--scale-model"], "/dev/null is a file, not a folder"),
+    (["phantom", "out", "--scale-model", "--fraction", "2"], "expected a fraction above 0 and at most 1, got 2.0"),
+    (["phantom", "out", "--scale-model", "--patients", "9"], "leave out --patients and --quirks, and use --fraction"),
+    (["phantom", "out", "--fraction", "0.5"], "--fraction is a part of the scale model: give --scale-model too"),
     (["predict", "/usr", "--model", "/etc/hostname", "--out", "/proc/x"], "--out /proc/x could not be written"),
     (["download", "out"], "expected one: name it with --manifest"),
 ])

@@ -79,7 +79,8 @@ def test_every_pin_supports_each_python_that_the_project_names():
 
 
 @pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "headers", "pixels", "suv",
-                                    "phantom", "plots", "runs", "course", "report", "doctor", "download"])
+                                    "phantom", "plots", "runs", "course", "report", "doctor", "download", "exchange",
+                                    "scale_model"])
 def test_import_does_not_load_tensorflow(module):
     name = "lungct" if module == "lungct" else f"lungct.{module}"
     code = f"import {name}, sys; assert not {{'tensorflow', 'keras', 'torch', 'jax'}} & set(sys.modules)"
