@@ -281,8 +281,9 @@ def _index(root: str, files: list[tuple], workers: int | None, progress: Callabl
 def _as_tables(table: pa.Table, unlisted: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(instances, problems) from an index and the rows of what is no file."""
     good = pc.is_null(table["reason"])
-    instances, twins = _drop_twins(_instance_frame(table.filter(good)))
     bad = table.select(list(PROBLEM_DTYPES)).filter(pc.invert(good)).to_pylist()
+    instances, twins = _drop_twins(_instance_frame(table.filter(good)))
+    pa.default_memory_pool().release_unused()              # the reading is over, and stacks will want the memory
     return instances, _table(unlisted + bad + twins, PROBLEM_DTYPES)
 
 # %% ../nbs/01_explore_dicom.ipynb #169dacbf

@@ -134,11 +134,11 @@ def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def load_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a Parquet table; InputError when it is not there."""
+def load_table(path: str | os.PathLike, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a Parquet table, or only some of its columns; InputError when it is not there."""
     if not Path(path).is_file():
         raise InputError(f"table {path} does not exist: run the chapter that writes it first")
-    return pd.read_parquet(path)
+    return pd.read_parquet(path, columns=columns)
 
 # %% ../nbs/appendix/runs.ipynb #21ea8df1
 def save_json(value: object, path: str | os.PathLike) -> Path:
