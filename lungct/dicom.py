@@ -80,7 +80,7 @@ def _look_into(folder: str, prefix: str, files: list, problems: list) -> list[tu
             problems.append(_entry_problem(path, error))
             continue
         if stat.S_ISREG(info.st_mode):
-            files.append((path, info.st_size, info.st_mtime_ns))
+            files.append((path, info.st_size, info.st_ctime_ns))
         elif stat.S_ISDIR(info.st_mode):
             folders.append((entry.path, path + "/", (info.st_dev, info.st_ino)))
         else:
@@ -114,7 +114,7 @@ def list_files(root: str | os.PathLike) -> tuple[list[str], list[dict]]:
     return [path for path, _, _ in files], problems
 
 # %% ../nbs/01_explore_dicom.ipynb #cb8d504a
-FILES_A_BATCH, FILES_A_WORKER = 500, 2000
+FILES_A_BATCH, FILES_A_WORKER = 500, 10_000
 
 
 def _pool(workers: int) -> ProcessPoolExecutor | None:
@@ -147,25 +147,25 @@ def _read_all(root: str, files: list[tuple], workers: int | None,
 _STAMP = b"lungct.headers"
 
 
-def _stamp() -> bytes:
-    """Hash of the code that turns bytes into rows."""
-    return runs.hash_value([runs.hash_file(headers.__file__), pydicom.__version__]).encode()
+def _stamp(root: str) -> bytes:
+    """Hash of the code that turns bytes into rows, and of the folder they come from."""
+    return runs.hash_value([runs.hash_file(headers.__file__), pydicom.__version__, os.path.realpath(root)]).encode()
 
 
-def _load_cache(cache: str | os.PathLike | None) -> pa.Table:
+def _load_cache(cache: str | os.PathLike | None, root: str) -> pa.Table:
     """The index a cache holds; an empty one when there is none that this code can use."""
     try:
         table = pq.read_table(os.fspath(cache), partitioning=None) if cache and os.path.isfile(cache) else None
     except (OSError, pa.ArrowException):                   # damaged: as good as none, it will be written anew
         table = None
-    stamped = table is not None and (table.schema.metadata or {}).get(_STAMP) == _stamp()
+    stamped = table is not None and (table.schema.metadata or {}).get(_STAMP) == _stamp(root)
     return table if stamped and table.schema.equals(INDEX_SCHEMA) else INDEX_SCHEMA.empty_table()
 
 
-def _save_cache(table: pa.Table, cache: str | os.PathLike) -> None:
+def _save_cache(table: pa.Table, cache: str | os.PathLike, root: str) -> None:
     lasting = table.filter(pc.fill_null(table["lasting"], True))
     with runs.atomic(cache) as part:
-        pq.write_table(lasting.replace_schema_metadata({_STAMP: _stamp()}), part, compression="zstd")
+        pq.write_table(lasting.replace_schema_metadata({_STAMP: _stamp(root)}), part, compression="zstd")
 
 # %% ../nbs/01_explore_dicom.ipynb #a1cc1384
 def _known(files: list[tuple[str, int, int]], cached: pa.Table) -> tuple[pa.Table, list[tuple]]:
@@ -268,13 +268,13 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 def _index(root: str, files: list[tuple], workers: int | None, progress: Callable[[int, int], None] | None,
            cache: str | os.PathLike | None) -> pa.Table:
     """A row for each file, sorted by path, from the cache where it knows the file."""
-    cached = _load_cache(cache)
+    cached = _load_cache(cache, root)
     known, unknown = _known(files, cached)
     if not unknown and len(known) == len(cached):
         return known
     table = pa.concat_tables([known, _read_all(root, unknown, workers, progress)]).combine_chunks().sort_by("path")
     if cache:
-        _save_cache(table, cache)
+        _save_cache(table, cache, root)
     return table
 
 
@@ -354,6 +354,7 @@ class Exclusion(StrEnum):
     NO_GEOMETRY = "no geometry"
     MIXED_SIZE = "mixed size"
     MISSING_RESCALE = "missing rescale"
+    OTHER_UNIT = "not in Hounsfield units"
     UNSUPPORTED_SYNTAX = "unsupported syntax"
 
 
@@ -369,7 +370,8 @@ LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
 _SLICE_COLUMNS = (
     *(column for column in pixels.COLUMNS if column != "frame"), "patient_id", "series_uid", "sop_uid",
     "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number", "position_mm", "orientation",
-    "pixel_spacing_mm", "slice_thickness_mm", "photometric", "frames", "stack_id")
+    "pixel_spacing_mm", "slice_thickness_mm", "photometric", "frames", "stack_id", "frame_of_reference_uid", "kernel",
+    "rescale_type")
 
 
 def _places_of_images(instances: pd.DataFrame) -> list[list]:
@@ -404,11 +406,20 @@ class _Part:
     depth_mm: np.ndarray | None
 
 # %% ../nbs/01_explore_dicom.ipynb #6082a00f
+def _is_possible(orientations: np.ndarray, spacings_mm: np.ndarray) -> np.ndarray:
+    """For each image whether it has two unit directions at right angles and pixels of some size."""
+    down, across = orientations[:, 3:], orientations[:, :3]
+    lengths = np.column_stack([np.linalg.norm(down, axis=1), np.linalg.norm(across, axis=1)])
+    skew = np.abs((down * across).sum(axis=1))
+    return (np.abs(lengths - 1) < SAME_DIRECTION).all(axis=1) & (skew < SAME_DIRECTION) & (spacings_mm > 0).all(axis=1)
+
+# %% ../nbs/01_explore_dicom.ipynb #b56fecb2
 def _part(rows: pd.DataFrame) -> _Part:
     positions, orientations = _matrix(rows["position_mm"], 3), _matrix(rows["orientation"], 6)
     orientation = orientations[0]
     depth = positions @ slice_normal(orientation)
-    if np.isnan(depth).any() or np.isnan(_matrix(rows["pixel_spacing_mm"], 2)).any():
+    possible = _is_possible(orientations, _matrix(rows["pixel_spacing_mm"], 2))
+    if np.isnan(depth).any() or not possible.all():       # no order by place then
         order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53)))
         return _Part(rows.iloc[order], positions[order], orientation, None)
     order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53), depth.round(3)))
@@ -452,7 +463,9 @@ def _no_geometry(part: _Part, min_slices: int) -> str | None:
     columns = ("position_mm", "orientation", "pixel_spacing_mm")
     missing = {column: int(part.rows[column].isna().sum()) for column in columns}
     told = ", ".join(f"{tag_name(column)} missing in {n}" for column, n in missing.items() if n)
-    return f"{told or 'orientation is not two directions'} of {len(part.rows)} images"
+    if told:
+        return f"{told} of {len(part.rows)} images"
+    return "pixel spacing is not above zero, or orientation is not two directions at right angles"
 
 # %% ../nbs/01_explore_dicom.ipynb #358f5bd1
 def _duplicates(part: _Part, min_slices: int) -> str | None:
@@ -528,6 +541,13 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
     flat = int((part.rows["rescale_slope"] == 0).sum())
     return f"{tag_name('rescale_slope')} is 0 in {flat} of {len(part.rows)} images" if flat else None
 
+
+def _other_unit(part: _Part, min_slices: int) -> str | None:
+    told = part.rows["rescale_type"].dropna().str.upper().unique()
+    odd = sorted(set(told) - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
+    ct = part.rows["modality"].iloc[0] == "CT"
+    return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
+
 # %% ../nbs/01_explore_dicom.ipynb #bc7338c8
 def _undecodable(part: _Part, min_slices: int) -> str | None:
     kinds = zip(part.rows["transfer_syntax_uid"], part.rows["bits_stored"].fillna(0), strict=True)
@@ -545,7 +565,7 @@ _CHECKS = {
     Exclusion.SECONDARY_CAPTURE: _capture, Exclusion.OTHER_MODALITY: _other_modality, Exclusion.LOCALIZER: _localizer,
     Exclusion.TOO_FEW_SLICES: _too_few, **_PLACED, Exclusion.NO_GEOMETRY: _no_geometry,
     Exclusion.MIXED_SIZE: _mixed_size, Exclusion.MISSING_RESCALE: _no_rescale,
-    Exclusion.UNSUPPORTED_SYNTAX: _undecodable,
+    Exclusion.OTHER_UNIT: _other_unit, Exclusion.UNSUPPORTED_SYNTAX: _undecodable,
 }
 assert list(_CHECKS) == list(Exclusion)
 
@@ -566,7 +586,8 @@ def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
 
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
     direction = _cluster(_matrix(rows["orientation"], 6), SAME_DIRECTION)
-    return _pieces(rows, direction * 2 + _is_localizer(rows))
+    frame, _ = pd.factorize(rows["frame_of_reference_uid"], use_na_sentinel=False)
+    return _pieces(rows, (frame * (direction.max() + 1) + direction) * 2 + _is_localizer(rows))
 
 
 def _by_place(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -578,7 +599,16 @@ def _by_size(rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def _by_acquisition(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    return _pieces(rows, rows["acquisition_number"].fillna(-1).to_numpy(np.int64))
+    return _pieces(rows, _acquisitions(rows))
+
+
+def _acquisitions(rows: pd.DataFrame) -> np.ndarray:
+    return rows["acquisition_number"].fillna(-1).to_numpy(np.int64)
+
+
+def _makings(rows: pd.DataFrame) -> np.ndarray:
+    kinds = zip(rows["image_type"].fillna(""), rows["kernel"].fillna(""), strict=True)
+    return pd.factorize(np.array(["|".join([*kind.split("\\")[:3], kernel]) for kind, kernel in kinds]))[0]
 
 # %% ../nbs/01_explore_dicom.ipynb #64a238d3
 def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | None:
@@ -644,13 +674,29 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
     """Cut rows into stacks; a cut is kept only when some part fares better than the whole."""
     part = _part(rows)
     whole = _Candidate(part, *_judge(part, min_slices))
-    for k, split in enumerate(splits if whole.reason else ()):
+    if whole.reason is None:
+        return _interleaved(rows, min_slices) or [whole]
+    for k, split in enumerate(splits):
         pieces = split(rows)
         if len(pieces) > 1:
             leaves = [leaf for piece in pieces for leaf in _split(piece, min_slices, splits[k + 1 :])]
             if max(leaf.rank for leaf in leaves) > whole.rank:
                 return leaves
     return [whole]
+
+# %% ../nbs/01_explore_dicom.ipynb #9334194b
+def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
+    """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
+    for labels in (_acquisitions(rows), _makings(rows)):
+        if not 1 < len(np.unique(labels)) <= len(rows) // min_slices:
+            continue
+        parts = [_part(piece) for piece in _pieces(rows, labels)]
+        leaves = [_Candidate(part, *_judge(part, min_slices)) for part in parts]
+        if all(leaf.reason is None for leaf in leaves):
+            ends = np.array([part.depth_mm[[0, -1]] for part in parts])
+            if ends[:, 1].min() - ends[:, 0].max() > np.ptp(ends, axis=1).min() / 2:
+                return leaves
+    return []
 
 # %% ../nbs/01_explore_dicom.ipynb #3bfcd687
 def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
@@ -665,7 +711,7 @@ def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
 
 # %% ../nbs/01_explore_dicom.ipynb #d950981a
 def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[pd.DataFrame, dict]:
-    """Drop a slice that occurs again at its position with equal pixels: (rows kept, index dropped -> index kept)."""
+    """Drop a slice that its acquisition holds again, with equal pixels: (rows kept, index dropped -> index kept)."""
     part = _part(rows)
     if root is None or part.depth_mm is None or rows["instance"].duplicated().any():
         return rows, {}                                    # an image of many frames stays whole
@@ -673,7 +719,8 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
     repeated, kept, twins = np.bincount(place)[place] > 1, {}, {}
     for k in np.flatnonzero(repeated):
         row = part.rows.iloc[k]
-        index = kept.setdefault((place[k], _pixel_digest(root, row)), row.name)
+        where = (place[k], *part.positions_mm[k].round(2), row["acquisition_number"])
+        index = kept.setdefault((where, _pixel_digest(root, row)), row.name)
         if index != row.name:
             twins[row.name] = index
     return part.rows.drop(index=list(twins)), twins
@@ -691,8 +738,10 @@ STACK_DTYPES |= {column: INSTANCE_DTYPES[column] for column in _COPIED}
 
 
 def _stack_id(patient_id: str | None, series_uid: str, phase: int) -> str:
-    digest = hashlib.blake2b(f"{series_uid}|{phase}".encode(), digest_size=4).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', patient_id or 'unknown')}_{digest}"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", patient_id or "unknown")
+    owner = "" if name == patient_id else repr(patient_id)             # two names that look alike stay apart
+    digest = hashlib.blake2b(f"{owner}{series_uid}|{phase}".encode(), digest_size=4).hexdigest()
+    return f"{name}_{digest}"
 
 # %% ../nbs/01_explore_dicom.ipynb #35980d48
 def _geometry(part: _Part) -> np.ndarray | None:
@@ -802,8 +851,10 @@ def _ordered(instances: pd.DataFrame, forgiven: Exclusion | None = None) -> _Par
     placed = instances["slice_index"].notna().to_numpy()[slices["instance"]] | slices["instance"].duplicated(keep=False)
     slices = slices[placed]                                # without dropped repeats, with images of several slices
     ids = slices["stack_id"].unique()
-    if len(ids) != 1:
-        raise ValueError(f"read_stack needs the instances of one stack, got {len(ids)}: {', '.join(map(str, ids[:3]))}")
+    owners = slices[["patient_id", "series_uid"]].drop_duplicates()
+    if len(ids) != 1 or len(owners) != 1:
+        raise ValueError(f"read_stack needs the instances of one stack, got {len(ids)} of {len(owners)} series: "
+                         f"{', '.join(map(str, ids[:3]))}")
     part = _part(slices)
     reason, detail = _judge(part, 2, forgiven)
     if reason:

@@ -351,7 +351,7 @@ def test_changed_new_and_lost_files(tree, tmp_path, opened):
     dicom.index_dicom(tree, cache=cache)
     assert opened == ["003.dcm"]
     (tree / "000 new.dcm").unlink()                        # nothing new, one less: the cache forgets it
-    assert len(dicom.index_dicom(tree, cache=cache)[0]) == 2 == len(dicom._load_cache(cache))
+    assert len(dicom.index_dicom(tree, cache=cache)[0]) == 2 == len(dicom._load_cache(cache, str(tree)))
 
 
 @pytest.mark.parametrize("harm", [
@@ -375,7 +375,7 @@ def test_other_code_finds_nothing_in_a_cache(tree, tmp_path, opened, monkeypatch
     cache = tmp_path / "index.parquet"
     dicom.index_dicom(tree, cache=cache)
     opened.clear()
-    monkeypatch.setattr(dicom, "_stamp", lambda: b"other")
+    monkeypatch.setattr(dicom, "_stamp", lambda root: b"other")
     dicom.index_dicom(tree, cache=cache)
     assert opened == ["001.dcm", "002.dcm", "003.dcm"]
 
@@ -994,7 +994,7 @@ def test_pet_is_refused_with_the_tag(tmp_path, changes, words):
         dicom.read_stack(instances, folder)
 
 
-@pytest.mark.parametrize("frame, expected", [("1.2.9", "1.2.9"), (None, None), (lambda i: f"1.2.{i // 3}", None)])
+@pytest.mark.parametrize("frame, expected", [("1.2.9", "1.2.9"), (None, None)])
 def test_stack_remembers_its_frame_of_reference(tmp_path, frame, expected):
     folder = write_series(tmp_path / "s", EVEN, FrameOfReferenceUID=frame)
     assert dicom.read_stack(stacks_of(folder)[1], folder).frame_of_reference_uid == expected
@@ -1050,3 +1050,86 @@ def test_resampling_needs_one_frame_of_reference(one, other):
     words = f"one frame of reference.* PT is in {one or 'none'}, CT is in {other or 'none'}"
     with pytest.raises(ValueError, match=words):
         dicom.resample_to(pet, ct)
+
+
+# ---- what looks right and is not -------------------------------------------------------------------------------------
+
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 2000, (4, 6)).astype(np.uint16)
+
+
+def test_the_cache_is_not_deceived_by_equal_sizes_and_times(tmp_path):
+    for name in ("a", "b"):
+        write_series(tmp_path / name, range(6), PatientID=name * 3, pixels=noise)
+        for path in (tmp_path / name).iterdir():
+            os.utime(path, (1e9, 1e9))
+    cache = tmp_path / "c.parquet"
+    dicom.index_dicom(tmp_path / "a", cache=cache)
+    other, _ = dicom.index_dicom(tmp_path / "b", cache=cache)
+    assert set(other["patient_id"]) == {"bbb"}, "another root is another cache"
+    one, two = tmp_path / "b" / "002.dcm", tmp_path / "b" / "005.dcm"
+    for source, target in ((one, tmp_path / "x"), (two, one), (tmp_path / "x", two)):
+        source.rename(target)
+    swapped, _ = dicom.index_dicom(tmp_path / "b", cache=cache)
+    pd.testing.assert_frame_equal(swapped, dicom.index_dicom(tmp_path / "b")[0])
+
+
+def test_two_phases_between_each_other_are_not_one_thin_volume(tmp_path):
+    write_series(tmp_path / "a", np.arange(0, 40, 5), AcquisitionNumber=1, pixels=noise)
+    write_series(tmp_path / "b", np.arange(2.5, 42, 5), AcquisitionNumber=2, number=lambda i: 100 + i)
+    stacks, instances = stacks_of(tmp_path)
+    assert stacks["status"].eq("accepted").all() and stacks["slices"].tolist() == [8, 8]
+    assert instances.groupby("stack_id")["acquisition_number"].nunique().eq(1).all()
+
+
+@pytest.mark.parametrize("other", [{"ConvolutionKernel": "B70f"}, {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}])
+def test_two_makings_between_each_other_are_apart(tmp_path, other):
+    write_series(tmp_path / "a", np.arange(0, 40, 5), ConvolutionKernel="B30f")
+    changes = {"ConvolutionKernel": "B30f", "number": lambda i: i + 50} | other
+    write_series(tmp_path / "b", np.arange(2.5, 42, 5), **changes)
+    assert stacks_of(tmp_path)[0]["slices"].tolist() == [8, 8]
+
+
+def test_turns_of_the_tube_one_after_the_other_stay_one_volume(tmp_path):
+    write_series(tmp_path, np.arange(0, 60, 5), AcquisitionNumber=lambda i: i // 4)
+    assert only(stacks_of(tmp_path)[0])["slices"] == 12
+
+
+def test_patients_whose_names_look_alike_share_no_stack(tmp_path):
+    write_series(tmp_path / "a", range(6), PatientID="P 1")
+    write_series(tmp_path / "b", range(6, 12), PatientID="P_1")
+    stacks, instances = stacks_of(tmp_path)
+    assert stacks["stack_id"].is_unique and len(stacks) == 2
+    with pytest.raises(ValueError, match="instances of one stack, got 1 of 2 series"):
+        dicom.read_stack(instances.assign(stack_id="same"), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"PixelSpacing": [0, 0]}, {"PixelSpacing": [-1, 1]}, {"ImageOrientationPatient": [2, 0, 0, 0, 2, 0]},
+    {"ImageOrientationPatient": [1, 0, 0, 0.5, 0.866, 0]}, {"ImageOrientationPatient": [1, 0, 0, 1, 0.001, 0]}])
+def test_impossible_geometry_is_no_geometry(tmp_path, changes):
+    row = only(stacks_of(write_series(tmp_path, range(6), **changes))[0])
+    assert row["reason"] == Exclusion.NO_GEOMETRY.value and row["ordered_by"] == "instance number"
+
+
+def test_equal_blank_slices_of_two_phases_are_no_repeats(tmp_path):
+    def slices(phase):
+        return lambda i: np.zeros((4, 6), np.uint16) if i < 3 else noise(100 * phase + i)
+    for phase in (1, 2):
+        write_series(tmp_path / str(phase), range(10), AcquisitionNumber=phase, pixels=slices(phase),
+                     number=lambda i, phase=phase: 100 * phase + i)
+    stacks, _ = stacks_of(tmp_path)
+    assert stacks["slices"].tolist() == [10, 10] and stacks["dropped_duplicates"].sum() == 0
+
+
+def test_maps_in_another_unit_are_not_hounsfield(tmp_path):
+    row = only(stacks_of(write_series(tmp_path, range(6), RescaleType="MGML"))[0])
+    assert row["reason"] == "not in Hounsfield units" and "RescaleType (0028,1054) is MGML" in row["detail"]
+    for kind in ("HU", "US", None):
+        assert only(stacks_of(write_series(tmp_path, range(6), RescaleType=kind))[0])["status"] == "accepted"
+
+
+def test_two_frames_of_reference_are_two_stacks(tmp_path):
+    write_series(tmp_path, range(10), FrameOfReferenceUID=lambda i: "1.2.9" if i < 5 else "1.2.10")
+    stacks, _ = stacks_of(tmp_path)
+    assert stacks["slices"].tolist() == [5, 5] and set(stacks["frame_of_reference_uid"]) == {"1.2.9", "1.2.10"}
