@@ -975,11 +975,13 @@ def test_pet_without_weight_is_refused(tmp_path):
 
 def test_pet_without_decay_correction_has_a_factor_a_slice(tmp_path):
     times = ["100000", "100000", "114946.2", "114946.2", "133932.4", "133932.4"]
-    folder, volume = write_pet(tmp_path / "pet", DecayCorrection="NONE", CorrectedImage=["ATTN"],
-                               AcquisitionTime=lambda i: times[i], SeriesTime="100000")
+    folder, volume = write_pet(tmp_path / "pet", DecayCorrection="NONE", CorrectedImage=["ATTN"], SeriesTime="100000",
+                               AcquisitionTime=lambda i: times[i], ActualFrameDuration="180000")
     stacks, instances = stacks_of(folder)
     assert pd.isna(only(stacks)["suv_refusal"])
     expected = volume * (0.5 + np.arange(6)[:, None, None] / 4) * 0.0002 * np.repeat([1, 2, 4], 2)[:, None, None]
+    decays = np.log(2) * 180 / 6586.2                      # during the frame, whose mean is what was measured
+    expected *= decays / (1 - np.exp(-decays))
     assert np.allclose(dicom.read_stack(instances, folder).suv_zyx, expected, rtol=1e-6)
 
 

@@ -17,7 +17,7 @@ PET = {"units": "BQML", "decay_correction": "START", "corrected_image": "DECY\\A
        "radionuclide_dose_bq": 350e6, "half_life_s": HALF_LIFE_S, "injection_time": "100000",
        "series_time": "114946.2", "acquisition_time": "114946.2"}
 ONE_HALF_LIFE, FRESH = 70_000 / 175e6, 70_000 / 350e6
-UNCORRECTED = {"decay_correction": "NONE", "corrected_image": "ATTN\\SCAT"}
+UNCORRECTED = {"decay_correction": "NONE", "corrected_image": "ATTN\\SCAT", "frame_duration_ms": 180_000.0}
 LATER = {"series_date": "20100102", "acquisition_date": "20100102", "injection_datetime": "20100101230000",
          "injection_time": None}
 
@@ -40,7 +40,10 @@ def test_chapter_one_hands_it_on():
     ({"weight_kg": 35.0}, ONE_HALF_LIFE / 2),
     ({"decay_correction": "ADMIN"}, FRESH),
     ({"decay_correction": "ADMIN", "half_life_s": None, "injection_time": None, "series_time": None}, FRESH),
-    ({"injection_datetime": "20090101100000.00+0800", "injection_time": None}, ONE_HALF_LIFE),
+    ({"injection_datetime": "20090101100000.00", "injection_time": None}, ONE_HALF_LIFE),
+    ({"injection_datetime": "20090101100000.00+0800"}, ONE_HALF_LIFE),          # an offset that the bare time confirms
+    ({"injection_datetime": "20090101+0800"}, ONE_HALF_LIFE),
+    ({"decay_correction": "ADMIN", "injection_datetime": "20090101020000+0000", "injection_time": None}, FRESH),
     ({"injection_datetime": "20090101100030", "injection_time": "100100"}, FRESH * 2 ** (6556.2 / HALF_LIFE_S)),
     ({"injection_datetime": "20090101"}, ONE_HALF_LIFE),                        # a date alone: the bare time counts
 ])
@@ -56,7 +59,10 @@ def test_by_hand(changes, factor):
     ({"series_time": "150000", "ge_scan_datetime": "20100101114900"}, 6540),
     ({"series_time": "114900", "ge_scan_datetime": "20100101110000"}, 6540),     # GE's note only where it is needed
     ({"series_date": "20100103", "acquisition_date": "20100101", "series_time": "090000"}, 6586.2),
-    ({"series_date": "20100101", "acquisition_date": "20100102"}, 6586.2),
+    ({"series_time": "150000", "ge_scan_datetime": "20100101114946.9"}, 6586.9),    # AcquisitionTime cut to a second
+    ({"series_time": "114900", "ge_scan_datetime": "20100101034900+0000"}, 6540),   # a bad note that is not needed
+    ({"series_time": "114000", "acquisition_time": "134000"}, 6000),            # two hours before its first image
+    ({"series_time": "235500", "acquisition_time": "000500", "injection_time": "220500"}, 6600),
 ])
 def test_start_of_the_scan(changes, uptake_s):
     assert suv_factor(PET | changes) == pytest.approx(FRESH * 2 ** (uptake_s / HALF_LIFE_S), rel=1e-12)
@@ -91,7 +97,40 @@ def test_stack_starts_with_its_earliest_image_in_any_order():
 
 def test_without_correction_each_slice_has_its_own_factor():
     beds = [PET | UNCORRECTED | {"acquisition_time": clock(36000 + n * HALF_LIFE_S)} for n in (0, 1, 2)]
-    assert suv_factors(beds) == pytest.approx(FRESH * np.array([1, 2, 4]), rel=1e-12)
+    mean = 1.0095017                # x = ln 2 * 180 / 6586.2 = 0.0189436; x / (1 - exp(-x)) = 1 + x/2 + x^2/12
+    assert suv_factors(beds) == pytest.approx(FRESH * np.array([1, 2, 4]) * mean, rel=1e-7)
+
+
+@pytest.mark.parametrize("duration_ms, told", [
+    (None, "missing"), (math.nan, "missing"), (0.0, "0,"), (-180_000.0, "-180000,"), (21_600_001.0, "2.16e"),
+    (math.inf, "inf,")])
+def test_without_correction_a_frame_has_a_length(duration_ms, told):
+    with pytest.raises(SuvError, match=rf"ActualFrameDuration \(0018,1242\) is {told}"):
+        suv_factor(PET | UNCORRECTED | {"frame_duration_ms": duration_ms})
+    assert suv_factor(PET | {"frame_duration_ms": duration_ms}) == pytest.approx(ONE_HALF_LIFE)     # START needs none
+    assert suv_factor(PET | UNCORRECTED | {"frame_duration_ms": 21_600_000.0}) > ONE_HALF_LIFE
+
+
+DATED = {"series_date": "20100101", "acquisition_date": "20100101", "injection_time": None}
+
+
+@pytest.mark.parametrize("half_life_s, start, uptake_s", [
+    (6586.2, "110000", 3600), (6586.2, "113000", 5400), (6586.2, "130000", 10_800),     # F-18, one to three hours
+    (6586.2, "171905", 26_345),                                         # 4 half-lives are 26344.8 s: refused below
+    (1221.0, "100000", 0), (1221.0, "102000", 1200), (1221.0, "113000", 5400),          # C-11, 4.4 half-lives
+    (76.4, "100130", 90), (76.4, "100600", 360),                        # Rb-82, 4.7 half-lives
+    (4062.6, "150000", 18_000),                                         # Ga-68, 4.4 half-lives
+    (6586.2, "220000", 43_200),                                         # F-18, noon for midnight, or so it looks
+])
+def test_the_wait_without_dates(half_life_s, start, uptake_s):
+    image = PET | {"half_life_s": half_life_s, "series_time": start, "acquisition_time": start}
+    factor = pytest.approx(FRESH * 2 ** (uptake_s / half_life_s), rel=1e-12)
+    assert suv_factor(image | DATED | {"injection_datetime": "20100101100000"}) == factor
+    if half_life_s == HALF_LIFE_S and uptake_s > 26_344.8:
+        with pytest.raises(SuvError, match=r"StartTime \(0018,1072\) lies .* without dates at most 4 half-lives"):
+            suv_factor(image)
+    else:
+        assert suv_factor(image) == factor
 
 
 @pytest.mark.parametrize("duration_s", [1.0, 180.0, 3600.0])
@@ -156,6 +195,17 @@ def test_missing(column, nothing):
     ({"injection_time": "991000"}, "RadiopharmaceuticalStartTime .* is missing"),
     ({"series_time": None, "acquisition_time": None}, r"SeriesTime \(0008,0031\) is missing"),
     (UNCORRECTED | {"acquisition_time": None}, r"AcquisitionTime \(0008,0032\) is missing"),
+    ({"injection_datetime": "20200101020000.00+0000", "injection_time": None, "series_time": "110000",
+      "acquisition_time": "110000"}, r"RadiopharmaceuticalStartDateTime \(0018,1078\) is .*\+0000.* UTC"),
+    ({"injection_datetime": "20200101100000-0500", "injection_time": None}, "StartDateTime .*-0500.* UTC"),
+    ({"injection_datetime": "20200101020000+0000"}, r"StartDateTime .* is 20200101020000\+0000 and .* is 100000"),
+    ({"series_time": "150000", "ge_scan_datetime": "20100101034900+0000"}, r"GE scan .*\(0009,xx0D\) .*\+0000.* UTC"),
+    ({"series_time": "150000", "ge_scan_datetime": "20100101115100"},
+     r"GE scan date and time \(0009,xx0D\) is 20100101115100, 0.02 h after .* AcquisitionTime \(0008,0032\)"),
+    ({"series_time": "150000", "ge_scan_datetime": "20100101094900"}, "GE scan .* 2.01 h before .*AcquisitionTime"),
+    ({"series_time": "114000", "acquisition_time": "134001"},
+     r"SeriesTime \(0008,0031\) is 114000, 2.00 h before the first AcquisitionTime \(0008,0032\)"),
+    ({"series_date": "20100101", "acquisition_date": "20100102"}, "SeriesTime .*24.00 h before .*AcquisitionTime"),
     (LATER | {"series_time": "220000", "acquisition_time": "220000"}, r"StartDateTime \(0018,1078\) lies 23.0 h"),
     (LATER | {"series_date": "20100101", "acquisition_date": "20100101"}, "DateTime .* lies 11.2 h after the scan"),
     ({"injection_datetime": "20100101103000"}, "StartDateTime .* is 20100101103000 and .*StartTime .* is 100000"),
@@ -198,7 +248,7 @@ def test_any_text_is_a_time_or_none(time, day):
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 START_S = st.integers(0, 86399)
-UPTAKE_S = st.floats(0, 6 * HALF_LIFE_S).map(lambda s: round(s, 1))
+UPTAKE_S = st.floats(0, 3.99 * HALF_LIFE_S).map(lambda s: round(s, 1))
 
 
 def header(start_s, uptake_s, dose=350e6, weight=70.0):
@@ -215,7 +265,7 @@ def test_definition(start_s, uptake_s, dose, weight):
     assert suv_factor(header(start_s, uptake_s, dose, 2 * weight)) == pytest.approx(factor * 2)
 
 
-@given(START_S, st.floats(0, 5 * HALF_LIFE_S).map(lambda s: round(s, 1)))
+@given(START_S, st.floats(0, 2.99 * HALF_LIFE_S).map(lambda s: round(s, 1)))
 def test_a_half_life_more_halves_what_is_left(start_s, uptake_s):
     once, again = suv_factor(header(start_s, uptake_s)), suv_factor(header(start_s, uptake_s + HALF_LIFE_S))
     assert again == pytest.approx(2 * once, rel=1e-9)
