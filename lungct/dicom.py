@@ -174,8 +174,8 @@ def _known(files: list[tuple[str, int, int]], cached: pa.Table) -> tuple[pa.Tabl
         return cached[:0], files
     paths, sizes, times = (pa.array(column) for column in zip(*files, strict=True))
     place = pc.index_in(paths.cast(pa.large_string()), value_set=cached["path"].combine_chunks())
-    stands = cached.select(["file_bytes", "mtime_ns"]).take(place)
-    same = pc.and_(pc.equal(stands["file_bytes"], sizes), pc.equal(stands["mtime_ns"], times))
+    stands = cached.select(["file_bytes", "changed_ns"]).take(place)
+    same = pc.and_(pc.equal(stands["file_bytes"], sizes), pc.equal(stands["changed_ns"], times))
     same = pc.fill_null(same, False).to_numpy()
     if same.all() and len(files) == len(cached):
         return cached, []                                  # the common case: nothing to pick out
@@ -413,7 +413,7 @@ def _is_possible(orientations: np.ndarray, spacings_mm: np.ndarray) -> np.ndarra
     skew = np.abs((down * across).sum(axis=1))
     return (np.abs(lengths - 1) < SAME_DIRECTION).all(axis=1) & (skew < SAME_DIRECTION) & (spacings_mm > 0).all(axis=1)
 
-# %% ../nbs/01_explore_dicom.ipynb #b56fecb2
+# %% ../nbs/01_explore_dicom.ipynb #6617ef52
 def _part(rows: pd.DataFrame) -> _Part:
     positions, orientations = _matrix(rows["position_mm"], 3), _matrix(rows["orientation"], 6)
     orientation = orientations[0]
@@ -684,7 +684,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
                 return leaves
     return [whole]
 
-# %% ../nbs/01_explore_dicom.ipynb #9334194b
+# %% ../nbs/01_explore_dicom.ipynb #d944496c
 def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
     """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
     for labels in (_acquisitions(rows), _makings(rows)):
@@ -893,7 +893,7 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike, straighten: boo
 # %% ../nbs/01_explore_dicom.ipynb #362ec8ea
 def _headers(slices: pd.DataFrame) -> list[dict]:
     """What reading pixels needs of each slice."""
-    columns = {name: slices[name].tolist() for name in pixels.COLUMNS if name in slices}
+    columns = {name: slices[name].tolist() for name in (*pixels.COLUMNS, "sop_uid") if name in slices}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 # %% ../nbs/01_explore_dicom.ipynb #a6527c54

@@ -237,7 +237,7 @@ def _pixel_bytes(rows: int, columns: int, bits: int, samples: int | None, frames
 
 
 def _check_length(row: Mapping, available: int) -> None:
-    """BadFile when the file has fewer bytes left than its pixels need."""
+    """BadFile when there are fewer bytes than the pixels need."""
     for column in _EXTENT[:3]:
         if not row[column]:
             raise BadFile(FileProblem.UNREADABLE, f"{tag_name(column)} is missing")
@@ -329,14 +329,42 @@ def _decoding(values: Mapping[bytes, bytes], syntax: str) -> _Decoding:
     encodings = charset.convert_encodings([name.strip(" \0") for name in names])
     return _Decoding(tuple(encodings), order, signed)
 
+# %% ../nbs/appendix/headers.ipynb #cd1bab9f
+_UNDEFINED = 0xFFFFFFFF
+_PIXEL_DATA = (b"\xe0\x7f\x10\0", b"\x7f\xe0\0\x10")     # either byte order
+_PIXEL_KINDS = frozenset((b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN"))
+
+
+@cache
+def _is_implicit(syntax: str) -> bool:
+    return uids.UID(syntax).is_implicit_VR
+
+
+def _pixel_span(head: bytes, syntax: str, left: int) -> tuple[int, int]:
+    """(bytes before the pixels, bytes of pixels) of an element; `head` is the first 12 of the `left` bytes from it on.
+
+    BadFile when an uncompressed image is not in one piece.
+    """
+    implicit = _is_implicit(syntax)
+    skip = 8 if implicit else 12
+    if head[:4] not in _PIXEL_DATA or _is_compressed(syntax):
+        return skip, left - skip
+    kind, length = head[4:6], head[skip - 4 : skip]
+    held = int.from_bytes(length, "big" if syntax == uids.ExplicitVRBigEndian else "little")
+    if (kind in _PIXEL_KINDS) == implicit:
+        raise BadFile(FileProblem.UNREADABLE, f"the pixel data begins with {head[:8].hex(' ')}, against its syntax")
+    if held == _UNDEFINED:
+        raise BadFile(FileProblem.UNREADABLE, "the pixel data is in fragments though its syntax is uncompressed")
+    return skip, min(held, left - skip)
+
 # %% ../nbs/appendix/headers.ipynb #f85521c3
 def uid_name(uid: str | None) -> str:
     """Name of a UID in the DICOM dictionary, or the UID itself; a malformed one is no reason to complain here."""
     return uids.UID(uid, IGNORE).name if isinstance(uid, str) else ""
 
 
-def _find_pixels(stream, size: int, row: Mapping) -> int:
-    """Offset of the first pixel byte; BadFile when there are no pixels."""
+def _find_pixels(stream, size: int, row: Mapping) -> tuple[int, int]:
+    """(offset of the first pixel byte, bytes of pixels there are); BadFile when there are no pixels."""
     start = stream.tell()
     head = stream.read(12)
     group = struct.unpack_from("<H", head)[0] if len(head) == 12 else 0
@@ -345,7 +373,8 @@ def _find_pixels(stream, size: int, row: Mapping) -> int:
         if row["rows"] is None and "Image Storage" not in kind:
             raise BadFile(FileProblem.NO_IMAGE, f"{kind or 'an object'} holds no pixels")
         raise BadFile(FileProblem.TRUNCATED, f"the file ends at byte {size:,}, before its pixel data")
-    return start + (8 if uids.UID(row["transfer_syntax_uid"]).is_implicit_VR else 12)
+    skip, held = _pixel_span(head, row["transfer_syntax_uid"], size - start)
+    return start + skip, held
 
 # %% ../nbs/appendix/headers.ipynb #b915c784
 _ENHANCED = (uids.EnhancedCTImageStorage, uids.LegacyConvertedEnhancedCTImageStorage,
@@ -398,8 +427,8 @@ def read_header_pydicom(path: str | os.PathLike) -> dict:
         if row["sop_class_uid"] in _ENHANCED:
             row |= _frame_values(dataset, row, how)
         if syntax != uids.DeflatedExplicitVRLittleEndian:      # positions in a deflated file mean nothing
-            row["pixel_offset"] = _find_pixels(stream, size, row)
-            _check_length(row, size - row["pixel_offset"])
+            row["pixel_offset"], held = _find_pixels(stream, size, row)
+            _check_length(row, held)
     return row
 
 # %% ../nbs/appendix/headers.ipynb #b3565e55
@@ -411,7 +440,6 @@ _HEAD = {True: struct.Struct("<4s2sH").unpack_from,        # explicit: tag, lett
          False: struct.Struct("<4s0sL").unpack_from}       # implicit: tag, no letters, length of four bytes
 _LENGTH = struct.Struct("<L").unpack_from
 _ITEM = struct.Struct("<4sL").unpack_from
-_UNDEFINED = 0xFFFFFFFF
 _SHORT_KINDS = frozenset(kind.encode() for kind in EXPLICIT_VR_LENGTH_16)
 _LONG_KINDS = frozenset(kind.encode() for kind in EXPLICIT_VR_LENGTH_32)
 _DEEPEST = 8                                               # sequences in sequences; scanners need two or three
@@ -493,7 +521,9 @@ def _take(buffer: bytes, start: int, stop: int, length: int, explicit: bool, kin
         values[key] = b""                                  # so that a second one is noticed, even an empty one
         return len(inside) + 1
     value = buffer[start:stop]
-    if role == _ODD or length == _UNDEFINED or (role == _TEXT and not _is_plain(value)):
+    if role == _ODD or length == _UNDEFINED or (role == _BINARY and length % 2):
+        raise _Uncommon
+    if role == _TEXT and not _is_plain(value):
         raise _Uncommon
     if (role == _ALPHABET and value.rstrip(b" ") not in _ALPHABETS) or (role == _UID and explicit and kind != b"UI"):
         raise _Uncommon
@@ -654,29 +684,29 @@ class _Splitter:
     def __init__(self):
         self.count, self.meta, self.memory = FIRST_BYTES, _Memory(), {True: _Memory(), False: _Memory()}
 
-    def split(self, path: str, size: int) -> tuple[dict[bytes, bytes], str, int]:
-        """(raw values, transfer syntax, offset of the first pixel byte); _Uncommon when it takes pydicom."""
+    def split(self, path: str, size: int) -> tuple[dict[bytes, bytes], str, int, int]:
+        """(raw values, syntax, offset of the first pixel byte, bytes of pixels); _Uncommon when it takes pydicom."""
         for count in (self.count, MOST_BYTES):
             buffer = _read_start(path, count)
             try:
                 return self._parse(buffer, size)
-            except (_Uncommon, struct.error):              # struct.error: the header goes on behind the buffer
+            except (_Uncommon, BadFile, struct.error):     # struct.error: the header goes on behind the buffer
                 if size <= count:
                     break
         raise _Uncommon
 
-    def _parse(self, buffer: bytes, size: int) -> tuple[dict[bytes, bytes], str, int]:
+    def _parse(self, buffer: bytes, size: int) -> tuple[dict[bytes, bytes], str, int, int]:
         syntax, explicit, at = _meta(buffer, self.meta)
         _check_border(buffer, at, explicit)
         values, stop = _walk_known(buffer, at, len(buffer), explicit, _TOP, self.memory[explicit])
-        if stop >= len(buffer) or stop + 12 > size:
-            raise _Uncommon
+        (head,) = struct.unpack_from("12s", buffer, stop)
+        skip, held = _pixel_span(head, syntax, size - stop)
         self.count = max(FIRST_BYTES, stop + 2048)         # the next header is about as long
         _add_private(values)
         enhanced = values.get(_CELLS["sop_class_uid"][0], b"").strip(b"\0 ") in _ENHANCED_CLASSES
         if enhanced or not all(_is_plain(values.get(column, b"")) for column in _PRIVATE_COLUMNS):
             raise _Uncommon
-        return values, syntax, stop + (12 if explicit else 8)
+        return values, syntax, stop + skip, held
 
 # %% ../nbs/appendix/headers.ipynb #8445d6d3
 def read_header(path: str | os.PathLike) -> dict:
@@ -695,11 +725,11 @@ def read_header(path: str | os.PathLike) -> dict:
     """
     size = os.stat(path).st_size
     try:
-        values, syntax, offset = _Splitter().split(os.fspath(path), size)
+        values, syntax, offset, held = _Splitter().split(os.fspath(path), size)
     except (_Uncommon, OSError):                           # pydicom's reader says what is wrong
         return read_header_pydicom(path)
     row = _row(values, _signs(values), syntax, size) | {"pixel_offset": offset}
-    _check_length(row, size - offset)
+    _check_length(row, held)
     return row
 
 
@@ -722,13 +752,13 @@ def _column(raws: list[bytes], convert: Callable, how: list[_Decoding]) -> list:
 
 def _usable(columns: Mapping[str, list]) -> list[bool]:
     """Whether each row has its identifiers and all its pixels."""
-    names = ("sop_uid", "series_uid", "transfer_syntax_uid", "file_bytes", "pixel_offset", *_EXTENT)
+    names = ("sop_uid", "series_uid", "transfer_syntax_uid", "held", *_EXTENT)
     return [uid is not None and series is not None and all(extent[:3])
-            and (_is_compressed(syntax) or size - offset >= _pixel_bytes(*extent))
-            for uid, series, syntax, size, offset, *extent in zip(*map(columns.get, names), strict=True)]
+            and (_is_compressed(syntax) or held >= _pixel_bytes(*extent))
+            for uid, series, syntax, held, *extent in zip(*map(columns.get, names), strict=True)]
 
 # %% ../nbs/appendix/headers.ipynb #eae5ea82
-INDEX_SCHEMA = pa.schema([("path", pa.large_string()), ("mtime_ns", pa.int64()), *HEADER_SCHEMA,
+INDEX_SCHEMA = pa.schema([("path", pa.large_string()), ("changed_ns", pa.int64()), *HEADER_SCHEMA,
                           ("reason", pa.large_string()), ("detail", pa.large_string()), ("lasting", pa.bool_())])
 
 
@@ -747,13 +777,13 @@ def _array(cells: list, kind: pa.DataType, count: int) -> pa.Array:
 
 # %% ../nbs/appendix/headers.ipynb #28c55e30
 def _as_columns(found: list[tuple]) -> dict[str, list]:
-    """Columns from (path, size, mtime, raw values, syntax, pixel offset) of each file."""
-    paths, sizes, times, values, syntaxes, offsets = map(list, zip(*found, strict=True)) if found else ([],) * 6
+    """Columns from (path, size, mtime, raw values, syntax, pixel offset, bytes of pixels) of each file."""
+    paths, sizes, times, values, syntaxes, offsets, held = map(list, zip(*found, strict=True)) if found else ([],) * 7
     how = list(map(_signs, values))
     cells = {column: _column([v.get(key, b"") for v in values], convert, how)
              for column, (key, convert) in _CELLS.items()}
-    return {"path": paths, "mtime_ns": times, **cells, "transfer_syntax_uid": syntaxes, "pixel_offset": offsets,
-            "file_bytes": sizes}
+    return {"path": paths, "changed_ns": times, **cells, "transfer_syntax_uid": syntaxes, "pixel_offset": offsets,
+            "file_bytes": sizes, "held": held}
 
 
 def _read_common(root: str, files: Iterable[tuple[str, int, int]]) -> tuple[pa.RecordBatch, list[tuple]]:
@@ -772,9 +802,9 @@ def _read_common(root: str, files: Iterable[tuple[str, int, int]]) -> tuple[pa.R
     return as_batch(columns), others
 
 # %% ../nbs/appendix/headers.ipynb #477b0f35
-def _read_one(root: str, path: str, size: int, mtime_ns: int) -> dict:
+def _read_one(root: str, path: str, size: int, changed_ns: int) -> dict:
     """A row of an index for one file: what its header tells, or why it is no image."""
-    file, lasting = {"path": path, "file_bytes": size, "mtime_ns": mtime_ns}, True
+    file, lasting = {"path": path, "file_bytes": size, "changed_ns": changed_ns}, True
     try:
         return read_header(f"{root}/{path}") | file
     except BadFile as error:

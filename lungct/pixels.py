@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 from pydicom.pixels import get_decoder, iter_pixels
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit, RLELossless
 
 from . import runs
 
@@ -25,28 +25,11 @@ COLUMNS = ("path", "rows", "columns", "samples_per_pixel", "bits_allocated", "bi
            "pixel_representation", "pixel_offset", "file_bytes", "transfer_syntax_uid", "rescale_slope",
            "rescale_intercept", "pixel_padding_value", "pixel_padding_limit", "frame")
 
-# %% ../nbs/appendix/pixels.ipynb #d78a7374
-def _own_bits(stored: np.ndarray, header: Mapping) -> np.ndarray:
-    """Keep the bits that are the value, with its sign; changes `stored`, whole numbers of `bits_allocated` bits."""
-    width = stored.dtype.itemsize * 8
-    bits = int(_told(header, "bits_stored") or width)
-    high = int(_told(header, "high_bit") or bits - 1)
-    above = width - 1 - high
-    if not (0 < bits <= width and 0 <= above <= width - bits):
-        raise ValueError(f"{header['path']}: {bits} bits stored up to bit {high} do not fit in {width} bits")
-    if bits < width:
-        np.left_shift(stored, above, out=stored)
-        np.right_shift(stored, width - bits, out=stored)
-    return stored
-
-
+# %% ../nbs/appendix/pixels.ipynb #aa959109
 def _told(header: Mapping, column: str) -> float | None:
     """A header's number, or None when it is missing in whatever way."""
     value = header.get(column)
     return None if pd.isna(value) else value
-
-# %% ../nbs/appendix/pixels.ipynb #73332f75
-AIR_HU = -1024
 
 
 def _padding(stored: np.ndarray, header: Mapping) -> np.ndarray:
@@ -61,7 +44,35 @@ def _padding_ends(header: Mapping) -> tuple[int, int] | None:
     known = [int(end) for end in ends if end is not None]
     return (min(known), max(known)) if known else None
 
+# %% ../nbs/appendix/pixels.ipynb #d78a7374
+def _own_bits(stored: np.ndarray, header: Mapping) -> np.ndarray:
+    """Keep the bits that are the value, with its sign; changes `stored`, whole numbers of `bits_allocated` bits."""
+    width = stored.dtype.itemsize * 8
+    bits = int(_told(header, "bits_stored") or width)
+    high = int(_told(header, "high_bit") or bits - 1)
+    above = width - 1 - high
+    if not (0 < bits <= width and 0 <= above <= width - bits):
+        raise ValueError(f"{header['path']}: {bits} bits stored up to bit {high} do not fit in {width} bits")
+    if bits < width:
+        padding, words = _foreign_padding(stored, header, bits)
+        np.left_shift(stored, above, out=stored)
+        np.right_shift(stored, width - bits, out=stored)
+        stored[padding] = words
+    return stored
+
+
+def _foreign_padding(stored: np.ndarray, header: Mapping, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where words are padding that does not fit into the bits of values, and these words; both empty as a rule."""
+    ends, low = _padding_ends(header), -(2 ** (bits - 1)) if stored.dtype.kind == "i" else 0
+    if ends is None or (low <= ends[0] and ends[1] < low + 2**bits):
+        return np.empty(0, int), stored[:0]
+    where = _padding(stored, header)
+    return where, stored[where]
+
 # %% ../nbs/appendix/pixels.ipynb #124b34fb
+AIR_HU = -1024
+
+
 def is_whole(header: Mapping) -> bool:
     """True when slope and intercept are whole numbers, so that Hounsfield units are whole too."""
     pair = float(header["rescale_slope"]), float(header["rescale_intercept"])
@@ -139,21 +150,45 @@ def _read_straight(path: str, header: Mapping, target: np.ndarray) -> None:
     """Fill `target`, (rows, columns) in the type of the stored numbers, with the bytes of one frame."""
     with open(path, "rb", buffering=0) as stream:
         _check_unchanged(path, header, os.fstat(stream.fileno()).st_size)
-        offset = int(header["pixel_offset"])
-        stream.seek(offset - 12)
-        before = stream.read(12)                              # tag, type and length, or only tag and length
-        if _PIXEL_DATA not in (before[:4], before[4:8]):
-            raise ValueError(f"{path} changed since it was indexed: no pixel data at byte {offset:,}")
-        if frame := int(_told(header, "frame") or 0):
-            stream.seek(offset + frame * target.nbytes)
-        got = stream.readinto(target)
+        offset, uid = int(header["pixel_offset"]), header.get("sop_uid")
+        behind = offset if uid and offset <= _HEAD_BYTES else 12
+        stream.seek(offset - behind)
+        before = stream.read(behind)
+        length = _length_before(before)
+        if length is None or (behind > 12 and not _holds_uid(before, uid)):
+            what = "no pixel data" if length is None else f"another image than {uid}"
+            raise ValueError(f"{path} changed since it was indexed: {what} at byte {offset:,}")
+        skipped = int(_told(header, "frame") or 0) * target.nbytes
+        if skipped:
+            stream.seek(offset + skipped)
+        got = min(stream.readinto(target), max(0, length - skipped))
     if got != target.nbytes:
+        frame = skipped // target.nbytes
         raise ValueError(f"{path} changed since it was indexed: {got:,} of {target.nbytes:,} bytes of frame {frame}")
 
 
 def _check_unchanged(path: str, header: Mapping, size: int) -> None:
     if size != header["file_bytes"]:
         raise ValueError(f"{path} changed since it was indexed: {size:,} bytes, expected {header['file_bytes']:,}")
+
+# %% ../nbs/appendix/pixels.ipynb #6c66050b
+_HEAD_BYTES = 16 << 10
+_OF_UIDS = frozenset(b"0123456789.")
+
+
+def _length_before(before: bytes) -> int | None:
+    """Length of the pixel data whose element ends its head with these bytes; None when they are none."""
+    head, length = before[-12:], int.from_bytes(before[-4:], "little")
+    return length if _PIXEL_DATA in (head[:4], head[4:8]) and length != 0xFFFFFFFF else None
+
+
+def _holds_uid(head: bytes, uid: str) -> bool:
+    """Whether a UID stands in a header, and not only as the beginning of a longer one."""
+    raw, at = uid.encode(), -1
+    while (at := head.find(raw, at + 1)) >= 0:
+        if head[at + len(raw)] not in _OF_UIDS:            # never the last byte: the pixel data's head comes behind
+            return True
+    return False
 
 # %% ../nbs/appendix/pixels.ipynb #143c64bf
 REMEDY = "pip install 'lungct[codecs]'"
@@ -179,7 +214,7 @@ def _read_decoded(path: str, header: Mapping, opened: dict[str, pydicom.Dataset]
     if problem := syntax_problem(header["transfer_syntax_uid"], _told(header, "bits_stored")):
         raise runs.InputError(f"{path}: {problem}")
     _check_unchanged(path, header, os.stat(path).st_size)
-    native = not UID(header["transfer_syntax_uid"]).is_compressed
+    words = header["transfer_syntax_uid"] == RLELossless or not UID(header["transfer_syntax_uid"]).is_compressed
     frame = int(_told(header, "frame") or 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)          # remarks on padding bytes behind the pixels
@@ -187,11 +222,11 @@ def _read_decoded(path: str, header: Mapping, opened: dict[str, pydicom.Dataset]
             if path not in opened:
                 opened.clear()
                 opened[path] = pydicom.dcmread(path)
-            stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not native))
+            stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not words))
         except Exception as error:                            # decoders fail with nearly anything
             raise ValueError(f"{path}: frame {frame} cannot be decoded: {type(error).__name__}: {error}") from error
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    return _own_bits(stored, header) if native and stored.dtype.kind in "iu" else stored
+    return _own_bits(stored, header) if words and stored.dtype.kind in "iu" else stored
 
 # %% ../nbs/appendix/pixels.ipynb #317670c4
 def read_stored(path: str | os.PathLike, header: Mapping, target: np.ndarray | None = None,

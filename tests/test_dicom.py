@@ -1135,3 +1135,13 @@ def test_two_frames_of_reference_are_two_stacks(tmp_path):
     write_series(tmp_path, range(10), FrameOfReferenceUID=lambda i: "1.2.9" if i < 5 else "1.2.10")
     stacks, _ = stacks_of(tmp_path)
     assert stacks["slices"].tolist() == [5, 5] and set(stacks["frame_of_reference_uid"]) == {"1.2.9", "1.2.10"}
+
+
+def test_slices_that_change_places_after_the_index_are_noticed(tmp_path):
+    write_series(tmp_path, range(6), pixels=noise)
+    _, instances = stacks_of(tmp_path)
+    one, two = tmp_path / "002.dcm", tmp_path / "005.dcm"
+    for source, target in ((one, tmp_path / "x"), (two, one), (tmp_path / "x", two)):
+        source.rename(target)
+    with pytest.raises(ValueError, match=r"002.dcm.*changed|changed.*002.dcm"):
+        dicom.read_stack(instances, tmp_path)

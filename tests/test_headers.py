@@ -154,7 +154,7 @@ def assert_one_answer(path):
 
 def in_bulk(folder, names):
     table = headers.read_headers(folder, [(name, os.stat(folder / name).st_size, 7) for name in names])
-    assert sorted(table["path"].to_pylist()) == sorted(names) and set(table["mtime_ns"].to_pylist()) <= {7}
+    assert sorted(table["path"].to_pylist()) == sorted(names) and set(table["changed_ns"].to_pylist()) <= {7}
     return {row["path"]: row for row in table.to_pylist()}
 
 
@@ -519,3 +519,72 @@ def test_bad_file_takes_any_problem():
 
     error = BadFile(Other.ODD, "because")
     assert str(error) == "odd: because" and error.problem is Other.ODD and error.detail == "because"
+
+
+# ---- the border to the pixels ----------------------------------------------------------------------------------------
+
+PIXELS = {uids.ImplicitVRLittleEndian: b"\xe0\x7f\x10\0\x20\0\0\0",
+          uids.ExplicitVRLittleEndian: b"\xe0\x7f\x10\0OW\0\0\x20\0\0\0",
+          uids.ExplicitVRBigEndian: b"\x7f\xe0\0\x10OW\0\0\0\0\0\x20"}
+
+
+def with_border(folder, syntax, border, behind=b""):
+    content = encoded(image(), syntax)
+    assert content.count(PIXELS[syntax]) == 1
+    path = folder / "a"
+    path.write_bytes(content.replace(PIXELS[syntax], border) + behind)
+    assert_bulk_equals_pydicom(folder, ["a"])
+    return assert_one_answer(path)
+
+
+def resized(border, length, syntax):
+    return border[:-4] + length.to_bytes(4, "big" if syntax == uids.ExplicitVRBigEndian else "little")
+
+
+@pytest.mark.parametrize("syntax", PIXELS, ids=lambda uid: uid.name)
+def test_pixels_declared_shorter_than_the_image(tmp_path, syntax):
+    border = PIXELS[syntax]
+    assert with_border(tmp_path, syntax, resized(border, 20, syntax), bytes(100)) == (
+        BadFile, "truncated: pixel data has 20 of 32 bytes")
+    for enough in (32, 34, 5000):                          # as before: what is in the file counts then
+        row = with_border(tmp_path, syntax, resized(border, enough, syntax), bytes(100))
+        assert (tmp_path / "a").read_bytes()[row["pixel_offset"] - len(border):].startswith(border[:4])
+
+
+@pytest.mark.parametrize("syntax", PIXELS, ids=lambda uid: uid.name)
+def test_fragments_under_an_uncompressed_syntax(tmp_path, syntax):
+    kind, problem = with_border(tmp_path, syntax, resized(PIXELS[syntax], 0xFFFFFFFF, syntax), bytes(100))
+    assert kind is BadFile and problem.startswith("unreadable: the pixel data is in fragments")
+
+
+@pytest.mark.parametrize("syntax", [uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian], ids=lambda uid: uid.name)
+def test_kinds_of_pixel_data(tmp_path, syntax):
+    for kind in (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN"):
+        assert isinstance(with_border(tmp_path, syntax, PIXELS[syntax].replace(b"OW", kind)), dict)
+    for kind in (b"SS", b"US", b"LO", b"\0\0"):
+        refused, problem = with_border(tmp_path, syntax, PIXELS[syntax].replace(b"OW", kind), bytes(100))
+        assert refused is BadFile and problem.startswith("unreadable: the pixel data begins with")
+
+
+def test_explicit_element_in_an_implicit_file(tmp_path):
+    answer_ = with_border(tmp_path, uids.ImplicitVRLittleEndian, PIXELS[uids.ExplicitVRLittleEndian], bytes(30_000))
+    assert answer_[0] is BadFile and answer_[1].startswith("unreadable: the pixel data begins with")
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: uid.name)
+def test_floating_point_pixels_are_taken_as_they_are(tmp_path, syntax):
+    border = PIXELS[syntax].replace(b"\xe0\x7f\x10\0", b"\xe0\x7f\x08\0").replace(b"OW", b"OF")
+    assert isinstance(with_border(tmp_path, syntax, resized(border, 4, syntax)), dict)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: uid.name)
+def test_binary_numbers_of_odd_length(tmp_path, syntax):
+    content = encoded(image(), syntax)
+    for tag in (b"\x28\0\x03\1", b"\x28\0\x01\1"):          # PixelRepresentation, BitsStored
+        at = content.index(tag) + 8
+        size = 2 if syntax == uids.ExplicitVRLittleEndian else 4
+        for length in (1, 3):
+            changed = content[: at - size] + length.to_bytes(size, "little") + b"\1\0\0"[:length] + content[at + 2 :]
+            (tmp_path / "a").write_bytes(changed)
+            assert_one_answer(tmp_path / "a")
+            assert_bulk_equals_pydicom(tmp_path, ["a"])

@@ -193,6 +193,37 @@ def test_moved_pixels_are_told(tmp_path):
         pixels.read_stored(longer, header)
 
 
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda uid: uid.name)
+def test_changed_length_is_told(tmp_path, syntax):
+    path = write(tmp_path / "a.dcm", np.stack([values_of(12, False)] * 2), syntax, 12)
+    header, content = header_of(path), path.read_bytes()
+    at = header["pixel_offset"]
+    for length, frame, problem in ((100, 0, "100 of 2,448 bytes of frame 0"), (2500, 1, "52 of 2,448 bytes of frame 1"),
+                                   (0, 1, "0 of 2,448 bytes of frame 1"), (0xFFFFFFFF, 0, "no pixel data at byte")):
+        path.write_bytes(content[: at - 4] + length.to_bytes(4, "little") + content[at:])
+        with pytest.raises(ValueError, match=f"changed since it was indexed: {problem}"):
+            pixels.read_stored(path, header | {"frame": frame})
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda uid: uid.name)
+def test_another_image_of_the_same_size_is_told(tmp_path, syntax):
+    path = write(tmp_path / "a.dcm", values_of(12, False), syntax, 12, SOPInstanceUID="1.2.3.1")
+    header = header_of(path, sop_uid="1.2.3.1")
+    assert pixels.read_stored(path, header).shape == (36, 34)
+    for other in ("1.2.3.2", "1.2.3.10"):                  # both take eight bytes
+        write(path, values_of(12, False, seed=1), syntax, 12, SOPInstanceUID=other)
+        assert path.stat().st_size == header["file_bytes"]
+        with pytest.raises(ValueError, match=r"changed since it was indexed: another image than 1\.2\.3\.1 at byte"):
+            pixels.read_stored(path, header)
+        assert pixels.read_stored(path, header | {"sop_uid": other}).shape == (36, 34)
+        assert pixels.read_stored(path, header | {"sop_uid": None}).shape == (36, 34)
+
+
+def test_long_headers_are_not_searched(tmp_path):
+    path = write(tmp_path / "a.dcm", values_of(12, False), bits=12, PatientComments="x" * 20_000)
+    assert pixels.read_stored(path, header_of(path, sop_uid="1.2.3")).shape == (36, 34)
+
+
 def test_frame_beyond_the_file(tmp_path):
     path = write(tmp_path / "a.dcm", np.stack([values_of(12, False)] * 2), bits=12)
     with pytest.raises(ValueError, match=r"changed since it was indexed: 0 of 2,448 bytes of frame 2"):
@@ -276,6 +307,26 @@ def test_volume_by_hand(tmp_path, syntax, bits, signed, slope, intercept):
     whole = float(slope).is_integer() and expected.max() < 2**15
     assert volume.dtype == (np.int16 if whole else np.float32) and outside == counted
     assert np.array_equal(volume, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("syntax", [*PLAIN, RLELossless], ids=lambda uid: uid.name)
+@pytest.mark.parametrize("signed, padding, limit", [
+    (True, -32768, None), (False, 63536, None), (True, -32768, -30000), (True, 30000, None), (True, -32768, -2048)])
+def test_padding_beyond_the_bits_that_are_stored(tmp_path, syntax, signed, padding, limit):
+    """A true 0 is no padding, though the padding's lower bits are 0 too."""
+    stored = values_of(12, signed)
+    stored[1, :4] = 0
+    words = stored.copy()
+    words[3, :5] = padding
+    path = write(tmp_path / "a.dcm", words, syntax, 12, RescaleIntercept=0)
+    stored = stored.astype(int)
+    outside = (words == padding) | (stored < -1024) | (stored == limit)
+    header = header_of(path, pixel_padding_value=padding, pixel_padding_limit=limit)
+    volume, counted = pixels.read_hu([header], tmp_path)
+    assert np.array_equal(volume[0], np.where(outside, -1024, stored)) and counted == outside.sum()
+    scaled, counted = pixels.read_scaled([header], tmp_path)
+    absent = (words == padding) | (stored == limit)
+    assert np.array_equal(scaled[0], np.where(absent, 0, stored)) and counted == absent.sum()
 
 
 def test_widening_keeps_earlier_slices(tmp_path):
