@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import nbformat
-from check_notebooks import NBS, ROOT, code_stamps, notebooks
+from check_notebooks import MAX_FIGURE, NBS, ROOT, code_stamps, notebooks
 from nbdev.clean import clean_nb
 from PIL import Image
 
 from lungct import course
 
 RUN = ROOT / "runs" / "notebooks"
-LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette of 256 colours
+LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette
 
 
 def execute_all() -> dict[Path, Path]:
@@ -50,15 +50,22 @@ def keep(source: Path, executed: Path, stamp: str) -> None:
 
 
 def shrink(output):
-    """The output with a large figure reduced to 256 colours, and without the state of widgets."""
+    """The output with a large figure reduced to 256 colours or, if that is not enough, fewer; no state of widgets."""
     data = output.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
     image = data.get("image/png")
     if image and len(raw := base64.b64decode(image)) > LARGE_FIGURE:
-        packed = io.BytesIO()
-        Image.open(io.BytesIO(raw)).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
-        data["image/png"] = base64.b64encode(packed.getvalue()).decode()
+        sizes = [reduced(raw, colours) for colours in (256, 128, 64, 32)]
+        packed = next((small for small in sizes if len(small) <= MAX_FIGURE), sizes[-1])
+        data["image/png"] = base64.b64encode(packed).decode()
     return output
+
+
+def reduced(raw: bytes, colours: int) -> bytes:
+    """A PNG image with so many colours."""
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(raw)).convert("RGB").quantize(colours).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 if __name__ == "__main__":
