@@ -50,21 +50,22 @@ def keep(source: Path, executed: Path, stamp: str) -> None:
 
 
 def shrink(output):
-    """The output with a large figure reduced to 256 colours or, if that is not enough, fewer; no state of widgets."""
+    """The output with a large figure reduced to 256 colours, and without the state of widgets."""
     data = output.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
     image = data.get("image/png")
     if image and len(raw := base64.b64decode(image)) > LARGE_FIGURE:
-        sizes = [reduced(raw, colours) for colours in (256, 128, 64, 32)]
-        packed = next((small for small in sizes if len(small) <= MAX_FIGURE), sizes[-1])
+        packed = reduced(raw, Image.Quantize.MEDIANCUT)
+        if len(packed) > MAX_FIGURE:  # coarser in the greys, and it keeps rare colours such as those of boxes
+            packed = reduced(raw, Image.Quantize.MAXCOVERAGE)
         data["image/png"] = base64.b64encode(packed).decode()
     return output
 
 
-def reduced(raw: bytes, colours: int) -> bytes:
-    """A PNG image with so many colours."""
+def reduced(raw: bytes, method: Image.Quantize) -> bytes:
+    """A PNG image in 256 colours chosen by `method`."""
     packed = io.BytesIO()
-    Image.open(io.BytesIO(raw)).convert("RGB").quantize(colours).save(packed, "PNG", optimize=True)
+    Image.open(io.BytesIO(raw)).convert("RGB").quantize(256, method=method).save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 
