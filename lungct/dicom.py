@@ -273,7 +273,7 @@ def _index(root: str, files: list[tuple], workers: int | None, progress: Callabl
     if not unknown and len(known) == len(cached):
         return known
     table = pa.concat_tables([known, _read_all(root, unknown, workers, progress)]).combine_chunks().sort_by("path")
-    if cache:
+    if cache and pc.any(pc.is_null(table["reason"])).as_py():          # of a folder without images nothing is kept
         _save_cache(table, cache, root)
     return table
 
@@ -413,7 +413,7 @@ def _is_possible(orientations: np.ndarray, spacings_mm: np.ndarray) -> np.ndarra
     skew = np.abs((down * across).sum(axis=1))
     return (np.abs(lengths - 1) < SAME_DIRECTION).all(axis=1) & (skew < SAME_DIRECTION) & (spacings_mm > 0).all(axis=1)
 
-# %% ../nbs/01_explore_dicom.ipynb #6617ef52
+# %% ../nbs/01_explore_dicom.ipynb #f40da9db
 def _part(rows: pd.DataFrame) -> _Part:
     positions, orientations = _matrix(rows["position_mm"], 3), _matrix(rows["orientation"], 6)
     orientation = orientations[0]
@@ -684,7 +684,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
                 return leaves
     return [whole]
 
-# %% ../nbs/01_explore_dicom.ipynb #d944496c
+# %% ../nbs/01_explore_dicom.ipynb #7f1db476
 def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
     """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
     for labels in (_acquisitions(rows), _makings(rows)):

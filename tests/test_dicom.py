@@ -1145,3 +1145,11 @@ def test_slices_that_change_places_after_the_index_are_noticed(tmp_path):
         source.rename(target)
     with pytest.raises(ValueError, match=r"002.dcm.*changed|changed.*002.dcm"):
         dicom.read_stack(instances, tmp_path)
+
+
+def test_of_a_folder_without_images_no_cache_is_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "letter.txt").write_text("dear colleague")
+    with pytest.raises(ValueError, match="holds no DICOM image"):
+        dicom.index_dicom(tmp_path / "in", cache=tmp_path / "c.parquet")
+    assert not (tmp_path / "c.parquet").exists()
