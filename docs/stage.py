@@ -31,6 +31,7 @@ appendix/plots
 appendix/pixels
 appendix/suv
 appendix/runs
+appendix/workers
 appendix/course
 appendix/report
 appendix/exchange

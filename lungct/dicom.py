@@ -17,12 +17,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from . import headers, pixels, runs
 from .headers import HEADER_DTYPES, INDEX_SCHEMA, BadFile, FileProblem, read_header, tag_name, uid_name
 from .pixels import AIR_HU
 from .suv import SuvError, suv_factor, suv_factors
+from .workers import worker_pool
 
 _all_ = ["BadFile", "FileProblem", "read_header", "tag_name"]      # this chapter's, too
 
@@ -114,34 +115,45 @@ def list_files(root: str | os.PathLike) -> tuple[list[str], list[dict]]:
     return [path for path, _, _ in files], problems
 
 # %% ../nbs/01_explore_dicom.ipynb #cb8d504a
-FILES_A_BATCH, FILES_A_WORKER = 500, 10_000
-
-
-def _pool(workers: int) -> ProcessPoolExecutor | None:
-    if workers < 2:
-        return None
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["lungct.headers"])
-    return ProcessPoolExecutor(workers, mp_context=context)
+FILES_A_BATCH, FILES_A_WORKER = 200, 5000
 
 
 def _read_all(root: str, files: list[tuple], workers: int | None,
               progress: Callable[[int, int], None] | None) -> pa.Table:
-    """`headers.read_headers` of all files, shared among processes."""
-    pool = _pool(min(workers or os.cpu_count() or 1, len(files) // FILES_A_WORKER))
+    """`headers.read_headers` of all files, shared among this process and others."""
+    read = partial(headers.read_headers, root)
+    others = min(workers or os.cpu_count() or 1, len(files) // FILES_A_WORKER) - 1
     batches = [files[i : i + FILES_A_BATCH] for i in range(0, len(files), FILES_A_BATCH)]
     tables, done = [INDEX_SCHEMA.empty_table()], 0
-    try:
-        for table in (pool.map if pool else map)(partial(headers.read_headers, root), batches):
-            tables.append(table)
-            done += len(table)
-            if progress:
-                progress(done, len(files))
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    for table in _shared(read, batches, others) if others > 0 else map(read, batches):
+        tables.append(table)
+        done += len(table)
+        if progress:
+            progress(done, len(files))
     return pa.concat_tables(tables)
+
+# %% ../nbs/01_explore_dicom.ipynb #d5c4107f
+def _shared(read: Callable[[list], pa.Table], batches: list[list], others: int) -> Iterator[pa.Table]:
+    """`read` of each batch, here and in so many other processes, in the order they finish."""
+    waiting, running = batches[::-1], {}
+    modules = ["lungct.headers", "pandas"]                             # pyarrow imports pandas at its first array
+    with ThreadPoolExecutor(1) as starter, worker_pool(others, modules) as pool:
+        started = starter.submit(lambda: pool.submit(os.getpid).result())
+        try:
+            while waiting or running:
+                while waiting and len(running) < 3 * others and started.done():
+                    future = pool.submit(read, waiting[-1])
+                    running[future] = waiting.pop()                    # one at work, two waiting for it
+                if waiting:
+                    yield read(waiting.pop())
+                for future in wait(running, 0 if waiting else None, FIRST_COMPLETED).done:
+                    yield future.result()
+                    del running[future]
+        except BrokenProcessPool:
+            waiting += running.values()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    yield from map(read, waiting)
 
 # %% ../nbs/01_explore_dicom.ipynb #306f73a9
 _STAMP = b"lungct.headers"

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
@@ -30,6 +28,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy import ndimage
 
 from .runs import InputError
+from .workers import worker_pool
 
 # %% auto #0
 __all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'SUBTYPES', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES',
@@ -1710,5 +1709,5 @@ def _run(out: Path, plans: list[Plan], workers: int | None) -> list[dict]:
     workers = (1 if small else os.cpu_count() or 1) if workers is None else workers
     if workers <= 1 or len(plans) == 1:
         return [module.write_patient(str(out), plan) for plan in plans]
-    with ProcessPoolExecutor(min(workers, len(plans)), multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(min(workers, len(plans)), [module.__name__]) as pool:
         return list(pool.map(module.write_patient, [str(out)] * len(plans), plans))

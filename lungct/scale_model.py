@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -21,6 +19,7 @@ from . import phantom
 from .annotations import Outcome, compare_rules
 from .phantom import named_rng, named_uid
 from .runs import InputError
+from .workers import worker_pool
 
 # %% auto #0
 __all__ = ['DOCUMENTED', 'PATIENTS', 'WITHOUT_IMAGES', 'NAMED', 'CT_SERIES', 'CAPTURE_SERIES', 'PET_PATIENTS', 'CT_STUDIES',
@@ -623,7 +622,7 @@ def _write_model(out: Path, model: Model, workers: int | None) -> None:
     if workers <= 1:
         results = [module.write_patient(*part) for part in parts]
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with worker_pool(workers, [module.__name__]) as pool:
             results = list(pool.map(module.write_patient, *zip(*parts, strict=True), chunksize=4))
     write_files(str(out), model.files[model.files["folder"].isin(WITHOUT_IMAGES)], model.seed)
     (out / "Annotation" / "A0058").mkdir(exist_ok=True)

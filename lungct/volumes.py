@@ -12,15 +12,13 @@ __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LI
 import hashlib
 import json
 import os
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from enum import StrEnum
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from scipy import ndimage, sparse
 
 import lungct
 from . import dicom, runs
+from .workers import worker_pool
 
 # %% ../nbs/03_build_volumes.ipynb #49b168ab
 AIR_HU = -1024.0  # everything outside the scan
@@ -489,28 +488,13 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     content_hash = _save_volume(path, arrays, {**meta, "row": row, "code": CODE_VERSION})
     return {**done, **row, "content_hash": content_hash}, "built"
 
-# %% ../nbs/03_build_volumes.ipynb #325f2f6d
-def _leave_with_parent() -> None:
-    """Start a thread that ends this worker as soon as the process that started it is gone."""
-    def watch():
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-# %% ../nbs/03_build_volumes.ipynb #122202b1
-def _pool(workers: int) -> ProcessPoolExecutor:
-    from lungct import volumes as module  # workers import the module; what a notebook defines cannot travel
-
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=module._leave_with_parent)
-
 # %% ../nbs/03_build_volumes.ipynb #5d29652b
 def _in_processes(jobs: Sequence[dict], workers: int) -> Iterator[tuple[dict, str]]:
     """Results in the order they finish; the jobs of a broken pool are done one by one afterwards."""
     from lungct import volumes as module
 
     interrupted = []
-    with _pool(workers) as pool:
+    with worker_pool(workers, [module.__name__]) as pool:
         running = {pool.submit(module.ensure_volume, job): job for job in jobs}
         for future in as_completed(running):
             try:
@@ -526,7 +510,7 @@ def _one_by_one(jobs: Sequence[dict]) -> Iterator[tuple[dict, str]]:
 
     jobs = list(jobs)
     while jobs:
-        with _pool(1) as pool:
+        with worker_pool(1) as pool:
             while jobs:
                 job = jobs.pop(0)
                 try:

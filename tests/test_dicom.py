@@ -3,8 +3,11 @@
 import math
 import os
 import re
+import signal
+import time
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -243,7 +246,8 @@ def test_hopeless_folders(tmp_path, make, words):
     assert "\n" not in str(caught.value) and str(tmp_path / "in") in str(caught.value)
 
 
-def test_processes_give_the_same_table(tmp_path):
+def test_processes_give_the_same_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "FILES_A_WORKER", 1000)
     template = write_slice(tmp_path / "t.dcm", SOPInstanceUID="1.2.3.10000").read_bytes()
     (tmp_path / "many").mkdir()
     for i in range(2000):
@@ -253,6 +257,27 @@ def test_processes_give_the_same_table(tmp_path):
     one, _ = dicom.index_dicom(tmp_path / "many", workers=1)
     pd.testing.assert_frame_equal(one, two)
     assert len(one) == 2000 and calls[-1] == (2000, 2000) and calls == sorted(calls)
+
+
+class Bomb(float):
+    """A number that kills the process which unpickles it, after leaving a mark."""
+
+    mark = None
+
+    def __reduce__(self):
+        return _explode, (self.mark,)
+
+
+def _explode(mark):
+    Path(mark).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_costs_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bomb, "mark", str(tmp_path / "exploded"))
+    batches = [Bomb(0.3)] * 8                              # seconds: this process sleeps, the other one dies
+    assert list(dicom._shared(time.sleep, batches, 1)) == [None] * 8
+    assert (tmp_path / "exploded").exists()
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

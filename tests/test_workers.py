@@ -1,0 +1,62 @@
+"""Worker processes: started without the script that asks for them, gone with it, replaced when they die."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import psutil
+import pytest
+
+from lungct.workers import worker_pool
+
+
+def run_script(path, text):
+    path.write_text(text, encoding="utf-8")
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    told = run_script(tmp_path / "unguarded.py", (
+        "from lungct.workers import worker_pool\n"
+        "print('once')\n"
+        "with worker_pool(2) as pool:\n"
+        "    print(sum(pool.map(len, ['ab', 'cde'])))\n"))
+    assert (told.returncode, told.stdout.split(), told.stderr) == (0, ["once", "5"], "")
+
+
+def test_an_unguarded_script_may_index_a_folder(tmp_path, phantom_dir):
+    told = run_script(tmp_path / "unguarded.py", (
+        "from lungct import dicom\n"
+        "dicom.FILES_A_WORKER = 100\n"
+        f"instances, problems = dicom.index_dicom({str(phantom_dir)!r}, workers=2)\n"
+        "print(len(instances) > 0)\n"))
+    assert (told.returncode, told.stdout.split(), told.stderr) == (0, ["True"], "")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_leave_with_their_parent(how):
+    script = ("import os, time\nfrom lungct.workers import worker_pool\npool = worker_pool(1)\n"
+              "print(pool.submit(os.getpid).result(), flush=True)\ntime.sleep(60)\n")
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True)
+    with parent.stdout as told:
+        worker = psutil.Process(int(told.readline()))
+    parent.send_signal(how)
+    parent.wait()
+    assert psutil.wait_procs([worker], timeout=20)[1] == []
+
+
+def test_the_main_module_is_back_after_a_start():
+    before = sys.modules["__main__"]
+    with worker_pool(1) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+    assert sys.modules["__main__"] is before
+
+
+def test_a_killed_worker_breaks_its_pool_and_not_the_next_one():
+    with worker_pool(1) as pool, pytest.raises(BrokenProcessPool):
+        pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL).result()
+    with worker_pool(1) as pool:
+        assert pool.submit(len, "abc").result() == 3
