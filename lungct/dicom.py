@@ -6,8 +6,8 @@
 __all__ = ['INSTANCE_DTYPES', 'PROBLEM_DTYPES', 'FILES_A_BATCH', 'FILES_A_WORKER', 'SAME_POSITION_MM', 'GAP_STEPS',
            'UNEVEN_STEPS', 'TILT_DEGREES', 'SAME_DIRECTION', 'SAME_SPACING_MM', 'LOCALIZER_THICKNESS_MM',
            'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal', 'to_mm', 'to_voxel', 'Exclusion',
-           'build_stacks', 'Stack', 'read_stack', 'resample_to', 'BadFile', 'FileProblem', 'read_header', 'tag_name',
-           'SuvError', 'suv_factor']
+           'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack', 'resample_to', 'BadFile', 'FileProblem',
+           'read_header', 'tag_name', 'SuvError', 'suv_factor']
 
 # %% ../nbs/01_explore_dicom.ipynb #e753f27d
 import gc
@@ -904,15 +904,75 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike, straighten: boo
 
 # %% ../nbs/01_explore_dicom.ipynb #362ec8ea
 def _headers(slices: pd.DataFrame) -> list[dict]:
-    """What reading pixels needs of each slice."""
-    columns = {name: slices[name].tolist() for name in (*pixels.COLUMNS, "sop_uid") if name in slices}
+    """What reading pixels needs of each slice; None where a header does not tell."""
+    columns = {name: _cells(slices[name]) for name in (*pixels.COLUMNS, "sop_uid") if name in slices}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _cells(column: pd.Series) -> list:
+    cells = column.tolist()
+    return [None if pd.isna(cell) else cell for cell in cells] if column.hasnans else cells
 
 # %% ../nbs/01_explore_dicom.ipynb #a6527c54
 def _one_frame(rows: pd.DataFrame) -> str | None:
     """The frame of reference all images share, or None when they do not tell one and the same."""
     frames = rows["frame_of_reference_uid"].unique()
     return frames[0] if len(frames) == 1 and isinstance(frames[0], str) else None
+
+# %% ../nbs/01_explore_dicom.ipynb #638188fb
+@dataclass(frozen=True, eq=False)
+class OpenStack:
+    """One accepted stack on disk; ``stack[k]`` reads slice k along z, (rows, columns), in HU or SUV.
+
+    affine, frame_of_reference_uid : as in `Stack`.
+    slices : for each slice what `pixels` needs to read it.
+    suv_factors : for each slice of a PET the factor from rescaled values to SUV; None for CT.
+    """
+
+    stack_id: str
+    affine: np.ndarray
+    modality: str
+    frame_of_reference_uid: str | None
+    slices: tuple[dict, ...]
+    root: str
+    suv_factors: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(slices, rows, columns)"""
+        return len(self), int(self.slices[0]["rows"]), int(self.slices[0]["columns"])
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        if self.suv_factors is None:
+            return pixels.read_hu([self.slices[k]], self.root)[0][0]
+        return pixels.read_scaled([self.slices[k]], self.root, self.suv_factors[k])[0][0]
+
+# %% ../nbs/01_explore_dicom.ipynb #44353a22
+def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLike) -> OpenStack:
+    """Get ready to read an accepted stack slice by slice; no pixel is read yet.
+
+    Parameters
+    ----------
+    stack : its row of the stacks table; instances : its rows of the instances table, in any order.
+
+    Raises
+    ------
+    ValueError : the stack is excluded, or the instances are not its own; SuvError : a PET that does not allow SUV.
+    """
+    rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
+    if len(rows) != stack["slices"]:                           # images of several slices: a row for each slice
+        rows = _ordered(instances).rows
+    own = len(rows) == stack["slices"] and (instances["stack_id"] == stack["stack_id"]).all()
+    if stack["status"] != "accepted" or not own:
+        why = f"it is excluded ({stack['reason']})" if own else f"{len(rows)} slices of {stack['slices']} are there"
+        raise ValueError(f"stack {stack['stack_id']} cannot be opened: {why}")
+    images = instances.iloc[rows["instance"]] if "instance" in rows else rows
+    factors = _stack_suv_factor(images) if stack["modality"] == "PT" else None
+    return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], _one_frame(images),
+                     tuple(_headers(rows)), os.fspath(root), factors)
 
 # %% ../nbs/01_explore_dicom.ipynb #e79a89c1
 def resample_to(stack: Stack, like: Stack) -> Stack:

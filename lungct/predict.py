@@ -23,9 +23,8 @@ from . import dicom, plots, runs, training, volumes
 # %% ../nbs/appendix/predict.ipynb #1dbd1abe
 def to_volume(stack: dicom.Stack, grid: volumes.Grid) -> tuple[np.ndarray, np.ndarray]:
     """CT on the model's grid, int16 HU (z, y, x), and the grid's affine (voxel centre (x, y, z) -> LPS mm)."""
-    affine = grid.affine(volumes.find_lungs(stack).centre_mm)
-    hu = volumes.resample_area(stack.hu_zyx, stack.affine, affine, grid.shape_zyx)
-    return np.rint(hu).clip(-32768, 32767).astype(np.int16), affine
+    hu, affine, _ = volumes.to_cube(stack, grid)
+    return hu, affine
 
 # %% ../nbs/appendix/predict.ipynb #6dfe1109
 PIXELS = ["i0", "i1", "j0", "j1", "k0", "k1"]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'CORNERS_MM', 'RECIPE', 'CODE_VERSION',
-           'Grid', 'axis_weights', 'resample_area', 'Lungs', 'find_lungs', 'boxes_to_grid', 'boxes_to_mm',
-           'place_lesions', 'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume',
-           'build_cohort', 'Cohort', 'load_cohort']
+           'Grid', 'axis_weights', 'resample_area', 'Lungs', 'find_lungs', 'to_lattice', 'cut_cube', 'to_cube',
+           'boxes_to_grid', 'boxes_to_mm', 'place_lesions', 'choose_pets', 'CorruptVolume', 'Volume', 'load_volume',
+           'BuildProblem', 'ensure_volume', 'build_cohort', 'Cohort', 'load_cohort']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import hashlib
@@ -14,6 +14,7 @@ import json
 import os
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +36,7 @@ AIR_HU = -1024.0  # everything outside the scan
 
 @dataclass(frozen=True)
 class Grid:
-    """A cube of `size`^3 equal voxels of `spacing_mm`, its axes along LPS x, y and z."""
+    """A cube of `size`^3 equal voxels of `spacing_mm`, cut from the lattice whose voxels begin at 0 mm."""
 
     size: int = 64
     spacing_mm: float = 6.0
@@ -51,9 +52,10 @@ class Grid:
         return (self.size,) * 3
 
     def affine(self, centre_mm: Sequence[float]) -> np.ndarray:
-        """4x4 matrix from (x, y, z) voxel-centre index to LPS mm, for a cube whose middle is at `centre_mm`."""
+        """4x4 matrix from (x, y, z) voxel-centre index to LPS mm, for the cube whose middle is nearest `centre_mm`."""
+        edge = np.asarray(centre_mm, float) / self.spacing_mm - self.size / 2
         affine = np.diag([self.spacing_mm] * 3 + [1.0])
-        affine[:3, 3] = np.asarray(centre_mm, float) - self.spacing_mm * (self.size - 1) / 2
+        affine[:3, 3] = (np.floor(edge + 0.5) + 0.5) * self.spacing_mm
         return affine
 
 # %% ../nbs/03_build_volumes.ipynb #6afc2be8
@@ -81,12 +83,13 @@ def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -
     return np.clip(1 - abs(centre - cell), 0, None) * overlap.sum(axis=1, keepdims=True)
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e8
-def _weigh(values_zyx: np.ndarray, weights_zyx: Sequence[np.ndarray], outside: float) -> np.ndarray:
+def _weigh(slices: Sequence[np.ndarray], weights_zyx: Sequence[np.ndarray], outside: float) -> np.ndarray:
     """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
     along_z, along_y, along_x = (sparse.csr_array(w.astype(np.float32)) for w in weights_zyx)
-    planes = np.zeros((len(values_zyx), along_y.shape[0], along_x.shape[0]), np.float32)
+    planes = np.zeros((len(slices), along_y.shape[0], along_x.shape[0]), np.float32)
+    nothing = np.float32(outside) * along_y.sum(axis=1)[:, None]
     for k in np.flatnonzero(weights_zyx[0].any(axis=0)):
-        rows = along_y @ (values_zyx[k].astype(np.float32) - np.float32(outside))
+        rows = along_y @ slices[k].astype(np.float32) - nothing
         planes[k] = (along_x @ rows.T).T
     volume = along_z @ planes.reshape(len(planes), -1)
     return volume.reshape(-1, *planes.shape[1:]) + np.float32(outside)
@@ -95,7 +98,7 @@ def _weigh(values_zyx: np.ndarray, weights_zyx: Sequence[np.ndarray], outside: f
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel
 
 
-def _aligned_weights(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.ndarray, shape_zyx: Sequence[int]):
+def _aligned_weights(source_zyx: Sequence[int], affine: np.ndarray, to_source: np.ndarray, shape_zyx: Sequence[int]):
     """(weights per source axis, target axis of each source axis), or None when the axes are not parallel."""
     shape_xyz = np.array(shape_zyx[::-1])
     reach_mm = abs(to_source[:3, :3]) * np.linalg.norm(affine[:3, :3], axis=0)[:, None]
@@ -107,7 +110,7 @@ def _aligned_weights(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.n
     weights, target_of = [None] * 3, [0] * 3
     for target, source in enumerate(source_of):
         step, n = to_source[source, target], shape_xyz[target]
-        weights[2 - source] = axis_weights(values_zyx.shape[2 - source], middle[source] - step * n / 2, step, n)
+        weights[2 - source] = axis_weights(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
         target_of[2 - source] = 2 - target
     return weights, target_of
 
@@ -129,13 +132,13 @@ def _resample_oblique(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.
     return samples.reshape(z, 2, y, 2, x, 2).mean(axis=(1, 3, 5)) + np.float32(outside)
 
 # %% ../nbs/03_build_volumes.ipynb #8b11d400
-def resample_area(values_zyx: np.ndarray, affine: np.ndarray, target_affine: np.ndarray, shape_zyx: Sequence[int],
-                  outside: float = AIR_HU) -> np.ndarray:
+def resample_area(values_zyx: np.ndarray | dicom.OpenStack, affine: np.ndarray, target_affine: np.ndarray,
+                  shape_zyx: Sequence[int], outside: float = AIR_HU) -> np.ndarray:
     """Mean of the source in every voxel of a target grid, float32 (z, y, x).
 
     Parameters
     ----------
-    values_zyx : source array in any unit (HU, SUV).
+    values_zyx : source array in any unit (HU, SUV), or anything with a `shape` whose [k] is slice k: each is read once.
     affine, target_affine : 4x4, (x, y, z) voxel-centre index to LPS mm, of the source and of the target.
     shape_zyx : shape of the target.
     outside : value of everything that the source does not cover.
@@ -146,7 +149,7 @@ def resample_area(values_zyx: np.ndarray, affine: np.ndarray, target_affine: np.
     Other directions: averaged to half the target's spacing, then eight linear samples a voxel.
     """
     to_source = np.linalg.inv(affine) @ target_affine
-    parallel = _aligned_weights(values_zyx, affine, to_source, shape_zyx)
+    parallel = _aligned_weights(values_zyx.shape, affine, to_source, shape_zyx)
     if parallel is None:
         step_mm = np.linalg.norm(target_affine[:3, :3], axis=0).max()
         return _resample_oblique(values_zyx, affine, to_source, step_mm, shape_zyx, outside)
@@ -163,6 +166,8 @@ LUNG_LITRES = (0.1, 10.0)  # plausible size of one connected piece of lung
 def _coarse(values_zyx: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The scan averaged along its own axes to about `COARSE_MM`, and the affine of that."""
     shrink = np.maximum(1, COARSE_MM / np.linalg.norm(affine[:3, :3], axis=0))
+    if (shrink == 1).all():
+        return values_zyx, affine
     weights = [axis_weights(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
     grow = np.diag([*shrink, 1.0])
     grow[:3, 3] = (shrink - 1) / 2
@@ -245,6 +250,51 @@ def find_lungs(stack: dicom.Stack) -> Lungs:
         return Lungs(tuple(map(float, _middle_mm(_places_mm(body, affine)))), "body", 0.0)
     last = np.array(stack.hu_zyx.shape[::-1]) - 1
     return Lungs(tuple(map(float, dicom.to_mm(stack.affine, [last / 2])[0])), "stack", 0.0)
+
+# %% ../nbs/03_build_volumes.ipynb #de80dcbd
+def _lattice(affine: np.ndarray, shape_zyx: Sequence[int], spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """(affine, shape (z, y, x)) of the part of the lattice that holds a stack."""
+    ends = [(-0.5, n - 0.5) for n in shape_zyx[::-1]]
+    edges = dicom.to_mm(affine, np.stack(np.meshgrid(*ends), axis=-1).reshape(-1, 3)) / spacing_mm
+    low, high = np.floor(edges.min(axis=0) + 1e-6), np.ceil(edges.max(axis=0) - 1e-6)
+    lattice = np.diag([spacing_mm] * 3 + [1.0])
+    lattice[:3, 3] = (low + 0.5) * spacing_mm
+    return lattice, (high - low)[::-1].astype(int)
+
+# %% ../nbs/03_build_volumes.ipynb #7df66905
+def to_lattice(stack: dicom.Stack | dicom.OpenStack, spacing_mm: float) -> dicom.Stack:
+    """The whole stack as area means on the lattice: float32 HU or SUV, an affine along LPS, nobody's slices."""
+    values = stack.values_zyx if isinstance(stack, dicom.Stack) else stack
+    affine, shape_zyx = _lattice(stack.affine, values.shape, spacing_mm)
+    outside = AIR_HU if stack.modality == "CT" else 0.0
+    means = resample_area(values, stack.affine, affine, shape_zyx, outside)
+    hu, suv = (means, None) if stack.modality == "CT" else (None, means)
+    return dicom.Stack(stack.stack_id, hu, affine, stack.modality, (), 0, suv, stack.frame_of_reference_uid)
+
+# %% ../nbs/03_build_volumes.ipynb #ee47446e
+def cut_cube(lattice: dicom.Stack, affine: np.ndarray, size: int) -> np.ndarray:
+    """The cube of `size`^3 voxels at `affine` from a stack on the same lattice: float32 (z, y, x), air around."""
+    values, step_mm = lattice.values_zyx, affine[0, 0]
+    first = np.rint((affine[:3, 3] - lattice.affine[:3, 3]) / step_mm).astype(int)[::-1]
+    cube = np.full((size,) * 3, AIR_HU if lattice.modality == "CT" else 0.0, np.float32)
+    low, high = np.maximum(first, 0), np.minimum(first + size, values.shape)
+    if (high > low).all():
+        place = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
+        cube[place] = values[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    return cube
+
+# %% ../nbs/03_build_volumes.ipynb #06ee5053
+def to_cube(stack: dicom.Stack | dicom.OpenStack, grid: Grid) -> tuple[np.ndarray, np.ndarray, Lungs]:
+    """A CT stack on its cube around the lungs.
+
+    Returns
+    -------
+    (int16 HU (z, y, x), affine of the cube, the lungs it is centred on)
+    """
+    lattice = to_lattice(stack, grid.spacing_mm)
+    lungs = find_lungs(lattice if grid.spacing_mm <= COARSE_MM else to_lattice(stack, COARSE_MM))
+    affine = grid.affine(lungs.centre_mm)
+    return np.rint(cut_cube(lattice, affine, grid.size)).clip(-32768, 32767).astype(np.int16), affine, lungs
 
 # %% ../nbs/03_build_volumes.ipynb #cdfc8297
 def boxes_to_grid(affine: np.ndarray, corners_mm: np.ndarray) -> np.ndarray:
@@ -342,16 +392,15 @@ def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]
     return same.stack_id.tolist(), "same frame of reference"
 
 # %% ../nbs/03_build_volumes.ipynb #0fd144fd
-def _pet_on_grid(job: dict, grid_affine: np.ndarray, grid: Grid) -> tuple[np.ndarray | None, str]:
-    """(SUV on the grid or None, the reason in words)."""
-    words = job["pet"]
-    for pet_instances in job["pets"]:
+def _open_first(candidates: pd.DataFrame, files: dict[str, pd.DataFrame],
+                root: str) -> tuple[dicom.OpenStack | None, str]:
+    """(the first of some stacks that can be opened, or None; the reason in words when there is none)."""
+    words = ""
+    for _, stack in candidates.iterrows():
         try:
-            stack = dicom.read_stack(pet_instances, job["root"])
-        except (ValueError, OSError) as error:
-            words = f"left out: {error}"
-            continue
-        return resample_area(stack.suv_zyx, stack.affine, grid_affine, grid.shape_zyx, outside=0.0), job["pet"]
+            return dicom.open_stack(stack, files[stack.stack_id], root), ""
+        except ValueError as error:
+            words = str(error)
     return None, words
 
 # %% ../nbs/03_build_volumes.ipynb #6d5389e7
@@ -414,46 +463,52 @@ def load_volume(path: str | os.PathLike) -> Volume:
     return Volume(**arrays, meta={**meta, "content_hash": expected})
 
 # %% ../nbs/03_build_volumes.ipynb #c62ab330
-RECIPE = 1  # raise it when a change of this module changes stored bytes: entries made by another recipe are rebuilt
+RECIPE = 2  # raise it when a change of this module changes stored bytes: entries made by another recipe are rebuilt
 CODE_VERSION = f"{lungct.__version__}, recipe {RECIPE}"
 
 
 def _compute(job: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and row of one stack, from the DICOM files."""
-    stack, grid = dicom.read_stack(job["instances"], job["root"]), Grid(*job["grid"])
-    lungs = find_lungs(stack)
-    affine = grid.affine(lungs.centre_mm)
-    ct = np.rint(resample_area(stack.hu_zyx, stack.affine, affine, grid.shape_zyx)).clip(-32768, 32767).astype(np.int16)
-    placed = place_lesions(job["lesions"], job["boxes"], stack.affine, affine, grid.size)
-    pet, pet_words = _pet_on_grid(job, affine, grid)
+    grid = Grid(*job["grid"])
+    ct, affine, lungs = to_cube(job["ct"], grid)
+    placed = place_lesions(job["lesions"], job["boxes"], job["ct"].affine, affine, grid.size)
     arrays = {"ct_hu": ct, **{name: placed[name] for name in ("mask", "boxes_zyx", "lesion_ids")}, "affine": affine}
-    if pet is not None:
-        arrays["pet_suv"] = pet
+    pet_words = job["pet_words"]
+    if job["pet"] is not None:
+        try:
+            arrays["pet_suv"] = cut_cube(to_lattice(job["pet"], grid.spacing_mm), affine, grid.size)
+        except (ValueError, OSError) as error:  # a PET that cannot be read costs the PET, not the stack
+            pet_words = f"left out: {error}"
     row = {"affine": affine.ravel().tolist(), "lesions": len(job["lesions"]), "lesions_cut": placed["lesions_cut"],
-           "lesions_outside": placed["lesions_outside"], "mask_voxels": int((placed["mask"] > 0).sum()),
-           "has_pet": pet is not None, "pet": pet_words, "centred_on": lungs.centred_on, "lung_litres": lungs.litres,
-           "hu_min": int(ct.min()), "hu_mean": round(float(ct.mean(dtype=np.float64)), 3), "hu_max": int(ct.max())}
+           "lesions_outside": placed["lesions_outside"], "mask_voxels": int(np.count_nonzero(placed["mask"])),
+           "has_pet": "pet_suv" in arrays, "pet": pet_words, "centred_on": lungs.centred_on,
+           "lung_litres": lungs.litres, "hu_min": int(ct.min()), "hu_mean": round(float(ct.mean(dtype=np.float64)), 3),
+           "hu_max": int(ct.max())}
     return arrays, row
 
 # %% ../nbs/03_build_volumes.ipynb #925d8fbb
 def _key(job: dict) -> str:
     """Hash of everything an entry is made from."""
-    frames = [job["instances"], job["lesions"], job["boxes"], *job["pets"]]
-    tables = [frame.to_json(orient="split", index=False, double_precision=15, default_handler=str) for frame in frames]
-    return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet"], *tables])
+    opened = [[stack.stack_id, stack.affine, stack.slices, stack.suv_factors, stack.frame_of_reference_uid]
+              for stack in (job["ct"], job["pet"]) if stack is not None]
+    tables = [job[name].to_json(orient="split", index=False, double_precision=15) for name in ("lesions", "boxes")]
+    return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet_words"], opened, *tables])
 
 # %% ../nbs/03_build_volumes.ipynb #28d7cdae
 def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Grid) -> Iterator[dict]:
     """One plain dictionary for each accepted CT stack, in the order of stack_id."""
     files, found, drawn = (dict(tuple(frame.groupby("stack_id"))) for frame in (instances, lesions, boxes))
+    files = defaultdict(lambda: instances[:0], files)
     accepted = stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].sort_values("stack_id")
+    root = str(Path(dicom_root).resolve())
     for _, stack in accepted.iterrows():
-        pet_ids, pet = choose_pets(stack, stacks)
-        job = {"stack_id": stack.stack_id, "instances": files.get(stack.stack_id, instances[:0]), "pet": pet,
+        pet_ids, pet_words = choose_pets(stack, stacks)
+        pet, refusal = _open_first(stacks.set_index("stack_id", drop=False).loc[pet_ids], files, root)
+        ct, problem = _open_first(stack.to_frame().T, files, root)
+        job = {"stack_id": stack.stack_id, "ct": ct, "problem": problem, "pet": pet,
+               "pet_words": f"left out: {refusal}" if refusal else pet_words, "grid": (grid.size, grid.spacing_mm),
                "lesions": found.get(stack.stack_id, lesions[:0]), "boxes": drawn.get(stack.stack_id, boxes[:0]),
-               "pets": [files[pet_id] for pet_id in pet_ids if pet_id in files],
-               "root": str(Path(dicom_root).resolve()),
-               "path": str((folder / f"{stack.stack_id}.npz").resolve()), "grid": (grid.size, grid.spacing_mm)}
+               "path": str((folder / f"{stack.stack_id}.npz").resolve())}
         yield {**job, "key": _key(job), "uids": {c: stack[c] for c in ("patient_id", "study_uid", "series_uid")}}
 
 # %% ../nbs/03_build_volumes.ipynb #bcd0f839
@@ -480,6 +535,8 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
         meta = {}  # nothing usable there: built below
     if meta.get("key") == job["key"]:
         return {**done, **meta["row"], "content_hash": meta["content_hash"]}, "kept"
+    if job["ct"] is None:
+        return _excluded(job, BuildProblem.FAILED, job["problem"]), "excluded"
     try:
         arrays, row = _compute(job)
     except Exception as error:  # of whatever kind: it goes into the table, and the other stacks go on

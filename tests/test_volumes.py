@@ -212,12 +212,14 @@ def test_round_trip_between_mm_and_grid(centre, size, spacing, corners):
     affine = Grid(size, spacing).affine(centre)
     assert np.abs(volumes.boxes_to_mm(affine, volumes.boxes_to_grid(affine, [corners])) - corners).max() < 1e-3
     middle = dicom.to_mm(affine, [[(size - 1) / 2] * 3])[0]
-    assert np.allclose(middle, centre, atol=1e-6)
+    assert np.abs(middle - centre).max() <= spacing / 2 + 1e-6
+    edges = affine[:3, 3] / spacing - 0.5
+    assert np.allclose(edges, np.rint(edges), atol=1e-6)   # on the lattice that begins at 0 mm
 
 
 def test_the_whole_cube_is_the_box_from_0_to_size():
     grid = Grid(10, 4.0)
-    box = volumes.boxes_to_grid(grid.affine((5, 6, 7)), [[-15, -14, -13, 25, 26, 27]])
+    box = volumes.boxes_to_grid(grid.affine((4, 8, 5)), [[-16, -12, -16, 24, 28, 24]])
     assert np.allclose(box, [[0, 0, 0, 10, 10, 10]])
 
 
@@ -693,21 +695,74 @@ def test_the_largest_of_several_pets_comes_first():
     assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == ["more", "pet"]
 
 
-def test_the_first_pet_with_valid_suv_is_taken_and_lies_on_the_grid(monkeypatch):
-    affine = affine_of((6, 6, 6), (-9, -9, -9))
+def test_the_first_pet_that_opens_is_taken(monkeypatch):
+    def open_stack(stack, instances, root):
+        if stack.stack_id == "uncorrected":
+            raise dicom.SuvError("no SUV")
+        return stack.stack_id
 
-    def read_stack(frame, root):
-        if frame.stack_id[0] == "uncorrected":
-            raise ValueError("no SUV")
-        return dicom.Stack("pet", None, affine, "PT", (), 0, np.full((4, 4, 4), 2.5, np.float32))
+    monkeypatch.setattr(dicom, "open_stack", open_stack)
+    candidates = pd.DataFrame({"stack_id": ["uncorrected", "corrected"]})
+    files = dict.fromkeys(candidates.stack_id)
+    assert volumes._open_first(candidates, files, ".") == ("corrected", "")
+    assert volumes._open_first(candidates[:1], files, ".") == (None, "no SUV")
+    assert volumes._open_first(candidates[:0], files, ".") == (None, "")
 
-    monkeypatch.setattr(dicom, "read_stack", read_stack)
-    frames = [pd.DataFrame({"stack_id": [name]}) for name in ("uncorrected", "corrected")]
-    job = {"pets": frames, "pet": "same frame of reference", "root": "."}
-    suv, words = volumes._pet_on_grid(job, Grid(6, 6.0).affine((0, 0, 0)), Grid(6, 6.0))
-    assert words == "same frame of reference" and suv.sum() == pytest.approx(64 * 2.5) and suv[0, 0, 0] == 0
-    suv, words = volumes._pet_on_grid({**job, "pets": frames[:1]}, affine, Grid(6, 6.0))
-    assert suv is None and words == "left out: no SUV"
+
+def test_suv_lies_on_the_same_voxels_and_outside_is_0():
+    pet = dicom.Stack("pet", None, affine_of((6, 6, 6), (-9, -9, -9)), "PT", (), 0, np.full((4, 4, 4), 2.5, np.float32))
+    affine = Grid(6, 6.0).affine((0, 0, 0))
+    suv = volumes.cut_cube(volumes.to_lattice(pet, 6.0), affine, 6)
+    assert suv.dtype == np.float32 and suv.sum() == pytest.approx(64 * 2.5) and suv[0, 0, 0] == 0
+
+
+# ------------------------------------------------------------------ the lattice
+
+
+@pytest.mark.parametrize("name", sorted(FLIPS))
+@pytest.mark.parametrize("size, spacing", [(24, 6.0), (40, 3.5), (10, 16.0)])
+def test_a_cube_cut_from_the_lattice_is_the_cube_resampled_directly(name, size, spacing):
+    turned = np.eye(4)
+    turned[:3, :3] = FLIPS[name]
+    stack = thorax(shape=(20, 40, 45), spacing=(14.0, 10.0, 9.0), noise=50)
+    stack = stack_of(stack.hu_zyx, turned @ stack.affine)
+    cube, affine, _ = volumes.to_cube(stack, Grid(size, spacing))
+    directly = resample_area(stack.hu_zyx, stack.affine, affine, cube.shape)
+    edges = np.abs(directly - cube)
+    oblique = "oblique" in name
+    assert edges.max() <= (60 if oblique else 0.51)        # oblique: the averages before the samples begin elsewhere
+    assert edges.mean() < (3 if oblique else 0.5)
+
+
+def test_a_cube_that_reaches_out_of_the_scan_is_air_there():
+    stack = stack_of(np.zeros((4, 4, 4)), affine_of((6, 6, 6), (3, 3, 3)))
+    lattice = volumes.to_lattice(stack, 6.0)
+    assert np.array_equal(lattice.affine, stack.affine)
+    for centre, inside in (((12, 12, 12), 64), ((0, 12, 12), 32), ((300, 0, 0), 0)):
+        cube = volumes.cut_cube(lattice, Grid(4, 6.0).affine(centre), 4)
+        assert (cube == 0).sum() == inside and (cube[cube != 0] == -1024).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(spacing=st.tuples(*[st.floats(0.4, 12)] * 3), origin=st.tuples(*[st.floats(-300, 300)] * 3),
+       step=st.floats(1, 12), turn=st.floats(0, 90))
+def test_the_lattice_holds_the_whole_stack_and_hardly_more(spacing, origin, step, turn):
+    affine = affine_of(spacing, origin, rotation(turn))
+    values = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7))
+    lattice = volumes.to_lattice(stack_of(values, affine), step)
+    corners = dicom.to_mm(affine, [[x, y, z] for x in (-0.5, 6.5) for y in (-0.5, 5.5) for z in (-0.5, 4.5)])
+    edges = dicom.to_voxel(lattice.affine, corners) + 0.5
+    assert edges.min() > -1e-4 and (edges.max(axis=0) < np.array(lattice.hu_zyx.shape[::-1]) + 1e-4).all()
+    assert np.abs(edges.max(axis=0) - lattice.hu_zyx.shape[::-1]).max() < 1 + 1e-4
+
+
+def test_two_reconstructions_of_one_scan_are_sampled_at_the_same_places():
+    stack = thorax()
+    thick = stack_of(stack.hu_zyx[1::2] // 2 + stack.hu_zyx[::2] // 2,
+                     stack.affine @ affine_of((1, 1, 2), (0, 0, 0.5)))
+    one, two = (volumes.to_cube(some, Grid()) for some in (stack, thick))
+    steps = (one[1][:3, 3] - two[1][:3, 3]) / 6.0
+    assert np.allclose(steps, np.rint(steps)) and np.abs(steps).max() <= 1
 
 
 # ------------------------------------------------------------------ phantoms and real series
