@@ -963,7 +963,7 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     ValueError : the stack is excluded, or the instances are not its own; SuvError : a PET that does not allow SUV.
     """
     rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
-    if len(rows) != stack["slices"]:                           # images of several slices: a row for each slice
+    if (instances["frames"].fillna(1) > 1).any():              # images of several slices: a row for each slice
         rows = _ordered(instances).rows
     own = len(rows) == stack["slices"] and (instances["stack_id"] == stack["stack_id"]).all()
     if stack["status"] != "accepted" or not own:

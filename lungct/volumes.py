@@ -6,8 +6,8 @@
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'ENDS', 'MIDDLE',
            'CORNERS_MM', 'RECIPE', 'CODE_VERSION', 'Grid', 'axis_weights', 'resample_area', 'to_lattice', 'Lungs',
            'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions', 'choose_pets',
-           'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort', 'Cohort',
-           'load_cohort']
+           'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort', 'Entries',
+           'Cohort', 'load_cohort']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import hashlib
@@ -21,6 +21,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +89,11 @@ def _weigh(slices: Sequence[np.ndarray], weights_zyx: Sequence[np.ndarray], outs
     """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
     along_z, along_y, along_x = (sparse.csr_array(w.astype(np.float32)) for w in weights_zyx)
     planes = np.zeros((len(slices), along_y.shape[0], along_x.shape[0]), np.float32)
+    plane = np.empty((along_y.shape[1], along_x.shape[1]), np.float32)
     nothing = np.float32(outside) * along_y.sum(axis=1)[:, None]
     for k in np.flatnonzero(weights_zyx[0].any(axis=0)):
-        rows = along_y @ slices[k].astype(np.float32) - nothing
-        planes[k] = (along_x @ rows.T).T
+        plane[...] = slices[k]
+        planes[k] = (along_x @ (along_y @ plane - nothing).T).T
     volume = along_z @ planes.reshape(len(planes), -1)
     return volume.reshape(-1, *planes.shape[1:]) + np.float32(outside)
 
@@ -424,7 +426,7 @@ def _content_hash(arrays: dict[str, np.ndarray], meta: dict) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).view(np.uint8) if array.size else b"")
     digest.update(json.dumps(meta, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -676,27 +678,52 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
 
 # %% ../nbs/03_build_volumes.ipynb #f625175e
 @dataclass(frozen=True)
-class Cohort:
-    """n stacks: CT in HU and mask (n, z, y, x); for each its boxes (m, 6) in voxel edges, affine and table row."""
+class Entries(Sequence):
+    """One array of each entry of a store, read from disk and checked when it is asked for: ``entries[i]``."""
 
-    ct_hu: np.ndarray
-    mask: np.ndarray
-    boxes_zyx: list[np.ndarray]
-    lesion_ids: list[np.ndarray]
+    load: Callable[[int], Volume]
+    field: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, which):
+        if isinstance(which, slice):
+            return [self[i] for i in range(*which.indices(self.count))]
+        return getattr(self.load(range(self.count)[which]), self.field)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """n stacks: CT in HU and mask (n, z, y, x); for each its boxes (m, 6) in voxel edges, affine and table row.
+
+    `pet_suv` is (n, z, y, x), NaN where a stack has no PET, or None when it was not asked for. Of a cohort that is not
+    in memory, arrays are `Entries`.
+    """
+
+    ct_hu: np.ndarray | Entries
+    mask: np.ndarray | Entries
+    boxes_zyx: Sequence[np.ndarray]
+    lesion_ids: Sequence[np.ndarray]
     affines: np.ndarray
     table: pd.DataFrame
+    pet_suv: np.ndarray | Entries | None = None
 
     def __len__(self) -> int:
         return len(self.table)
 
 # %% ../nbs/03_build_volumes.ipynb #c571f142
-def load_cohort(folder: str | os.PathLike, stack_ids: Sequence[str] | None = None) -> Cohort:
-    """Read volumes of a finished chapter 3 into memory.
+def load_cohort(folder: str | os.PathLike, stack_ids: Sequence[str] | None = None, pet: bool = False,
+                in_memory: bool = True) -> Cohort:
+    """Volumes of a finished chapter 3.
 
     Parameters
     ----------
     folder : holds `cohort.parquet` and `volumes/`.
     stack_ids : which, in this order; all accepted ones, by stack_id, when None.
+    pet : whether PET is wanted, too.
+    in_memory : read and check everything now; otherwise each volume when it is asked for.
 
     Raises
     ------
@@ -709,12 +736,29 @@ def load_cohort(folder: str | os.PathLike, stack_ids: Sequence[str] | None = Non
     if missing := sorted(set(wanted) - set(table.index)):
         raise KeyError(f"{len(missing)} of {len(wanted)} stacks have no volume in {folder}: {', '.join(missing[:3])}")
     table = table.loc[wanted].reset_index(drop=True)
-    shape = (len(table), *[int(table.grid_size.iloc[0]) if len(table) else 0] * 3)
-    ct_hu, mask, affines = np.empty(shape, np.int16), np.empty(shape, np.uint8), np.empty((len(table), 4, 4))
+    opened = _open_cohort(Path(folder), table, pet)
+    return _in_memory(opened) if in_memory else opened
+
+# %% ../nbs/03_build_volumes.ipynb #b350f642
+def _open_cohort(folder: Path, table: pd.DataFrame, pet: bool) -> Cohort:
+    """A cohort whose arrays stay on disk; the volume read last is remembered."""
+    paths = [folder / file for file in table.file]
+    load = lru_cache(1)(lambda i: load_volume(paths[i]))
+    arrays = {name: Entries(load, name, len(paths)) for name in ("ct_hu", "mask", "boxes_zyx", "lesion_ids")}
+    affines = np.array(table.affine.tolist(), float).reshape(-1, 4, 4)
+    return Cohort(**arrays, affines=affines, table=table, pet_suv=Entries(load, "pet_suv", len(paths)) if pet else None)
+
+# %% ../nbs/03_build_volumes.ipynb #ec6af142
+def _in_memory(opened: Cohort) -> Cohort:
+    """The cohort with all its arrays read."""
+    n, size = len(opened), int(opened.table.grid_size.iloc[0]) if len(opened) else 0
+    ct_hu, mask = np.empty((n, size, size, size), np.int16), np.empty((n, size, size, size), np.uint8)
+    suv = None if opened.pet_suv is None else np.full(ct_hu.shape, np.nan, np.float32)
     boxes, lesion_ids = [], []
-    for i, file in enumerate(table.file):
-        volume = load_volume(Path(folder) / file)
-        ct_hu[i], mask[i], affines[i] = volume.ct_hu, volume.mask, volume.affine
-        boxes.append(volume.boxes_zyx)
-        lesion_ids.append(volume.lesion_ids)
-    return Cohort(ct_hu, mask, boxes, lesion_ids, affines, table)
+    for i in range(n):
+        ct_hu[i], mask[i] = opened.ct_hu[i], opened.mask[i]
+        boxes.append(opened.boxes_zyx[i])
+        lesion_ids.append(opened.lesion_ids[i])
+        if suv is not None and opened.pet_suv[i] is not None:
+            suv[i] = opened.pet_suv[i]
+    return Cohort(ct_hu, mask, boxes, lesion_ids, opened.affines, opened.table, suv)

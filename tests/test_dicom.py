@@ -704,6 +704,8 @@ def test_enhanced_image_equals_its_single_images(single_and_enhanced, shuffled, 
     assert np.array_equal(stack.hu_zyx, single.hu_zyx) and stack.hu_zyx.dtype == single.hu_zyx.dtype
     assert np.allclose(stack.affine, single.affine, atol=GEOMETRY_TOLERANCE_MM)
     assert stack.padding_voxels == single.padding_voxels and stack.sop_uids == ("1.2.7.2",) * len(single.hu_zyx)
+    opened = dicom.open_stack(row, instances, folder)
+    assert np.array_equal(np.stack([opened[k] for k in range(len(opened))]), single.hu_zyx)
 
 
 def test_frames_survive_parquet(single_and_enhanced, tmp_path):
@@ -1178,3 +1180,36 @@ def test_of_a_folder_without_images_no_cache_is_kept(tmp_path):
     with pytest.raises(ValueError, match="holds no DICOM image"):
         dicom.index_dicom(tmp_path / "in", cache=tmp_path / "c.parquet")
     assert not (tmp_path / "c.parquet").exists()
+
+
+# ------------------------------------------------------------------ a stack on disk
+
+
+def test_a_stack_on_disk_is_the_stack_in_memory(phantom_dir):
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    instances, _ = dicom.index_dicom(root, workers=1)
+    stacks, instances = dicom.build_stacks(instances, root=root)
+    accepted = stacks[stacks["status"] == "accepted"]
+    assert {"CT", "PT"} == set(accepted["modality"])
+    for _, row in accepted.iterrows():
+        own = instances[instances["stack_id"] == row["stack_id"]].sample(frac=1, random_state=0)
+        if isinstance(row["suv_refusal"], str):
+            with pytest.raises(dicom.SuvError):
+                dicom.open_stack(row, own, root)
+            continue
+        whole, opened = dicom.read_stack(own, root), dicom.open_stack(row, own, root)
+        assert opened.shape == whole.values_zyx.shape == (len(opened), *opened[0].shape)
+        assert np.allclose(opened.affine, whole.affine, atol=1e-9)
+        assert opened.frame_of_reference_uid == whole.frame_of_reference_uid
+        assert tuple(header["sop_uid"] for header in opened.slices) == whole.sop_uids
+        assert all(np.array_equal(opened[k], plane) for k, plane in enumerate(whole.values_zyx))
+
+
+def test_an_excluded_or_incomplete_stack_is_not_opened(tree):
+    instances, _ = dicom.index_dicom(tree)
+    stacks, instances = dicom.build_stacks(instances, min_slices=2)
+    row = stacks.iloc[0]
+    with pytest.raises(ValueError, match=f"{row['stack_id']} cannot be opened: .* slices of {row['slices']} are there"):
+        dicom.open_stack(row, instances[1:], tree)
+    with pytest.raises(ValueError, match=r"it is excluded \(gap\)"):
+        dicom.open_stack(row.replace({"accepted": "excluded"}).fillna({"reason": "gap"}), instances, tree)

@@ -585,6 +585,63 @@ def test_load_cohort_keeps_the_order_it_is_asked_for(source, tmp_path):
     assert loaded.ct_hu.shape == (2, 24, 24, 24) and [len(b) for b in loaded.boxes_zyx] == [1, 1]
 
 
+def test_an_open_cohort_is_read_when_asked_and_checked(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
+    whole, opened = load_cohort(tmp_path), load_cohort(tmp_path, in_memory=False)
+    assert len(opened) == len(opened.ct_hu) == 6 and np.array_equal(opened.affines, whole.affines)
+    for name in ("ct_hu", "mask", "boxes_zyx", "lesion_ids"):
+        assert all(np.array_equal(a, b) for a, b in zip(getattr(opened, name), getattr(whole, name), strict=True))
+    assert np.array_equal(opened.ct_hu[-1], whole.ct_hu[-1]) and len(opened.mask[1:3]) == 2
+    with pytest.raises(IndexError):
+        opened.ct_hu[6]
+    damaged = tmp_path / cohort.file[3]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    opened = load_cohort(tmp_path, in_memory=False)        # opening reads no entry
+    assert np.array_equal(opened.ct_hu[2], whole.ct_hu[2])
+    with pytest.raises(volumes.CorruptVolume, match=damaged.name):
+        opened.ct_hu[3]
+
+
+def test_a_missing_pet_is_no_number(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
+    entry = load_volume(tmp_path / cohort.file[1])
+    arrays = {name: getattr(entry, name) for name in ("ct_hu", "mask", "boxes_zyx", "lesion_ids", "affine")}
+    meta = {name: value for name, value in entry.meta.items() if name != "content_hash"}
+    volumes._save_volume(tmp_path / cohort.file[1], {**arrays, "pet_suv": np.ones(GRID.shape_zyx, np.float32)}, meta)
+    loaded = load_cohort(tmp_path, pet=True)
+    assert (loaded.pet_suv[1] == 1).all() and np.isnan(loaded.pet_suv[[0, 2, 3, 4, 5]]).all()
+    assert load_cohort(tmp_path).pet_suv is None
+
+
+def test_a_stack_whose_files_are_gone_costs_that_stack(source, tmp_path):
+    root, instances, stacks, lesions, boxes = source
+    victim = stacks.stack_id.iloc[0]
+    cohort, outcomes = build((root, instances[instances.stack_id != victim], stacks, lesions, boxes), tmp_path)
+    row = cohort.set_index("stack_id").loc[victim]
+    assert row.reason == volumes.BuildProblem.FAILED.value and "0 slices of 16 are there" in row.detail
+    assert sorted(outcomes.values()) == ["built"] * 5 + ["excluded"]
+
+
+def test_two_builds_of_one_store_at_once_give_one_store(source, tmp_path):
+    root, *frames = source
+    for name, frame in zip(("instances", "stacks", "lesions", "boxes"), frames, strict=True):
+        runs.save_table(frame, tmp_path / f"{name}.parquet")
+    build(source, tmp_path / "alone")
+    script = tmp_path / "build.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(root), str(tmp_path)]
+    pair = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in "ab"]
+    for process in pair:
+        process.communicate("1\n", timeout=120)
+    assert [process.returncode for process in pair] == [0, 0]
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+    assert not list((tmp_path / "out" / "volumes").glob(".*"))
+
+
 KILLED = """
 import sys, time
 import pandas as pd
