@@ -154,6 +154,16 @@ def test_duplicate_uid_names_the_first(tree):
     assert problem_of(tree, "zz copy.dcm") == ("duplicate SOP UID", "same SOP Instance UID as 002.dcm")
 
 
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, RLELossless, DeflatedExplicitVRLittleEndian],
+                         ids=lambda uid: uid.name)
+def test_of_two_copies_the_whole_one_stays(tree, syntax):
+    pixels = np.random.default_rng(0).integers(0, 4096, (36, 34)).astype(np.uint16)
+    whole = write_slice(tree / "b.dcm", 4, (0, 0, 15), pixels, syntax).read_bytes()
+    (tree / "a.dcm").write_bytes(whole[:-20])
+    assert problem_of(tree, "a.dcm")[0] == "truncated"
+    assert "b.dcm" in dicom.index_dicom(tree)[0]["path"].tolist()
+
+
 def test_links_and_pipes(tree):
     (tree / "gone.dcm").symlink_to(tree / "nowhere")
     (tree / "round").symlink_to(tree)
