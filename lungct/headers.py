@@ -128,7 +128,8 @@ _TIMING = {
     "decay_factor": ("DecayFactor", _number), "frame_reference_time_ms": ("FrameReferenceTime", _number),
     "frame_duration_ms": ("ActualFrameDuration", _number),
 }
-_TRACER = {                                                # first item of RadiopharmaceuticalInformationSequence
+_TRACER_SEQUENCE = "RadiopharmaceuticalInformationSequence"
+_TRACER = {                                                # in its first item
     "radiopharmaceutical": ("Radiopharmaceutical", _text),
     "injection_time": ("RadiopharmaceuticalStartTime", _text),
     "injection_datetime": ("RadiopharmaceuticalStartDateTime", _text),
@@ -149,7 +150,7 @@ def tag_name(column: str) -> str:
     if column in _PRIVATE:
         group, maker, element, _ = _PRIVATE[column]
         return f"{maker.decode()} ({group:04X},xx{element:02X})"
-    keyword = {**_HEADER, **_TRACER}[column][0]
+    keyword = {**_HEADER, **_TRACER, "tracer_items": (_TRACER_SEQUENCE,)}[column][0]
     tag = tag_for_keyword(keyword)
     return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
@@ -163,9 +164,9 @@ def _keys(fields: Mapping, prefix: bytes = b"") -> dict:
     return {column: (prefix + _key(tag_for_keyword(keyword)), convert) for column, (keyword, convert) in fields.items()}
 
 
-_CELLS = {**_keys(_HEADER), **_keys(_TRACER, b"T"),
+_ITEMS_KEY = b"Titems"
+_CELLS = {**_keys(_HEADER), **_keys(_TRACER, b"T"), "tracer_items": (_ITEMS_KEY, _whole),
           **{column: (column.encode(), convert) for column, (*_, convert) in _PRIVATE.items()}}
-_TRACER_SEQUENCE = "RadiopharmaceuticalInformationSequence"
 _TRACER_TAG, _CHARSET_TAG = tag_for_keyword(_TRACER_SEQUENCE), 0x00080005
 _SHARED_TAG, _FRAMES_TAG = 0x52009229, 0x52009230          # functional groups of enhanced multi-frame objects
 _MAKERS = {_key(group << 16 | block): (group, block) for group in (0x7053, 0x0009) for block in range(0x10, 0x100)}
@@ -344,8 +345,10 @@ def _raw(dataset: pydicom.Dataset, tag: int) -> bytes:
 def _values(dataset: pydicom.Dataset) -> dict[bytes, bytes]:
     """Raw values of a dataset by their keys, those of the tracer included."""
     values = {_key(tag): _raw(dataset, tag) for tag in dataset.keys() - {_TRACER_TAG, _SHARED_TAG, _FRAMES_TAG}}
-    tracer = dataset.get(_TRACER_SEQUENCE) or [pydicom.Dataset()]
-    values |= {key: _raw(tracer[0], tag_for_keyword(keyword))
+    tracer = dataset.get(_TRACER_SEQUENCE) or []
+    values[_ITEMS_KEY] = str(len(tracer) or "").encode()
+    first = tracer[0] if len(tracer) else pydicom.Dataset()
+    values |= {key: _raw(first, tag_for_keyword(keyword))
                for (key, _), (keyword, _) in zip(_keys(_TRACER, b"T").values(), _TRACER.values(), strict=True)}
     _add_private(values)
     return values
@@ -631,12 +634,13 @@ def _sequence(buffer: bytes, at: int, end: int | None, explicit: bool, key: byte
               first: dict | None = None) -> int:
     """Offset behind a sequence whose items begin at `at`; `end` is None when its length is undefined.
 
-    The tracer's values in the first item are put into `first`.
+    The tracer's values in the first item are put into `first`, and the number of items.
     """
     private = key[0] & 1 and buffer.startswith(_ITEM_START, at)
     if depth > _DEEPEST or not (kind == b"SQ" if explicit else private or _is_sequence(key)):
         raise _Uncommon
     roles = _INSIDE if first is None else _TRACER_INSIDE
+    items = 0
     while end is None or at < end:
         tag, length = _ITEM(buffer, at)
         if tag == _SEQUENCE_END and end is None:
@@ -644,7 +648,9 @@ def _sequence(buffer: bytes, at: int, end: int | None, explicit: bool, key: byte
         if tag != _ITEM_START:
             raise _Uncommon
         at = _item(buffer, at + 8, length, explicit, roles, {} if first is None or roles is _INSIDE else first, depth)
-        roles = _INSIDE
+        roles, items = _INSIDE, items + 1
+        if first is not None:
+            first[_ITEMS_KEY[1:]] = b"%d" % items
     if at != end:
         raise _Uncommon
     return at
@@ -691,7 +697,7 @@ def _values_in(run: list[bytes], values: Mapping[bytes, bytes]) -> dict[bytes, b
     """Those of a file's values that come from the elements of a run."""
     within = {element[:4]: values[element[:4]] for element in run if element[:4] in values}
     if _key(_TRACER_TAG) in within:
-        within |= {key: value for key, value in values.items() if key[:1] == b"T"}
+        within |= {key: value for key, value in values.items() if key[:1] == b"T" and len(key) > 4}
     return within
 
 

@@ -996,6 +996,8 @@ def test_pet_without_decay_correction_has_a_factor_a_slice(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
+    ({"RadiopharmaceuticalInformationSequence": lambda i: tracer() * 2},
+     r"RadiopharmaceuticalInformationSequence \(0054,0016\) has 2 items"),
     ({"Units": "CNTS"}, r"Units \(0054,1001\) is CNTS"), ({"CorrectedImage": ["DECY"]}, "without ATTN"),
     ({"PatientWeight": lambda i: 70 + i // 5}, r"PatientWeight \(0010,1030\) differs within the stack, 70.0 and 71.0")])
 def test_pet_is_refused_with_the_tag(tmp_path, changes, words):

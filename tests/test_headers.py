@@ -64,6 +64,7 @@ def test_converters_never_raise(raw):
 def test_names_of_elements():
     assert headers.tag_name("weight_kg") == "PatientWeight (0010,1030)"
     assert headers.tag_name("injection_time") == "RadiopharmaceuticalStartTime (0018,1072)"
+    assert headers.tag_name("tracer_items") == "RadiopharmaceuticalInformationSequence (0054,0016)"
     assert headers.tag_name("ge_scan_datetime") == "GEMS_PETD_01 (0009,xx0D)"
     assert all(headers.tag_name(column) for column in headers._CELLS)
 
@@ -400,6 +401,36 @@ def test_runs_are_used_and_never_believed(tmp_path):
     rows = in_bulk(tmp_path, names)
     assert [rows[name]["radionuclide_dose_bq"] for name in names] == [1e6 * number for number in range(40)]
     assert [rows[name]["weight_kg"] for name in names] == [70 + (number > 20) for number in range(40)]
+
+
+def test_runs_hold_only_values_of_their_own(tmp_path):
+    """Units (0054,1001) belong to group 54, as the tracer does, and not to the run that the tracer is in."""
+    names = [f"{number:03}.dcm" for number in range(8)]
+    for number, name in enumerate(names):
+        changes = {"Units": ("BQML", "CNTS", None)[number % 3], "NumberOfSlices": number}
+        (tmp_path / name).write_bytes(encoded(image(number, **changes)))
+    assert_bulk_equals_pydicom(tmp_path, names)
+    splitter = headers._Splitter()
+    for name in names:
+        splitter.split(str(tmp_path / name), os.stat(tmp_path / name).st_size)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: uid.name)
+@pytest.mark.parametrize("undefined", [False, True])
+@pytest.mark.parametrize("count, told", [(None, None), (0, None), (1, 1), (2, 2), (3, 3)])
+def test_injections_are_counted(tmp_path, syntax, undefined, count, told):
+    names = [f"{number}.dcm" for number in range(3)]        # several, so that runs are used
+    for number, name in enumerate(names):
+        data = image(number)
+        items = [item(RadionuclideTotalDose=1e6 * (k + 1)) for k in range(count or 0)]
+        data.RadiopharmaceuticalInformationSequence = items
+        if count is None:
+            del data.RadiopharmaceuticalInformationSequence
+        (tmp_path / name).write_bytes(encoded(data, syntax, undefined))
+        assert is_common(tmp_path / name)
+        row = assert_one_answer(tmp_path / name)
+        assert row["tracer_items"] == told and row["radionuclide_dose_bq"] == (1e6 if count else None)
+    assert_bulk_equals_pydicom(tmp_path, names)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------
