@@ -370,7 +370,7 @@ LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
 _SLICE_COLUMNS = (
     *(column for column in pixels.COLUMNS if column != "frame"), "patient_id", "series_uid", "sop_uid",
     "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number", "position_mm", "orientation",
-    "pixel_spacing_mm", "slice_thickness_mm", "photometric", "frames", "stack_id", "frame_of_reference_uid", "kernel",
+    "pixel_spacing_mm", "slice_thickness_mm", "stack_id", "frame_of_reference_uid", "kernel",
     "rescale_type")
 
 
@@ -549,10 +549,15 @@ def _other_unit(part: _Part, min_slices: int) -> str | None:
     return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
 
 # %% ../nbs/01_explore_dicom.ipynb #bc7338c8
+_LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allocated", "bits_stored", "high_bit",
+           "pixel_representation")
+
+
 def _undecodable(part: _Part, min_slices: int) -> str | None:
-    kinds = zip(part.rows["transfer_syntax_uid"], part.rows["bits_stored"].fillna(0), strict=True)
-    for syntax, bits in dict.fromkeys(kinds):
-        if problem := pixels.syntax_problem(syntax, bits or None):
+    kinds = part.rows[[column for column in _LAYOUT if column in part.rows]].drop_duplicates()
+    for kind in kinds.to_dict("records"):
+        bits = None if pd.isna(kind["bits_stored"]) else kind["bits_stored"]
+        if problem := pixels.syntax_problem(kind["transfer_syntax_uid"], bits or None) or pixels.layout_problem(kind):
             return problem
     return None
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER_DTYPES', 'HEADER_SCHEMA', 'HEADER_BUDGET', 'CALL_COST', 'MOST_FRAGMENTS', 'FIRST_BYTES', 'MOST_BYTES',
-           'INDEX_SCHEMA', 'tag_name', 'FileProblem', 'BadFile', 'uid_name', 'read_header_pydicom', 'read_header',
-           'as_batch', 'read_headers']
+           'INDEX_SCHEMA', 'tag_name', 'FileProblem', 'BadFile', 'uid_name', 'read_to_pixels', 'read_header_pydicom',
+           'read_header', 'as_batch', 'read_headers']
 
 # %% ../nbs/appendix/headers.ipynb #ed643164
 import io
@@ -459,6 +459,35 @@ def _check_inflated(front, rest: _Inflated, row: Mapping) -> None:
         raise BadFile(FileProblem.UNREADABLE, f"it inflates to more than {most:,} bytes, its image needs {need:,}")
     _, held = _pixel_span(head, row["transfer_syntax_uid"], (rest.size if whole else 1 << 62) - start)
     _check_length(row, held)
+
+# %% ../nbs/appendix/headers.ipynb #cda40514
+def read_to_pixels(path: str | os.PathLike, need: int) -> pydicom.FileDataset:
+    """All elements of a file up to its pixels, in any syntax.
+
+    Parameters
+    ----------
+    need : bytes of the pixels when they are not compressed; a deflated file is inflated to little more.
+
+    Raises
+    ------
+    BadFile : the header costs too much, or a deflated file breaks off or goes on far beyond its pixels.
+    """
+    size = os.stat(path).st_size
+    with open(path, "rb") as stream:
+        try:
+            return read_partial(_Metered(stream, size, 2 * size), _is_behind_pixels)
+        except _Deflated:
+            dataset, rest = _open_deflated(stream)
+        most = need + 2 * _INFLATED_LIMIT                  # no less than an index looks at
+        body = b"".join(rest.up_to(most))
+        if not rest.unpack.eof:
+            raise BadFile(FileProblem.UNREADABLE, f"it inflates to more than {most:,} bytes, its image needs {need:,}")
+    dataset.update(read_dataset(_Metered(io.BytesIO(body), len(body), len(body)), False, True, None, _is_behind_pixels))
+    return dataset
+
+
+def _is_behind_pixels(tag: int, kind: str | None, length: int) -> bool:
+    return tag > 0x7FE00010
 
 # %% ../nbs/appendix/headers.ipynb #b915c784
 _ENHANCED = (uids.EnhancedCTImageStorage, uids.LegacyConvertedEnhancedCTImageStorage,
