@@ -274,7 +274,8 @@ class _Metered:
     def read(self, count: int = -1) -> bytes:
         if count < 0:                                      # pydicom asks for all there is before it inflates
             raise _Deflated
-        self.left -= CALL_COST + min(count, max(0, self.size - self.stream.tell()))
+        count = min(count, max(0, self.size - self.stream.tell()))     # memory is taken for as much as is asked for
+        self.left -= CALL_COST + count
         if self.left < 0:
             raise BadFile(FileProblem.UNREADABLE, f"the header is longer than {HEADER_BUDGET >> 20} MB")
         return self.stream.read(count)
