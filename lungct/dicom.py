@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INSTANCE_DTYPES', 'PROBLEM_DTYPES', 'FILES_A_BATCH', 'FILES_A_WORKER', 'SAME_POSITION_MM', 'GAP_STEPS',
            'UNEVEN_STEPS', 'TILT_DEGREES', 'SAME_DIRECTION', 'SAME_SPACING_MM', 'LOCALIZER_THICKNESS_MM',
-           'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal', 'to_mm', 'to_voxel', 'Exclusion',
-           'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack', 'resample_to', 'BadFile', 'FileProblem',
-           'read_header', 'tag_name', 'SuvError', 'suv_factor']
+           'SPARSE_STEPS', 'MOST_TOLD', 'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal', 'to_mm',
+           'to_voxel', 'Exclusion', 'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack', 'resample_to',
+           'BadFile', 'FileProblem', 'read_header', 'tag_name', 'SuvError', 'suv_factor']
 
 # %% ../nbs/01_explore_dicom.ipynb #e753f27d
 import gc
@@ -179,6 +179,19 @@ def _save_cache(table: pa.Table, cache: str | os.PathLike, root: str) -> None:
     with runs.atomic(cache) as part:
         pq.write_table(lasting.replace_schema_metadata({_STAMP: _stamp(root)}), part, compression="zstd")
 
+# %% ../nbs/01_explore_dicom.ipynb #db0c0ec4
+def _check_cache(cache: str | os.PathLike) -> None:
+    """ValueError when a cache cannot be written, before hours are spent on what it is to remember."""
+    path = os.path.abspath(cache)
+    if os.path.isdir(path):
+        raise ValueError(f"the index cannot be kept in {cache}: {path} is a folder: give the name of a file")
+    parent = os.path.dirname(path)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        what = "cannot be written to" if os.path.isdir(parent) else "is no folder"
+        raise ValueError(f"the index cannot be kept in {cache}: {parent} {what}")
+
 # %% ../nbs/01_explore_dicom.ipynb #a1cc1384
 def _known(files: list[tuple[str, int, int]], cached: pa.Table) -> tuple[pa.Table, list[tuple]]:
     """(rows of the cache for files that have not changed, files to read)."""
@@ -263,7 +276,7 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Raises
     ------
-    ValueError : `root` is no folder, is empty, or holds no DICOM image; the line says which.
+    ValueError : `root` is no folder, empty, or without a DICOM image; `cache` cannot be written; the line says which.
     """
     if not os.path.isdir(root):
         raise ValueError(f"folder {root} {'is a file' if os.path.exists(root) else 'does not exist'}: check the path")
@@ -284,6 +297,8 @@ def _index(root: str, files: list[tuple], workers: int | None, progress: Callabl
     known, unknown = _known(files, cached)
     if not unknown and len(known) == len(cached):
         return known
+    if cache:
+        _check_cache(cache)
     table = pa.concat_tables([known, _read_all(root, unknown, workers, progress)]).combine_chunks().sort_by("path")
     if cache and pc.any(pc.is_null(table["reason"])).as_py():          # of a folder without images nothing is kept
         _save_cache(table, cache, root)
@@ -377,12 +392,14 @@ TILT_DEGREES = 0.5              # the walk from slice to slice may lean this far
 SAME_DIRECTION = 1e-3           # orientations that differ less in each number are one
 SAME_SPACING_MM = 1e-4          # pixel spacings that differ less are one
 LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
+SPARSE_STEPS = 1.5              # slices further apart than this many thicknesses leave much of the patient out
+MOST_TOLD = 3                   # kinds of slices that a detail counts up
 
 # %% ../nbs/01_explore_dicom.ipynb #d0422027
 _SLICE_COLUMNS = (
     *(column for column in pixels.COLUMNS if column != "frame"), "patient_id", "series_uid", "sop_uid",
     "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number", "position_mm", "orientation",
-    "pixel_spacing_mm", "slice_thickness_mm", "photometric", "frames", "stack_id", "frame_of_reference_uid", "kernel",
+    "pixel_spacing_mm", "slice_thickness_mm", "stack_id", "frame_of_reference_uid", "kernel",
     "rescale_type")
 
 
@@ -522,27 +539,34 @@ def _tilt(part: _Part, min_slices: int) -> str | None:
 def _size(rows: pd.DataFrame) -> np.ndarray:
     return np.column_stack([rows[["rows", "columns"]].to_numpy(float), _matrix(rows["pixel_spacing_mm"], 2)])
 
-
+# %% ../nbs/01_explore_dicom.ipynb #d7ce7712
 def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
     """Number rows so that rows equal within `tolerance` (NaN equals NaN) to an earlier one share a number."""
     distinct, which = np.unique(np.nan_to_num(values, nan=-1e9), axis=0, return_inverse=True)
-    found, labels = [], []
-    for value in distinct:
-        near = next((k for k, known in enumerate(found) if (np.abs(value - known) <= tolerance).all()), len(found))
-        if near == len(found):
-            found.append(value)
-        labels.append(near)
-    return np.array(labels, int)[which.ravel()]
+    column = distinct[:, np.argmax([len(np.unique(column)) for column in distinct.T])]
+    order = np.argsort(column, kind="stable")
+    reach = 2 * tolerance                                  # some room for rounding: what is near is decided below
+    first = np.searchsorted(column, column - reach, "left", order)
+    behind = np.searchsorted(column, column + reach, "right", order)
+    labels, found = np.full(len(distinct), -1), 0
+    for k, centre in enumerate(distinct):
+        if labels[k] < 0:
+            close = order[first[k] : behind[k]]
+            close = close[labels[close] < 0]
+            labels[close[(np.abs(distinct[close] - centre) <= tolerance).all(axis=1)]] = found
+            found += 1
+    return labels[which.ravel()]
 
 # %% ../nbs/01_explore_dicom.ipynb #d4f29a31
 def _mixed_size(part: _Part, min_slices: int) -> str | None:
     labels = _cluster(_size(part.rows), SAME_SPACING_MM)
     if labels.max() == 0:
         return None
-    firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(labels.max() + 1)]
+    firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(min(labels.max() + 1, MOST_TOLD))]
     told = [f"{(labels == k).sum()} of {row['rows']} x {row['columns']} pixels of {row['pixel_spacing_mm'][0]:g} mm"
             for k, row in enumerate(firsts)]
-    return " and ".join(told)
+    more = labels.max() + 1 - len(told)
+    return " and ".join([*told, f"{more:,} more sizes"] if more else told)
 
 # %% ../nbs/01_explore_dicom.ipynb #8646e6c3
 def _no_rescale(part: _Part, min_slices: int) -> str | None:
@@ -561,10 +585,15 @@ def _other_unit(part: _Part, min_slices: int) -> str | None:
     return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
 
 # %% ../nbs/01_explore_dicom.ipynb #bc7338c8
+_LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allocated", "bits_stored", "high_bit",
+           "pixel_representation")
+
+
 def _undecodable(part: _Part, min_slices: int) -> str | None:
-    kinds = zip(part.rows["transfer_syntax_uid"], part.rows["bits_stored"].fillna(0), strict=True)
-    for syntax, bits in dict.fromkeys(kinds):
-        if problem := pixels.syntax_problem(syntax, bits or None):
+    kinds = part.rows[[column for column in _LAYOUT if column in part.rows]].drop_duplicates()
+    for kind in kinds.to_dict("records"):
+        bits = None if pd.isna(kind["bits_stored"]) else kind["bits_stored"]
+        if problem := pixels.syntax_problem(kind["transfer_syntax_uid"], bits or None) or pixels.layout_problem(kind):
             return problem
     return None
 
@@ -593,7 +622,8 @@ def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> t
 
 # %% ../nbs/01_explore_dicom.ipynb #255a11a0
 def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
-    return [rows[labels == label] for label in np.unique(labels)]
+    places = pd.Series(range(len(rows))).groupby(labels).indices
+    return [rows.iloc[places[label]] for label in sorted(places)]
 
 
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -613,7 +643,7 @@ def _by_size(rows: pd.DataFrame) -> list[pd.DataFrame]:
 def _by_acquisition(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return _pieces(rows, _acquisitions(rows))
 
-
+# %% ../nbs/01_explore_dicom.ipynb #1e314300
 def _acquisitions(rows: pd.DataFrame) -> np.ndarray:
     return rows["acquisition_number"].fillna(-1).to_numpy(np.int64)
 
@@ -690,7 +720,8 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
         return _interleaved(rows, min_slices) or [whole]
     for k, split in enumerate(splits):
         pieces = split(rows)
-        if len(pieces) > 1:
+        large = max(map(len, pieces)) >= max(min_slices, 2)
+        if len(pieces) > 1 and (large or whole.rank < list(Exclusion).index(Exclusion.TOO_FEW_SLICES)):
             leaves = [leaf for piece in pieces for leaf in _split(piece, min_slices, splits[k + 1 :])]
             if max(leaf.rank for leaf in leaves) > whole.rank:
                 return leaves
@@ -741,7 +772,7 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
 STACK_DTYPES = {
     "stack_id": "str", "series_uid": "str", "study_uid": "str", "patient_id": "str", "modality": "str",
     "slices": "int64", "rows": "Int64", "columns": "Int64", "spacing_mm": "object", "affine": "object",
-    "status": "str", "reason": "str", "detail": "str", "suv_refusal": "str", "phase": "int64",
+    "status": "str", "reason": "str", "detail": "str", "remark": "str", "suv_refusal": "str", "phase": "int64",
     "dropped_duplicates": "int64", "ordered_by": "str",
 }
 _COPIED = ("frame_of_reference_uid", "manufacturer", "model_name", "kernel", "slice_thickness_mm", "study_date",
@@ -765,17 +796,26 @@ def _geometry(part: _Part) -> np.ndarray | None:
     spacing = np.asarray(part.rows["pixel_spacing_mm"].iloc[0], float)
     return _affine(part.positions_mm[0], part.positions_mm[-1], len(part.rows), part.orientation, spacing)
 
+# %% ../nbs/01_explore_dicom.ipynb #4ba425e6
+def _remark(part: _Part, step_mm: float) -> str | None:
+    """What to know about a stack that is accepted: how much of the patient lies between its slices."""
+    thickness = part.rows["slice_thickness_mm"].max()
+    if not (thickness > 0 and step_mm > SPARSE_STEPS * thickness):
+        return None
+    return f"slices of {thickness:g} mm every {step_mm:.4g} mm: {1 - thickness / step_mm:.0%} of the length not imaged"
+
 # %% ../nbs/01_explore_dicom.ipynb #1e1ff569
 def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: int) -> dict:
     """One row of the stacks table, from a judged part and the images its slices are in."""
     part, reason = found.part, found.reason
     affine, row = _geometry(part), instances.iloc[0].replace({np.nan: None}).to_dict()
+    spacing = None if affine is None else np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return row | {
         "stack_id": _stack_id(row["patient_id"], row["series_uid"], phase), "slices": len(part.rows), "phase": phase,
         "affine": None if affine is None else affine.ravel().tolist(),
-        "spacing_mm": None if affine is None else np.linalg.norm(affine[:3, :3], axis=0).tolist(),
+        "spacing_mm": spacing,
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
-        "detail": found.detail or None,
+        "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
         "suv_refusal": _suv_refusal(instances) if row["modality"] == "PT" else None, "dropped_duplicates": dropped,
         "ordered_by": "instance number" if part.depth_mm is None else "position",
     }

@@ -22,7 +22,7 @@ _KEYWORDS = {
     "units": "Units", "suv_type": "SUVType", "corrected_image": "CorrectedImage",
     "decay_correction": "DecayCorrection", "weight_kg": "PatientWeight",
     "radionuclide_dose_bq": "RadionuclideTotalDose", "half_life_s": "RadionuclideHalfLife",
-    "injection_time": "RadiopharmaceuticalStartTime",
+    "injection_time": "RadiopharmaceuticalStartTime", "tracer_items": "RadiopharmaceuticalInformationSequence",
     "injection_datetime": "RadiopharmaceuticalStartDateTime", "series_time": "SeriesTime",
     "acquisition_time": "AcquisitionTime", "frame_duration_ms": "ActualFrameDuration",
 }
@@ -264,7 +264,7 @@ def _check_corrections(header: Mapping) -> None:
 
 # %% ../nbs/appendix/suv.ipynb #358c5e8f
 _ONE_PER_SCAN = ("units", "suv_type", "corrected_image", "decay_correction", "weight_kg", "radionuclide_dose_bq",
-                 "half_life_s", "injection_time", "injection_datetime", "series_time")
+                 "half_life_s", "injection_time", "injection_datetime", "series_time", "tracer_items")
 
 
 def _check_one_scan(headers: Sequence[Mapping]) -> None:
@@ -273,6 +273,13 @@ def _check_one_scan(headers: Sequence[Mapping]) -> None:
         told = sorted({str(_given(header, column) or "missing") for header in headers})
         if len(told) > 1:
             raise SuvError(f"{_name(column)} differs within the stack, {told[0]} and {told[1]}: no SUV")
+
+# %% ../nbs/appendix/suv.ipynb #8d39da27
+def _check_one_injection(header: Mapping) -> None:
+    """SuvError when the header tells of more than one injection."""
+    items = _given(header, "tracer_items")
+    if items is not None and items > 1:
+        raise SuvError(f"{_name('tracer_items')} has {items:g} items, expected one injection: no SUV")
 
 # %% ../nbs/appendix/suv.ipynb #5086e34d
 def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
@@ -296,6 +303,7 @@ def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
     if not len(headers):
         raise SuvError("a stack without images has no SUV")
     _check_one_scan(headers)
+    _check_one_injection(headers[0])
     units = _choice(headers[0], "units", ("BQML", "CNTS", "GML"))
     _check_corrections(headers[0])
     if units == "GML":

@@ -157,6 +157,16 @@ def test_duplicate_uid_names_the_first(tree):
     assert problem_of(tree, "zz copy.dcm") == ("duplicate SOP UID", "same SOP Instance UID as 002.dcm")
 
 
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, RLELossless, DeflatedExplicitVRLittleEndian],
+                         ids=lambda uid: uid.name)
+def test_of_two_copies_the_whole_one_stays(tree, syntax):
+    pixels = np.random.default_rng(0).integers(0, 4096, (36, 34)).astype(np.uint16)
+    whole = write_slice(tree / "b.dcm", 4, (0, 0, 15), pixels, syntax).read_bytes()
+    (tree / "a.dcm").write_bytes(whole[:-20])
+    assert problem_of(tree, "a.dcm")[0] == "truncated"
+    assert "b.dcm" in dicom.index_dicom(tree)[0]["path"].tolist()
+
+
 def test_links_and_pipes(tree):
     (tree / "gone.dcm").symlink_to(tree / "nowhere")
     (tree / "round").symlink_to(tree)
@@ -382,18 +392,35 @@ def test_changed_new_and_lost_files(tree, tmp_path, opened):
 @pytest.mark.parametrize("harm", [
     lambda path: path.write_bytes(b"no table"), lambda path: path.write_bytes(path.read_bytes()[:-100]),
     lambda path: path.write_bytes(b""), lambda path: pd.DataFrame({"path": ["001.dcm"]}).to_parquet(path),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"002.dcm", b"\xff\xff2.dcm")),
-    lambda path: (path.unlink(), path.mkdir())])
+    lambda path: path.write_bytes(path.read_bytes().replace(b"002.dcm", b"\xff\xff2.dcm"))])
 def test_damaged_caches_are_ignored(tree, tmp_path, harm):
     cache = tmp_path / "index.parquet"
     first = dicom.index_dicom(tree, cache=cache)
     harm(cache)
-    if cache.is_dir():
-        with pytest.raises(OSError):
+    assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+    assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_reading(tree, tmp_path, opened, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for cache, words in ((tmp_path / "folder", "folder is a folder: give the name of a file"),
+                         (tmp_path / "file" / "index.parquet", "file is no folder"),
+                         (tmp_path / "file" / "a" / "index.parquet", "file is no folder")):
+        with pytest.raises(ValueError, match=f"cannot be kept in .*: .*{words}$"):
             dicom.index_dicom(tree, cache=cache)
-    else:
-        assert_same_index(first, dicom.index_dicom(tree, cache=cache))
-        assert_same_index(first, dicom.index_dicom(tree, cache=cache))
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("locked"))
+    with pytest.raises(ValueError, match=r"cannot be kept in .*: .*locked cannot be written to$"):
+        dicom.index_dicom(tree, cache=tmp_path / "locked" / "new" / "index.parquet")
+    assert opened == []
+
+
+def test_a_cache_that_knows_all_need_not_be_written(tree, tmp_path, monkeypatch):
+    cache = tmp_path / "index.parquet"
+    first = dicom.index_dicom(tree, cache=cache)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_same_index(first, dicom.index_dicom(tree, cache=cache))
 
 
 def test_other_code_finds_nothing_in_a_cache(tree, tmp_path, opened, monkeypatch):
@@ -447,6 +474,54 @@ def test_unsupported_syntax(tmp_path):
     instances, _ = dicom.index_dicom(write_series(tmp_path / "s", EVEN))
     stacks, _ = dicom.build_stacks(instances.assign(transfer_syntax_uid="1.2.840.10008.1.2.4.100"), 4)
     assert only(stacks)["reason"] == "unsupported syntax" and "MPEG2" in only(stacks)["detail"]
+
+
+@pytest.mark.parametrize("syntax, changes, words", [
+    (ImplicitVRLittleEndian, {"BitsAllocated": 12}, r"BitsAllocated \(0028,0100\) is 12, expected 1, 8, 16"),
+    (ImplicitVRLittleEndian, {"HighBit": 3, "BitsStored": 12}, r"12 bits stored up to bit 3 .* HighBit \(0028,0102\)"),
+    (ExplicitVRBigEndian, {"HighBit": 16}, r"16 bits stored up to bit 16 do not fit in 16 bits"),
+    (ExplicitVRLittleEndian, {"BitsStored": 17, "HighBit": 16}, r"17 bits .* in 16 bits .* BitsStored \(0028,0101\)"),
+    (DeflatedExplicitVRLittleEndian, {"BitsStored": None}, r"BitsStored \(0028,0101\) is missing"),
+    (ExplicitVRBigEndian, {"PixelRepresentation": None}, r"PixelRepresentation \(0028,0103\) is missing"),
+])
+def test_bits_that_cannot_be_are_excluded(tmp_path, syntax, changes, words):
+    stacks, instances = stacks_of(write_series(tmp_path / "s", EVEN, syntax=syntax, **changes))
+    row = only(stacks)
+    assert row["reason"] == "unsupported syntax" and re.search(words, row["detail"])
+    with pytest.raises(ValueError, match="cannot be read as a volume: unsupported syntax"):
+        dicom.read_stack(instances, tmp_path / "s")
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(syntax=st.sampled_from([ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian,
+                               RLELossless]),
+       told=st.dictionaries(st.sampled_from(["BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+                                             "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames"]),
+                            st.sampled_from([None, 0, 1, 2, 3, 8, 11, 12, 15, 16, 17, 24, 32]), max_size=3))
+def test_what_is_accepted_can_be_read(tmp_path, syntax, told):
+    """Whatever a header says of its bits, a stack that is accepted is read without an error."""
+    if "PhotometricInterpretation" in told:
+        told["PhotometricInterpretation"] = None
+    if syntax == RLELossless:                              # its stream tells the bytes of a pixel, and is not read yet
+        told.pop("BitsAllocated", None)
+    folder = tmp_path / "s"
+    write_series(folder, EVEN[:4], pixels=np.full((8, 6), 1064, np.uint16), syntax=syntax)
+    for path in folder.iterdir():
+        image = pydicom.dcmread(path)
+        for keyword, value in told.items():
+            image.pop(keyword, None)
+            if value is not None:
+                setattr(image, keyword, value)
+        image.save_as(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            instances, _ = dicom.index_dicom(folder, workers=1)
+        except ValueError:                                 # no image at all
+            return
+        stacks, instances = dicom.build_stacks(instances, 4, folder)
+        for name in stacks.loc[stacks["status"] == "accepted", "stack_id"]:
+            assert dicom.read_stack(instances[instances["stack_id"] == name], folder).hu_zyx.shape[1:] == (8, 6)
 
 
 def test_missing_decoder_is_named(tmp_path, monkeypatch):
@@ -522,6 +597,65 @@ def test_a_whole_phase_survives_a_broken_one(tmp_path):
     by_phase = stacks.set_index("phase")
     assert by_phase.loc[1, "status"] == "accepted" and by_phase.loc[1, "slices"] == 6
     assert by_phase.loc[2, "reason"] == "gap"
+
+
+def naive_clusters(values, tolerance):
+    """Each row joins the first earlier kind it is near to, rows in sorted order; one comparison after the other."""
+    found, labels = [], {}
+    rows = [tuple(row) for row in np.nan_to_num(values, nan=-1e9).tolist()]
+    for row in sorted(set(rows)):
+        near = (k for k, known in enumerate(found)
+                if all(abs(a - b) <= tolerance for a, b in zip(row, known, strict=True)))
+        labels[row] = next(near, len(found))
+        if labels[row] == len(found):
+            found.append(row)
+    return [labels[row] for row in rows]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4).flatmap(lambda width: st.lists(
+    st.tuples(*[st.integers(0, 12) | st.just(math.nan) | st.floats(-5, 5)] * width), min_size=1, max_size=40)))
+def test_kinds_are_those_of_plain_comparison(rows):
+    for tolerance in (0.0, 1.0, 2.5):
+        assert dicom._cluster(np.array(rows, float), tolerance).tolist() == naive_clusters(np.array(rows), tolerance)
+
+
+@pytest.mark.parametrize("distinct", [0, 2, 3])
+def test_many_kinds_take_no_time(distinct):
+    values = np.tile([512.0, 512.0, 0.7, 0.7], (10_000, 1))
+    values[:, distinct] += np.random.default_rng(0).permutation(10_000) / 100
+    began = time.process_time()
+    assert len(set(dicom._cluster(values, dicom.SAME_SPACING_MM))) == 10_000
+    assert time.process_time() - began < 2
+
+
+def test_a_series_of_many_sizes_takes_little_time():
+    row = {"patient_id": "T", "series_uid": "1", "modality": "CT", "sop_class_uid": str(CTImageStorage),
+           "orientation": AXIAL, "rows": 4, "columns": 4, "rescale_slope": 1.0, "rescale_intercept": 0.0,
+           "transfer_syntax_uid": str(ImplicitVRLittleEndian)}
+    rows = [row | {"path": f"{i:05}", "instance_number": i, "position_mm": [0.0, 0.0, float(i)],
+                   "pixel_spacing_mm": [0.5 + i / 1000] * 2} for i in range(2000)]
+    instances, began = dicom._table(rows, dicom.INSTANCE_DTYPES), time.process_time()
+    stacks, _ = dicom.build_stacks(instances)
+    assert time.process_time() - began < 10
+    assert only(stacks)["reason"] == "mixed size" and "and 1,997 more sizes" in only(stacks)["detail"]
+    assert len(only(stacks)["detail"]) < 300
+
+
+@pytest.mark.parametrize("thickness, step, remark", [
+    (2, 5, "slices of 2 mm every 5 mm: 60% of the length not imaged"), (5, 2.5, None), (5, 5, None), (2, 3, None),
+    (2, 3.01, "slices of 2 mm every 3.01 mm: 34% of the length not imaged"), (None, 5, None), (0, 5, None),
+    (1.25, 2.5, "slices of 1.25 mm every 2.5 mm: 50% of the length not imaged")])
+def test_what_lies_between_slices_is_told(tmp_path, thickness, step, remark):
+    depths = [step * k for k in range(6)]
+    row = only(stacks_of(write_series(tmp_path / "s", depths, SliceThickness=thickness))[0])
+    assert row["status"] == "accepted" and row["spacing_mm"][2] == pytest.approx(step) and pd.isna(row["detail"])
+    assert row["remark"] == remark if remark else pd.isna(row["remark"])
+
+
+def test_excluded_stacks_have_a_reason_and_no_remark(tmp_path):
+    row = only(stacks_of(write_series(tmp_path / "s", [0, 5, 10, 20, 25, 30]))[0])
+    assert row["reason"] == "gap" and pd.isna(row["remark"])
 
 
 def test_step_and_shoot_stays_whole(tmp_path):
@@ -1013,6 +1147,8 @@ def test_pet_without_decay_correction_has_a_factor_a_slice(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
+    ({"RadiopharmaceuticalInformationSequence": lambda i: tracer() * 2},
+     r"RadiopharmaceuticalInformationSequence \(0054,0016\) has 2 items"),
     ({"Units": "CNTS"}, r"Units \(0054,1001\) is CNTS"), ({"CorrectedImage": ["DECY"]}, "without ATTN"),
     ({"PatientWeight": lambda i: 70 + i // 5}, r"PatientWeight \(0010,1030\) differs within the stack, 70.0 and 71.0")])
 def test_pet_is_refused_with_the_tag(tmp_path, changes, words):

@@ -64,6 +64,7 @@ def test_converters_never_raise(raw):
 def test_names_of_elements():
     assert headers.tag_name("weight_kg") == "PatientWeight (0010,1030)"
     assert headers.tag_name("injection_time") == "RadiopharmaceuticalStartTime (0018,1072)"
+    assert headers.tag_name("tracer_items") == "RadiopharmaceuticalInformationSequence (0054,0016)"
     assert headers.tag_name("ge_scan_datetime") == "GEMS_PETD_01 (0009,xx0D)"
     assert all(headers.tag_name(column) for column in headers._CELLS)
 
@@ -402,6 +403,36 @@ def test_runs_are_used_and_never_believed(tmp_path):
     assert [rows[name]["weight_kg"] for name in names] == [70 + (number > 20) for number in range(40)]
 
 
+def test_runs_hold_only_values_of_their_own(tmp_path):
+    """Units (0054,1001) belong to group 54, as the tracer does, and not to the run that the tracer is in."""
+    names = [f"{number:03}.dcm" for number in range(8)]
+    for number, name in enumerate(names):
+        changes = {"Units": ("BQML", "CNTS", None)[number % 3], "NumberOfSlices": number}
+        (tmp_path / name).write_bytes(encoded(image(number, **changes)))
+    assert_bulk_equals_pydicom(tmp_path, names)
+    splitter = headers._Splitter()
+    for name in names:
+        splitter.split(str(tmp_path / name), os.stat(tmp_path / name).st_size)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: uid.name)
+@pytest.mark.parametrize("undefined", [False, True])
+@pytest.mark.parametrize("count, told", [(None, None), (0, None), (1, 1), (2, 2), (3, 3)])
+def test_injections_are_counted(tmp_path, syntax, undefined, count, told):
+    names = [f"{number}.dcm" for number in range(3)]        # several, so that runs are used
+    for number, name in enumerate(names):
+        data = image(number)
+        items = [item(RadionuclideTotalDose=1e6 * (k + 1)) for k in range(count or 0)]
+        data.RadiopharmaceuticalInformationSequence = items
+        if count is None:
+            del data.RadiopharmaceuticalInformationSequence
+        (tmp_path / name).write_bytes(encoded(data, syntax, undefined))
+        assert is_common(tmp_path / name)
+        row = assert_one_answer(tmp_path / name)
+        assert row["tracer_items"] == told and row["radionuclide_dose_bq"] == (1e6 if count else None)
+    assert_bulk_equals_pydicom(tmp_path, names)
+
+
 # ---- hostile files ---------------------------------------------------------------------------------------------------
 
 HEAD = BASES[2][: 144 + struct.unpack_from("<L", BASES[2], 140)[0]]        # explicit, up to the end of the meta group
@@ -418,12 +449,20 @@ def defined_nest(levels):
     return inner
 
 
-def deflated_bomb():
-    """Two gigabytes of zeros in two megabytes."""
+def deflated_bomb(front=b""):
+    """Two gigabytes of zeros in two megabytes, behind these elements."""
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    begin = pack.compress(front) + pack.flush(zlib.Z_FULL_FLUSH)
     block = pack.compress(bytes(1 << 20)) + pack.flush(zlib.Z_FULL_FLUSH)      # may be repeated
-    head = encoded(image(), uids.DeflatedExplicitVRLittleEndian)
-    return head[: 144 + struct.unpack_from("<L", head, 140)[0]] + block * 2000 + pack.flush()
+    return DEFLATED[: behind_meta(DEFLATED)] + begin + block * 2000 + pack.flush()
+
+
+def behind_meta(content):
+    return 144 + struct.unpack_from("<L", content, 140)[0]
+
+
+DEFLATED = encoded(image(), uids.DeflatedExplicitVRLittleEndian)
+ELEMENTS = zlib.decompress(DEFLATED[behind_meta(DEFLATED):], -zlib.MAX_WBITS)      # the same, inflated
 
 
 HOSTILE = {
@@ -458,6 +497,8 @@ def test_hostile_files_cost_little(tmp_path):
     for name, content in HOSTILE.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "deflated bomb").write_bytes(deflated_bomb())
+    (tmp_path / "bomb behind the pixels").write_bytes(deflated_bomb(ELEMENTS))
+    (tmp_path / "bomb of pixels").write_bytes(deflated_bomb(ELEMENTS[:-36] + (2000 << 20).to_bytes(4, "little")))
     (tmp_path / "good").write_bytes(BASES[2])
     with open(tmp_path / "a private gigabyte", "wb") as stream:               # it is there, and is jumped over
         stream.write(HEAD + b"\x09\0\x01\x10OB\0\0" + struct.pack("<L", 1 << 30))
@@ -473,8 +514,11 @@ def test_hostile_files_cost_little(tmp_path):
     assert rows["cut in a private element"]["reason"] == "truncated"
     assert rows["zero byte"]["reason"] == "zero byte" and rows["text"]["reason"] == "not DICOM"
     assert rows["deep"]["reason"] == rows["deep tracer"]["reason"] == rows["zeros"]["reason"] == "unreadable"
+    for name in ("bomb behind the pixels", "bomb of pixels"):
+        assert rows[name]["reason"] == "unreadable" and "its image needs 32" in rows[name]["detail"]
     for name in [*HOSTILE, "deflated bomb"]:
         assert rows[name]["reason"] in set(FileProblem) and rows[name]["detail"], name
+        assert "MemoryError" not in rows[name]["detail"], name
 
 
 def test_hostile_files_one_answer(tmp_path):
@@ -588,3 +632,106 @@ def test_binary_numbers_of_odd_length(tmp_path, syntax):
             (tmp_path / "a").write_bytes(changed)
             assert_one_answer(tmp_path / "a")
             assert_bulk_equals_pydicom(tmp_path, ["a"])
+
+
+# ---- packed pixels that break off ------------------------------------------------------------------------------------
+
+def fragments(*lengths, frames=None, end=headers._SEQUENCE_END + bytes(4), **changes):
+    """A JPEG 2000 file with an empty offset table, fragments of these lengths, and what closes them."""
+    parts = [b"", *(bytes([0xFF, 0x4F, 0xFF, 0x51])[:length].ljust(length, b"j") for length in lengths)]
+    value = b"".join(headers._ITEM_START + struct.pack("<L", len(part)) + part for part in parts)
+    content = encoded(image(PixelData=pydicom.encaps.encapsulate([b"jpeg"]), NumberOfFrames=frames, **changes),
+                      uids.JPEG2000Lossless)
+    return content[: content.index(b"\xe0\x7f\x10\0OW\0\0") + 12] + value + end
+
+
+BEHIND = b"\xfc\xff\xfc\xffOB\0\0\x06\0\0\0" + bytes(6)      # padding behind the pixels
+
+
+@pytest.mark.parametrize("content, common", [
+    (fragments(6), True), (fragments(6, 0, 8), True), (fragments(6, 8, frames=2), True),
+    (fragments(6) + BEHIND, True), (fragments(*[2] * 3000, frames=3000), True)],
+    ids=["one", "several", "frames", "padding behind", "many"])
+def test_whole_packed_pixels(tmp_path, content, common):
+    (tmp_path / "a.dcm").write_bytes(content)
+    assert is_common(tmp_path / "a.dcm") == common and isinstance(assert_one_answer(tmp_path / "a.dcm"), dict)
+    assert_bulk_equals_pydicom(tmp_path, ["a.dcm"])
+
+
+@pytest.mark.parametrize("content, problem", [
+    (fragments(6)[:-1], "truncated: the pixel data ends without its mark"),
+    (fragments(6)[:-8], "truncated: the pixel data ends without its mark"),
+    (fragments(6)[:-10], "truncated: the pixel data ends without its mark"),
+    (fragments(600, 8)[:-200], "truncated: the pixel data ends without its mark"),
+    (fragments(6)[:-18], "truncated: the pixel data ends without its mark"),
+    (fragments(6)[:-26], "truncated: the pixel data ends without its mark"),
+    (fragments(), "truncated: the pixel data has 0 of 1 frames"),
+    (fragments(6, 8, frames=3), "truncated: the pixel data has 2 of 3 frames"),
+    (fragments(6, 8, end=bytes(5000)), "unreadable: the pixel data is no chain of fragments"),
+    (fragments(6, end=headers._ITEM_START + b"\xff" * 4), "unreadable: the pixel data is no chain of fragments"),
+], ids=["last byte", "mark", "in a fragment", "far", "before", "table", "none", "frames", "zeros", "undefined"])
+def test_packed_pixels_that_break_off(tmp_path, content, problem):
+    (tmp_path / "a.dcm").write_bytes(content)
+    refused, words = assert_one_answer(tmp_path / "a.dcm")
+    assert refused is BadFile and words.startswith(problem)
+    assert not is_common(tmp_path / "a.dcm")
+    assert_bulk_equals_pydicom(tmp_path, ["a.dcm"])
+
+
+def test_packed_pixels_of_a_declared_length(tmp_path):
+    content = fragments(6)
+    at = content.index(b"\xe0\x7f\x10\0OW\0\0") + 8
+    held = len(content) - at - 4
+    for length, good in ((held, True), (held - 8, True), (held + 2, False)):
+        (tmp_path / "a.dcm").write_bytes(content[:at] + struct.pack("<L", length) + content[at + 4 :])
+        found = assert_one_answer(tmp_path / "a.dcm")
+        assert isinstance(found, dict) if good else found == (
+            BadFile, f"truncated: pixel data has {held:,} of {length:,} bytes")
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(cut=st.integers(0, 90), flips=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 255)), max_size=3))
+def test_damaged_fragments_have_one_answer(tmp_path, cut, flips):
+    content = bytearray(fragments(6, 20, frames=2) + BEHIND)
+    for back, value in flips:
+        content[-back] = value
+    (tmp_path / "a.dcm").write_bytes(content[: len(content) - cut])
+    assert_one_answer(tmp_path / "a.dcm")
+    assert_bulk_equals_pydicom(tmp_path, ["a.dcm"])
+
+
+def test_endless_fragments_cost_little(tmp_path):
+    (tmp_path / "endless").write_bytes(fragments(6, end=(headers._ITEM_START + bytes(4)) * 3_000_000))
+    (tmp_path / "good").write_bytes(BASES[2])
+    assert measured(tmp_path, seconds=10)["good"]["reason"] is None
+
+
+def test_deflated_that_breaks_off(tmp_path):
+    begin = behind_meta(DEFLATED)
+    for cut in (2, 3, 20, 200):
+        (tmp_path / "a.dcm").write_bytes(DEFLATED[:-cut])
+        assert assert_one_answer(tmp_path / "a.dcm")[1].startswith("truncated: the deflated part breaks off")
+
+    def packed(elements):
+        pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+        return DEFLATED[:begin] + pack.compress(elements) + pack.flush()
+
+    for elements, problem in ((ELEMENTS[:-8], "truncated: pixel data has 24 of 32 bytes"),
+                              (ELEMENTS[:-36] + b"\x08\0\0\0" + bytes(99), "truncated: pixel data has 8 of 32 bytes"),
+                              (ELEMENTS[:-44], "truncated: the file ends")):
+        (tmp_path / "a.dcm").write_bytes(packed(elements))
+        assert assert_one_answer(tmp_path / "a.dcm")[1].startswith(problem)
+    (tmp_path / "a.dcm").write_bytes(packed(ELEMENTS + BEHIND) + b"\0")
+    assert isinstance(assert_one_answer(tmp_path / "a.dcm"), dict)
+
+
+def test_deflated_longer_than_a_piece(tmp_path):
+    """Noise and zeros, so that pieces of input and of output end at different places."""
+    noise = b"".join(os.urandom(30_000) + bytes(3_000_000) for _ in range(4))
+    (tmp_path / "a.dcm").write_bytes(encoded(image(Rows=2020, Columns=3000, PixelData=noise), DEFLATED_SYNTAX))
+    assert isinstance(assert_one_answer(tmp_path / "a.dcm"), dict)
+    (tmp_path / "a.dcm").write_bytes(encoded(image(Rows=2021, Columns=3000, PixelData=noise), DEFLATED_SYNTAX))
+    assert assert_one_answer(tmp_path / "a.dcm")[1] == "truncated: pixel data has 12,120,000 of 12,126,000 bytes"
+
+
+DEFLATED_SYNTAX = uids.DeflatedExplicitVRLittleEndian

@@ -1,7 +1,10 @@
 """Pixels: every way of packing gives the numbers that went in, and the fast way agrees with the plain one."""
 
 import math
+import struct
+import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import gdcm
@@ -11,6 +14,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import encaps
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
@@ -266,6 +270,172 @@ def test_colour_is_refused(tmp_path):
                  PhotometricInterpretation="RGB")
     with pytest.raises(ValueError, match=r"expected 4 x 6 pixels, got shape \(4, 6, 3\)"):
         pixels.read_stored(path, header_of(path))
+
+
+# ---- files that promise more than they hold --------------------------------------------------------------------------
+
+def packed_frames(path, frames, syntax=JPEG2000Lossless, told=None, bot=True, each=1):
+    """A file of these frames, packed, that may tell of another number; with a table and fragments of a frame."""
+    inside = []
+    for k, plane in enumerate(frames):
+        image = pydicom.dcmread(write(path.with_name(f"{k}.part"), plane, syntax, 12))
+        inside += [encaps.get_frame(image.PixelData, 0, number_of_frames=1)]
+    image.NumberOfFrames = told or len(frames)
+    image.PixelData = encaps.encapsulate(inside, fragments_per_frame=each, has_bot=bot)
+    image.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("bot", [True, False])
+@pytest.mark.parametrize("syntax", PACKED, ids=lambda uid: uid.name)
+def test_more_frames_than_the_header_tells(tmp_path, syntax, bot):
+    frames = [values_of(12, False, seed=k) for k in range(3)]
+    for told in (1, 2):
+        path = packed_frames(tmp_path / "a.dcm", frames, syntax, told, bot)
+        with pytest.raises(ValueError, match=rf"a\.dcm: frame 0 cannot be decoded: .*: 3 frames.* tells of {told}"):
+            pixels.read_stored(path, header_of(path))
+
+
+@pytest.mark.parametrize("table", [(0, 0, 0), (8, 16, 24), (0,), "swapped", "extended"])
+def test_tables_of_offsets_are_not_believed(tmp_path, table):
+    frames = [values_of(12, False, seed=k) for k in range(3)]
+    path = packed_frames(tmp_path / "a.dcm", frames)
+    image = pydicom.dcmread(path)
+    true = encaps.parse_basic_offsets(image.PixelData)
+    if table == "extended":
+        image.ExtendedOffsetTable = np.array(true[::-1], "<u8").tobytes()
+        image.ExtendedOffsetTableLengths = np.full(3, 5000, "<u8").tobytes()
+    else:
+        told = np.array([true[2], true[0], true[1]] if table == "swapped" else table, "<u4").tobytes()
+        image.PixelData = b"\xfe\xff\0\xe0" + len(told).to_bytes(4, "little") + told + image.PixelData[8 + 12 :]
+    image.save_as(path)
+    for k in (2, 0, 1):
+        assert np.array_equal(pixels.read_stored(path, header_of(path, frame=k)), frames[k])
+
+
+def test_an_end_mark_by_chance_does_not_shift_frames(tmp_path):
+    frames = [values_of(12, False, seed=k) for k in range(3)]
+    path = packed_frames(tmp_path / "a.dcm", frames, bot=False, each=2)
+    image = pydicom.dcmread(path)
+    count, places = encaps.parse_fragments(image.PixelData[8:])
+    middle = 8 + places[1] - 5                             # in the first half of the first frame
+    image.PixelData = image.PixelData[:middle] + b"\xff\xd9" + image.PixelData[middle + 2 :]
+    image.save_as(path)
+    assert count == 6
+    assert np.array_equal(pixels.read_stored(path, header_of(path, frame=2)), frames[2])
+
+
+SIZES = {JPEG2000Lossless: (b"\xff\x4f\xff\x51", 8), JPEGLSLossless: (b"\xff\xf7", 5),
+         JPEGLosslessSV1: (b"\xff\xc3", 5)}
+
+
+def of_size(path, syntax, rows, columns):
+    """Change the size that a packed stream tells, not that of the header."""
+    content = bytearray(path.read_bytes())
+    mark, behind = SIZES[syntax]
+    at = content.index(mark) + behind
+    if syntax == JPEG2000Lossless:
+        struct.pack_into(">LL8xLL", content, at, columns, rows, columns, rows)       # one tile
+    else:
+        struct.pack_into(">HH", content, at, rows, columns)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("syntax", SIZES, ids=lambda uid: uid.name)
+def test_a_stream_of_another_size_is_not_decoded(tmp_path, syntax, monkeypatch):
+    path = write(tmp_path / "a.dcm", values_of(12, False), syntax if syntax in PACKED else ExplicitVRLittleEndian, 12)
+    path = path if syntax in PACKED else jpeg_lossless(path)
+    assert pixels.read_stored(path, header_of(path)).shape == (36, 34)
+    of_size(path, syntax, 65535, 65500)
+    monkeypatch.setattr(pixels, "iter_pixels", lambda *args, **kwargs: pytest.fail("was decoded"))
+    with pytest.raises(ValueError, match=r"a\.dcm: .*65535 x 65500 pixels of 1 sample.* 36 x 34 pixels of 1 sample"):
+        pixels.read_stored(path, header_of(path))
+
+
+@pytest.mark.parametrize("syntax", [*SIZES, RLELossless], ids=lambda uid: uid.name)
+def test_images_larger_than_any_scanner_makes(tmp_path, syntax):
+    """Header and stream agree, and both lie."""
+    path = write(tmp_path / "a.dcm", values_of(12, False), syntax if syntax in PACKED else ExplicitVRLittleEndian, 12)
+    path = path if syntax in PACKED else jpeg_lossless(path)
+    if syntax in SIZES:
+        of_size(path, syntax, 65535, 65535)
+    image = pydicom.dcmread(path)
+    image.Rows = image.Columns = 65535
+    image.save_as(path)
+    with pytest.raises(ValueError, match=r"a\.dcm: .*65535 x 65535 pixels, allowed are 67,108,864"):
+        pixels.read_stored(path, header_of(path))
+
+
+def test_run_lengths_that_cannot_fill_the_image(tmp_path):
+    path = write(tmp_path / "a.dcm", np.zeros((36, 34), np.uint16), RLELossless, 12)
+    image = pydicom.dcmread(path)
+    image.Rows = image.Columns = 8000
+    image.save_as(path)
+    with pytest.raises(ValueError, match=r"a\.dcm: .* bytes of run lengths cannot hold 128,000,000 bytes"):
+        pixels.read_stored(path, header_of(path))
+
+
+@pytest.mark.parametrize("front", [b"junk", b"\xff\xd8\xff"])
+def test_a_stream_without_a_size_is_not_decoded(tmp_path, front):
+    path = write(tmp_path / "a.dcm", values_of(12, False), JPEG2000Lossless, 12)
+    image = pydicom.dcmread(path)
+    image.PixelData = encaps.encapsulate([front + encaps.get_frame(image.PixelData, 0, number_of_frames=1)])
+    image.save_as(path)
+    with pytest.raises(ValueError, match=r"a\.dcm: frame 0 cannot be decoded: "):
+        pixels.read_stored(path, header_of(path))
+
+
+def peak_mb(call):
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def deflated(path, elements):
+    """A file whose deflated part inflates to these pieces."""
+    content = path.read_bytes()
+    begin = 144 + int.from_bytes(content[140:144], "little")
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    path.write_bytes(content[:begin] + b"".join(map(pack.compress, elements)) + pack.flush())
+
+
+@pytest.mark.parametrize("where", ["behind the pixels", "in the pixels", "in the header"])
+def test_deflated_bombs_cost_little(tmp_path, where):
+    path = write(tmp_path / "a.dcm", values_of(12, False), DeflatedExplicitVRLittleEndian, 12)
+    content = path.read_bytes()
+    inside = zlib.decompress(content[144 + int.from_bytes(content[140:144], "little") :], -zlib.MAX_WBITS)
+    zeros, header = (bytes(1 << 20) for _ in range(400)), header_of(path)
+    pixels_at = inside.index(b"\xe0\x7f\x10\0OW\0\0")
+    if where == "in the pixels":
+        inside = inside[: pixels_at + 8] + (400 << 20).to_bytes(4, "little")
+    deflated(path, [inside, *zeros] if where != "in the header" else [inside[:pixels_at], *zeros, inside[pixels_at:]])
+    header["file_bytes"] = path.stat().st_size
+
+    def refused():
+        with pytest.raises(ValueError, match=r"a\.dcm: frame 0 cannot be decoded: .* inflates to more than"):
+            pixels.read_stored(path, header)
+
+    assert peak_mb(refused) < 100
+
+
+def test_elements_behind_the_pixels_are_left(tmp_path):
+    path = write(tmp_path / "a.dcm", values_of(12, False), RLELossless, 12)
+    tail = b"".join(b"\xe1\x7f" + k.to_bytes(2, "little") + b"UN" + bytes(6) for k in range(60_000))
+    path.write_bytes(path.read_bytes() + tail)
+    header = header_of(path)
+    assert peak_mb(lambda: pixels.read_stored(path, header)) < 5
+
+
+@pytest.mark.parametrize("read", [pixels.read_hu, pixels.read_scaled])
+def test_a_volume_that_fits_no_memory(tmp_path, read):
+    header = header_of(write(tmp_path / "a.dcm", values_of(12, False), bits=12), rows=65535, columns=65535)
+    words = r"a\.dcm: 2,000,000 slices of 65535 x 65535 pixels need [\d,]+ GB of memory"
+    with pytest.raises(ValueError, match=words):
+        read([header] * 2_000_000, tmp_path)
 
 
 # ---- Hounsfield units ------------------------------------------------------------------------------------------------

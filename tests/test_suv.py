@@ -165,6 +165,21 @@ def test_suv_already(suv_type):
     assert suv_factors([image, image]).tolist() == [1, 1]
 
 
+def test_one_injection_is_the_rule():
+    for items in (1, 1.0, None, math.nan):
+        assert suv_factor(PET | {"tracer_items": items}) == pytest.approx(ONE_HALF_LIFE)
+
+
+@pytest.mark.parametrize("changes", [{}, {"units": "GML"}, {"units": "CNTS", "philips_suv_factor": 0.3},
+                                     {"decay_correction": "ADMIN"}])
+def test_two_injections_are_refused(changes):
+    words = r"RadiopharmaceuticalInformationSequence \(0054,0016\) has 2 items, expected one injection: no SUV"
+    with pytest.raises(SuvError, match=words):
+        suv_factors([PET | changes | {"tracer_items": 2}] * 2)
+    with pytest.raises(SuvError, match=r"InformationSequence \(0054,0016\) differs within the stack, 1 and 2"):
+        suv_factors([PET | changes | {"tracer_items": 1 + k} for k in range(2)])
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 MISSING = {"weight_kg": r"PatientWeight \(0010,1030\)", "radionuclide_dose_bq": r"RadionuclideTotalDose \(0018,1074\)",
