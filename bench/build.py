@@ -60,8 +60,9 @@ def folder_table(series: Series, medians: dict[str, float | None]) -> str:
     rows = [(name, f"{value / count * 1000:.1f}", f"{value / ours:.2f}") if value else (name, "not installed", "")
             for name, value in medians.items()]
     note = (f"{series.what}; medians of {REPEATS} interleaved repeats; of the last three rows one repeat. lungct works "
-            "in one process and finds the lungs as well. Peers are given the files in order, and those that average by "
-            "area are given the place of the cube, too; they keep the threads that they start by themselves.")
+            "in one process, finds the lungs as well, and waits until the disk has each entry (fsync). Peers are given "
+            "the files in order, and those that average by area are given the place of the cube, too; they keep the "
+            "threads that they start by themselves.")
     return table("Folder to stored 64^3", "what | ms a series | times ours", rows, note)
 
 
