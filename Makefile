@@ -44,8 +44,8 @@ docs: $(STAMP) ## the book, into docs/_build/html
 	$(BIN)/python docs/stage.py
 	$(BIN)/python -m sphinx -q -b html docs/_staging docs/_build/html
 
-bench: $(STAMP) ## speed against peers, into bench/results.md (peers: pip install -e '.[bench]')
-	$(BIN)/python bench/bench.py
+bench: $(STAMP) ## speed against peers, into bench/results.md; ONLY=store for one part (peers: pip install -e ".[bench]")
+	$(BIN)/python bench/bench.py $(if $(ONLY),--only $(ONLY))
 
 lab: $(STAMP) ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs
