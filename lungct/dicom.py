@@ -16,11 +16,12 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
@@ -448,11 +449,11 @@ def _part(rows: pd.DataFrame) -> _Part:
     orientation = orientations[0]
     depth = positions @ slice_normal(orientation)
     possible = _is_possible(orientations, _matrix(rows["pixel_spacing_mm"], 2))
-    if np.isnan(depth).any() or not possible.all():       # no order by place then
-        order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53)))
-        return _Part(rows.iloc[order], positions[order], orientation, None)
-    order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53), depth.round(3)))
-    return _Part(rows.iloc[order], positions[order], orientation, depth[order])
+    placed = not np.isnan(depth).any() and possible.all()      # else there is no order by place
+    order = np.lexsort((rows["path"], rows["instance_number"].fillna(2**53), *([depth.round(3)] if placed else [])))
+    if (np.diff(order) != 1).any():                            # rows are mostly in order already, and moving them costs
+        rows, positions, depth = rows.iloc[order], positions[order], depth[order]
+    return _Part(rows, positions, orientation, depth if placed else None)
 
 # %% ../nbs/01_explore_dicom.ipynb #b4f50b3f
 def _capture(part: _Part, min_slices: int) -> str | None:
@@ -758,15 +759,16 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
     part = _part(rows)
     if root is None or part.depth_mm is None or rows["instance"].duplicated().any():
         return rows, {}                                    # an image of many frames stays whole
-    place = _places(part.depth_mm)
-    repeated, kept, twins = np.bincount(place)[place] > 1, {}, {}
-    for k in np.flatnonzero(repeated):
+    acquisitions = part.rows["acquisition_number"].fillna(-1).tolist()
+    places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), acquisitions, strict=True)
+    where = [(place, *position_mm, acquisition) for place, position_mm, acquisition in places]
+    counts, kept, twins = Counter(where), {}, {}
+    for k in [k for k, key in enumerate(where) if counts[key] > 1]:    # pixels are read only where it matters
         row = part.rows.iloc[k]
-        where = (place[k], *part.positions_mm[k].round(2), row["acquisition_number"])
-        index = kept.setdefault((where, _pixel_digest(root, row)), row.name)
+        index = kept.setdefault((where[k], _pixel_digest(root, row)), row.name)
         if index != row.name:
             twins[row.name] = index
-    return part.rows.drop(index=list(twins)), twins
+    return part.rows.drop(index=list(twins)) if twins else part.rows, twins
 
 # %% ../nbs/01_explore_dicom.ipynb #cee6ffd4
 STACK_DTYPES = {
@@ -976,6 +978,7 @@ class OpenStack:
     slices: tuple[dict, ...]
     root: str
     suv_factors: np.ndarray | None = None
+    opened: dict = field(default_factory=dict, repr=False)     # the file read last, where one holds many slices
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -987,8 +990,8 @@ class OpenStack:
 
     def __getitem__(self, k: int) -> np.ndarray:
         if self.suv_factors is None:
-            return pixels.read_hu([self.slices[k]], self.root)[0][0]
-        return pixels.read_scaled([self.slices[k]], self.root, self.suv_factors[k])[0][0]
+            return pixels.read_hu([self.slices[k]], self.root, self.opened)[0][0]
+        return pixels.read_scaled([self.slices[k]], self.root, self.suv_factors[k], self.opened)[0][0]
 
 # %% ../nbs/01_explore_dicom.ipynb #44353a22
 def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLike) -> OpenStack:
@@ -1002,6 +1005,9 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     ------
     ValueError : the stack is excluded, or the instances are not its own; SuvError : a PET that does not allow SUV.
     """
+    if stack["modality"] == "CT":                              # SUV asks for more columns than HU
+        instances = instances[[name for name in (*_SLICE_COLUMNS, "frame_positions_mm", "slice_index")
+                               if name in instances]]
     rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
     if (instances["frames"].fillna(1) > 1).any():              # images of several slices: a row for each slice
         rows = _ordered(instances).rows

@@ -405,11 +405,11 @@ def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]
     return same.stack_id.tolist(), "same frame of reference"
 
 # %% ../nbs/03_build_volumes.ipynb #0fd144fd
-def _open_first(candidates: pd.DataFrame, files: dict[str, pd.DataFrame],
+def _open_first(candidates: Sequence[pd.Series], files: dict[str, pd.DataFrame],
                 root: str) -> tuple[dicom.OpenStack | None, str]:
     """(the first of some stacks that can be opened, or None; the reason in words when there is none)."""
     words = ""
-    for _, stack in candidates.iterrows():
+    for stack in candidates:
         try:
             return dicom.open_stack(stack, files[stack.stack_id], root), ""
         except ValueError as error:
@@ -511,17 +511,17 @@ def _key(job: dict) -> str:
 def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Grid) -> Iterator[dict]:
     """One plain dictionary for each accepted CT stack, in the order of stack_id."""
     files, found, drawn = (dict(tuple(frame.groupby("stack_id"))) for frame in (instances, lesions, boxes))
-    files = defaultdict(lambda: instances[:0], files)
-    accepted = stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].sort_values("stack_id")
-    root = str(Path(dicom_root).resolve())
-    for _, stack in accepted.iterrows():
-        pet_ids, pet_words = choose_pets(stack, stacks)
-        pet, refusal = _open_first(stacks.set_index("stack_id", drop=False).loc[pet_ids], files, root)
-        ct, problem = _open_first(stack.to_frame().T, files, root)
-        job = {"stack_id": stack.stack_id, "ct": ct, "problem": problem, "pet": pet,
+    files, root = defaultdict(lambda: instances[:0], files), str(Path(dicom_root).resolve())
+    stacks = stacks.sort_values("stack_id").set_index("stack_id", drop=False).rename_axis(None)
+    pets = stacks[(stacks.modality == "PT") & (stacks.status == "accepted")]
+    for stack_id, stack in stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].iterrows():
+        pet_ids, pet_words = choose_pets(stack, pets)
+        pet, refusal = _open_first([stacks.loc[pet_id] for pet_id in pet_ids], files, root)
+        ct, problem = _open_first([stack], files, root)
+        job = {"stack_id": stack_id, "ct": ct, "problem": problem, "pet": pet,
                "pet_words": f"left out: {refusal}" if refusal else pet_words, "grid": (grid.size, grid.spacing_mm),
-               "lesions": found.get(stack.stack_id, lesions[:0]), "boxes": drawn.get(stack.stack_id, boxes[:0]),
-               "path": str((folder / f"{stack.stack_id}.npz").resolve())}
+               "lesions": found.get(stack_id, lesions[:0]), "boxes": drawn.get(stack_id, boxes[:0]),
+               "path": str((folder / f"{stack_id}.npz").resolve())}
         yield {**job, "key": _key(job), "uids": {c: stack[c] for c in ("patient_id", "study_uid", "series_uid")}}
 
 # %% ../nbs/03_build_volumes.ipynb #bcd0f839

@@ -759,8 +759,8 @@ def test_the_first_pet_that_opens_is_taken(monkeypatch):
         return stack.stack_id
 
     monkeypatch.setattr(dicom, "open_stack", open_stack)
-    candidates = pd.DataFrame({"stack_id": ["uncorrected", "corrected"]})
-    files = dict.fromkeys(candidates.stack_id)
+    candidates = [pd.Series({"stack_id": stack_id}) for stack_id in ("uncorrected", "corrected")]
+    files = dict.fromkeys(("uncorrected", "corrected"))
     assert volumes._open_first(candidates, files, ".") == ("corrected", "")
     assert volumes._open_first(candidates[:1], files, ".") == (None, "no SUV")
     assert volumes._open_first(candidates[:0], files, ".") == (None, "")
