@@ -412,6 +412,14 @@ def _lps_affine(path: Path, header: nib.Nifti1Header, shape_zyx: Sequence[int]) 
                          "set the code of the wrong one to 0")
     return stated[0]
 
+# %% ../nbs/appendix/exchange.ipynb #c3e07a1d
+def _check_packed(path: Path) -> None:
+    """Unpack to the end, where the checksum is: nibabel stops at the last voxel and would not notice a wrong one."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+
 # %% ../nbs/appendix/exchange.ipynb #9ec89462
 def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI file of one volume: (values (z, y, x), affine from voxel-centre index (x, y, z) to LPS mm).
@@ -421,6 +429,7 @@ def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """
     path = Path(path)
     try:
+        _check_packed(path)
         image = nib.load(path, mmap=False)
         if not isinstance(image, nib.Nifti1Pair):
             raise ValueError(f"it is {type(image).__name__}")
