@@ -77,7 +77,8 @@ def cluster_of(folder, *names):
         for name in names:
             cluster.add_worker(name)
         with distributed.Client(cluster.address, set_as_default=False, timeout=PATIENCE) as client:
-            client.wait_for_workers(len(names), timeout=PATIENCE)
+            if names:
+                client.wait_for_workers(len(names), timeout=PATIENCE)
             yield cluster, client
     finally:
         cluster.stop()

@@ -5,6 +5,7 @@ import json
 import struct
 from dataclasses import replace
 from itertools import permutations, product
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -720,3 +721,18 @@ def test_strangers_unknown_stacks_and_odd_requests_are_refused(store, tmp_path):
         ex.export_nifti(folder, tmp_path, unlabelled="labelsTr")
     with pytest.raises(InputError, match="cohort.parquet does not exist"):
         ex.export_nifti(tmp_path / "nowhere", tmp_path)
+
+
+def test_monai_finds_image_and_label_where_we_put_them(store, tmp_path):
+    data = pytest.importorskip("monai.data")
+    transforms = pytest.importorskip("monai.transforms")
+    folder, _ = store
+    counts = ex.export_nifti(folder, tmp_path)
+    training = data.load_decathlon_datalist(tmp_path / "dataset.json", data_list_key="training")
+    assert len(training) == counts["imagesTr"]
+    assert len(data.load_decathlon_datalist(tmp_path / "dataset.json", data_list_key="test")) == counts["imagesTs"]
+    loaded = transforms.LoadImaged(["image", "label"], image_only=False)(training[0])
+    volume = volumes.load_volume(folder / f"volumes/{Path(training[0]['label']).name.removesuffix('.nii.gz')}.npz")
+    assert np.array_equal(np.asarray(loaded["image"]).squeeze().T, volume.ct_hu)
+    assert np.array_equal(np.asarray(loaded["label"]).T > 0, volume.mask > 0)
+    np.testing.assert_allclose(ex.flip_world(np.asarray(loaded["label"].affine)), volume.affine, atol=NIFTI_MM)
