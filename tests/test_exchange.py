@@ -1,14 +1,23 @@
-"""COCO, MONAI's detection list and instance maps: what goes out comes back, what is odd is refused in words."""
+"""COCO, detection lists, instance maps and NIfTI: what goes out comes back, what is odd is refused in words."""
 
+import gzip
 import json
+import struct
+from dataclasses import replace
+from itertools import permutations, product
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from lungct import annotations as an
+from lungct import dicom, runs, volumes
 from lungct import exchange as ex
 from lungct.runs import InputError
 
@@ -257,3 +266,473 @@ def test_what_does_not_fit_is_refused():
     found, document = ex.to_instances(voxel_lesions((0, 4, 0, 4, 0, 2)), (5, 10, 10))
     with pytest.raises(InputError, match=r"the map holds instances \[1\], its JSON names \[1, 2\]"):
         ex.from_instances(found, {"instances": document["instances"] | {"2": 0}})
+
+
+# ---------------------------------------------------------------- NIfTI
+
+
+def affine_of(directions, spacing_xyz, origin):
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(directions) * np.asarray(spacing_xyz, float)
+    affine[:3, 3] = origin
+    return affine
+
+
+@st.composite
+def grids(draw):
+    """(shape, affine) of any direction, left-handed ones included, no longer than half a metre along an axis."""
+    turn = Rotation.from_euler("xyz", draw(st.tuples(*[st.floats(-180, 180)] * 3)), degrees=True).as_matrix()
+    turn[:, 2] *= draw(st.sampled_from([1, -1]))
+    shape = draw(st.tuples(*[st.integers(1, 6)] * 3))
+    spacing = draw(st.tuples(*[st.floats(0.3, 6)] * 3))
+    return shape, affine_of(turn, spacing, draw(st.tuples(*[st.floats(-500, 500)] * 3)))
+
+
+def corners_mm(affine, shape_zyx):
+    last = np.array(shape_zyx[::-1]) - 1
+    return dicom.to_mm(affine, np.array(list(np.ndindex(2, 2, 2))) * last)
+
+
+def simpleitk_affine(image):
+    directions = np.reshape(image.GetDirection(), (3, 3))
+    return affine_of(directions, image.GetSpacing(), image.GetOrigin())
+
+
+def noise(shape, dtype=np.int16, seed=0):
+    return np.random.default_rng(seed).integers(0, 200, shape).astype(dtype)
+
+
+NIFTI_MM = 1e-4  # NIfTI keeps its matrix in 32 bits: within half a metre that is a ten-thousandth of a millimetre
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(grid=grids())
+def test_any_grid_comes_back_from_nifti_and_is_where_other_readers_see_it(tmp_path, grid):
+    shape, affine = grid
+    values = noise(shape)
+    path = ex.write_nifti(values, affine, tmp_path / "x.nii.gz")
+    back, place = ex.read_nifti(path)
+    assert np.array_equal(back, values) and back.dtype == values.dtype
+    np.testing.assert_allclose(corners_mm(place, shape), corners_mm(affine, shape), atol=NIFTI_MM, rtol=0)
+    theirs = nib.load(path)
+    assert np.array_equal(np.asarray(theirs.dataobj), values.transpose(2, 1, 0))
+    ras = corners_mm(theirs.affine, shape) * [-1, -1, 1]
+    np.testing.assert_allclose(ras, corners_mm(affine, shape), atol=NIFTI_MM, rtol=0)
+    itk = sitk.ReadImage(str(path))
+    assert np.array_equal(sitk.GetArrayFromImage(itk), values)
+    np.testing.assert_allclose(corners_mm(simpleitk_affine(itk), shape), corners_mm(affine, shape), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("turn", [0, 0.05, 0.3, 20])
+def test_a_large_scan_is_where_simpleitk_sees_it(tmp_path, turn):
+    """Close to the usual position the quaternion is coarse: readers must find the matrix."""
+    shape, directions = (100, 512, 512), Rotation.from_euler("zx", [turn, turn / 2], degrees=True).as_matrix()
+    affine = affine_of(directions, (0.9, 0.9, 4.0), (-230, -210, -400))
+    path = ex.write_nifti(np.zeros(shape, np.uint8), affine, tmp_path / "x.nii.gz")
+    itk = simpleitk_affine(sitk.ReadImage(str(path)))
+    np.testing.assert_allclose(corners_mm(itk, shape), corners_mm(affine, shape), atol=NIFTI_MM, rtol=0)
+    np.testing.assert_allclose(corners_mm(ex.read_nifti(path)[1], shape), corners_mm(affine, shape), atol=NIFTI_MM)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", [*ex.NIFTI_TYPES, "bool"])
+def test_numbers_are_stored_as_they_are(tmp_path, dtype, suffix):
+    values = (noise((3, 4, 5)) > 99).astype(bool) if dtype == "bool" else noise((3, 4, 5), dtype)
+    path = ex.write_nifti(values, np.eye(4), tmp_path / f"x{suffix}")
+    header = gzip.decompress(path.read_bytes())[:352] if suffix == ".nii.gz" else path.read_bytes()[:352]
+    assert struct.unpack("<2f", header[112:120]) == (1.0, 0.0)                     # scl_slope, scl_inter
+    assert struct.unpack("<2h", header[252:256]) == (1, 1) and header[123] == 2    # qform, sform: scanner; mm
+    back, affine = ex.read_nifti(path)
+    assert back.dtype == (np.uint8 if dtype == "bool" else np.dtype(dtype)) and np.array_equal(back, values)
+    assert np.array_equal(affine, np.eye(4))
+
+
+def test_the_same_array_gives_the_same_bytes_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    first = ex.write_nifti(noise((3, 4, 5)), np.eye(4), tmp_path / "first.nii.gz").read_bytes()
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert ex.write_nifti(noise((3, 4, 5)), np.eye(4), tmp_path / "second.nii.gz").read_bytes() == first
+    assert first[4:8] == b"\0" * 4                                                 # the hour it was packed
+
+    def broken(self, stream):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nib.Nifti1Image, "to_stream", broken)
+    for path in (tmp_path / "first.nii.gz", tmp_path / "third.nii"):
+        with pytest.raises(OSError, match="disk full"):
+            ex.write_nifti(noise((3, 4, 5), seed=1), np.eye(4), path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.nii.gz", "second.nii.gz"]
+    assert (tmp_path / "first.nii.gz").read_bytes() == first
+
+
+LEANING = affine_of(np.eye(3), (1, 1, 5), (0, 0, 0)) + np.array([[0] * 4, [0, 0, 0.04, 0], [0] * 4, [0] * 4])
+
+
+@pytest.mark.parametrize(("values", "affine", "name", "words"), [
+    (noise((3, 4)), np.eye(4), "x.nii", r"expected an array \(z, y, x\) of .*, got int16 of shape \(3, 4\)"),
+    (noise((3, 4, 5), np.int64), np.eye(4), "x.nii", "got int64 of shape"),
+    (noise((3, 0, 5)), np.eye(4), "x.nii", r"shape \(3, 0, 5\)"),
+    (noise((3, 4, 5)), np.eye(3), "x.nii", "expected a 4x4 affine"),
+    (noise((3, 4, 5)), np.diag([1, 1, 0, 1]), "x.nii", "that can be inverted"),
+    (noise((3, 4, 5)), np.diag([1, np.nan, 1, 1]), "x.nii", "that can be inverted"),
+    (noise((60, 4, 5)), LEANING, "x.nii", r"corners would move 1\.\d\d mm.*straighten=True"),
+    (noise((3, 4, 5)), np.eye(4), "x.nrrd", r"x.nrrd ends neither in .nii nor in .nii.gz"),
+])
+def test_what_nifti_cannot_say_is_not_written(tmp_path, values, affine, name, words):
+    with pytest.raises(InputError, match=words):
+        ex.write_nifti(values, affine, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_leaning_stack_is_not_where_simpleitk_would_see_it(tmp_path):
+    """Why leaning stacks are refused: the quaternion drops the lean, and SimpleITK then takes the quaternion."""
+    image = nib.Nifti1Image(np.zeros((5, 4, 60), np.int16), ex.flip_world(LEANING))
+    image.set_sform(ex.flip_world(LEANING), 1)
+    image.set_qform(ex.flip_world(LEANING), 1)
+    nib.save(image, tmp_path / "x.nii")
+    off = corners_mm(simpleitk_affine(sitk.ReadImage(str(tmp_path / "x.nii"))), (60, 4, 5)) - corners_mm(
+        LEANING, (60, 4, 5))
+    assert abs(off).max() > 1
+
+
+def theirs(tmp_path, values_xyz=None, affine=None, codes=(1, 1), kind=nib.Nifti1Image, name="theirs.nii.gz", **header):
+    values_xyz, affine = noise((5, 4, 3)) if values_xyz is None else values_xyz, np.eye(4) if affine is None else affine
+    image = kind(values_xyz, affine)
+    image.set_sform(affine, codes[0])
+    image.set_qform(affine, codes[1])
+    for field, value in header.items():
+        image.header[field] = value
+    nib.save(image, tmp_path / name)
+    return tmp_path / name
+
+
+def test_scale_and_offset_are_honoured(tmp_path):
+    values, _ = ex.read_nifti(patched(tmp_path, 112, struct.pack("<2f", 2.0, -1024.5)))
+    assert np.array_equal(values.T, 2 * noise((5, 4, 3)) - 1024.5)
+
+
+def patched(folder, offset, data):
+    """A plain file of 5 x 4 x 3 voxels whose header says something else from one byte on."""
+    path = theirs(folder, name="theirs.nii")
+    whole = bytearray(path.read_bytes())
+    whole[offset:offset + len(data)] = data
+    path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair])
+def test_kinds_of_nifti_and_byte_orders_are_read(tmp_path, kind):
+    name = "x.img" if kind is nib.Nifti1Pair else "x.nii"
+    assert np.array_equal(ex.read_nifti(theirs(tmp_path, kind=kind, name=name))[0].T, noise((5, 4, 3)))
+    big = nib.Nifti1Image(noise((5, 4, 3)), np.eye(4), nib.Nifti1Header(endianness=">"))
+    nib.save(big, tmp_path / "big.nii")
+    values, _ = ex.read_nifti(tmp_path / "big.nii")
+    assert values.dtype.isnative and values.flags.c_contiguous and np.array_equal(values.T, noise((5, 4, 3)))
+
+
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (2, 1), (4, 0)])
+def test_either_form_states_the_place_in_whatever_unit(tmp_path, codes):
+    affine = affine_of(np.diag([-1, 1, 1]), (0.002, 0.002, 0.005), (0.1, -0.2, 0.3))
+    _, place = ex.read_nifti(theirs(tmp_path, affine=affine, codes=codes, xyzt_units=1))
+    np.testing.assert_allclose(place, np.diag([-1000, -1000, 1000, 1]) @ affine, atol=NIFTI_MM)
+
+
+def test_one_volume_with_a_fourth_axis_of_one_is_one_volume(tmp_path):
+    assert ex.read_nifti(theirs(tmp_path, noise((5, 4, 3, 1))))[0].shape == (3, 4, 5)
+
+
+COLOURS = np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda p: theirs(p, codes=(0, 0)), r"theirs.nii.gz does not state where its voxels are \(sform and qform"),
+    (lambda p: theirs(p, noise((5, 4, 3, 2))), r"theirs.nii.gz: expected one volume of numbers, got .*\(5, 4, 3, 2\)"),
+    (lambda p: theirs(p, noise((5, 4))), r"expected one volume of numbers"),
+    (lambda p: theirs(p, COLOURS), r"theirs.nii.gz: expected one volume of numbers"),
+    (lambda p: theirs(p, noise((5, 4, 3), np.complex64)), "expected one volume of numbers, got complex64"),
+    (lambda p: theirs(p, qoffset_x=7.5), r"states two places, up to 7.5 mm apart"),
+    (lambda p: patched(p, 312, struct.pack("<4f", 0, 0, 0, 1)), "theirs.nii has an affine that cannot be inverted"),
+    (lambda p: patched(p, 312, struct.pack("<4f", 0, 0, np.nan, 1)), "an affine that cannot be inverted"),
+    (lambda p: patched(p, 268, struct.pack("<f", np.nan)), "states two places, up to nan mm apart"),
+    (lambda p: theirs(p, xyzt_units=7), "theirs.nii.gz cannot be read as NIfTI"),
+    (lambda p: another_format(p), "x.mgz cannot be read as NIfTI: it is MGHImage"),
+    (lambda p: p / "nowhere.nii", "nowhere.nii cannot be read as NIfTI"),
+    (lambda p: spoilt(p, lambda data: b"no image at all"), "theirs.nii.gz cannot be read as NIfTI"),
+    (lambda p: spoilt(p, lambda data: b""), "cannot be read as NIfTI"),
+    (lambda p: spoilt(p, lambda data: data[:-30]), "cannot be read as NIfTI"),
+    (lambda p: spoilt(p, lambda data: data[:-8] + b"0123" + data[-4:]), "cannot be read as NIfTI: CRC check failed"),
+    (lambda p: spoilt(p, lambda data: gzip.compress(gzip.decompress(data)[:-30])), "cannot be read as NIfTI"),
+])
+def test_a_doubtful_nifti_is_refused_in_one_line(tmp_path, make, words):
+    with pytest.raises(InputError, match=words) as caught:
+        ex.read_nifti(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def another_format(folder):
+    nib.save(nib.MGHImage(noise((5, 4, 3), np.uint8), np.eye(4)), folder / "x.mgz")
+    return folder / "x.mgz"
+
+
+def spoilt(folder, how):
+    path = theirs(folder)
+    path.write_bytes(how(path.read_bytes()))
+    return path
+
+
+# ---------------------------------------------------------------- masks of other tools
+
+
+def toy_stack(affine, shape=(6, 5, 4)):
+    return dicom.Stack("toy", noise(shape), affine, "CT", (), 0)
+
+
+OBLIQUE = affine_of(Rotation.from_euler("zyx", [15, -8, 5], degrees=True).as_matrix(), (0.7, 0.8, 5), (-160, -140, 40))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_mask_saved_with_its_axes_in_another_order_or_direction_comes_back_exactly(tmp_path, order):
+    drawn = noise((6, 5, 4), np.uint8)
+    for signs in product((1, -1), repeat=3):
+        path = ex.write_nifti(drawn, OBLIQUE, tmp_path / "x.nii")
+        image = nib.load(path, mmap=False).as_reoriented(np.column_stack([order, signs]))
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)
+        assert np.array_equal(ex.read_mask(path, toy_stack(OBLIQUE)), drawn)
+
+
+@pytest.mark.parametrize("wanted", ["LPS", "RAS", "PIR", "SLA"])
+def test_a_mask_that_simpleitk_turned_and_saved_comes_back(tmp_path, wanted):
+    drawn, path = noise((6, 5, 4), np.uint8), tmp_path / "x.nii.gz"
+    image = sitk.ReadImage(str(ex.write_nifti(drawn, OBLIQUE, path)))
+    sitk.WriteImage(sitk.DICOMOrient(image, wanted), str(path))
+    assert np.array_equal(ex.read_mask(path, toy_stack(OBLIQUE)), drawn)
+    floats = sitk.Cast(sitk.DICOMOrient(image, wanted), sitk.sitkFloat64)
+    sitk.WriteImage(floats, str(path))
+    assert ex.read_mask(path, toy_stack(OBLIQUE)).dtype == np.uint8
+
+
+def changed(affine, **changes):
+    affine = affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ changes.get("shift", (0, 0, 0))
+    affine[:3, :3] = Rotation.from_euler("z", changes.get("turn", 0), degrees=True).as_matrix() @ affine[:3, :3]
+    affine[:3, :3] *= changes.get("stretch", 1)
+    return affine
+
+
+@pytest.mark.parametrize(("shape", "affine", "words"), [
+    ((6, 5, 5), OBLIQUE, "x.nii is not on the grid it should be on: it has 5 x 5 x 6 voxels, expected 4 x 5 x 6"),
+    ((6, 5, 4), changed(OBLIQUE, stretch=1.1), r"its voxels are 0.77 x 0.88 x 5.5 mm, expected 0.7 x 0.8 x 5"),
+    ((6, 5, 4), changed(OBLIQUE, shift=(0, 0, 0.5)), r"it lies elsewhere: its corners are up to 2.50 mm from ours"),
+    ((6, 5, 4), changed(OBLIQUE, shift=(-1, 0, 0)), r"it lies elsewhere: its corners are up to 0.70 mm from ours"),
+    ((6, 5, 4), changed(OBLIQUE, turn=10), r"it lies elsewhere"),
+    ((6, 5, 4), changed(OBLIQUE, turn=50), r"expected"),
+])
+def test_a_mask_on_another_grid_is_refused_with_the_reason(tmp_path, shape, affine, words):
+    path = ex.write_nifti(noise(shape, np.uint8), affine, tmp_path / "x.nii")
+    with pytest.raises(InputError, match=words):
+        ex.read_mask(path, toy_stack(OBLIQUE))
+
+
+def test_what_a_tool_rounds_is_forgiven_and_many_numbers_fit(tmp_path):
+    drawn = noise((6, 5, 4), np.uint16) * 300
+    path = ex.write_nifti(drawn, changed(OBLIQUE, shift=(0.03, 0, -0.03)), tmp_path / "x.nii")
+    found = ex.read_mask(path, toy_stack(OBLIQUE))
+    assert found.dtype == np.uint16 and np.array_equal(found, drawn)
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, 70000, np.nan, np.inf])
+def test_a_mask_holds_whole_numbers(tmp_path, value):
+    drawn = np.zeros((6, 5, 4), np.float32)
+    drawn[1, 2, 3] = value
+    with pytest.raises(InputError, match="x.nii is no mask: 1 voxels are no whole number from 0 to 65535, such as"):
+        ex.read_mask(ex.write_nifti(drawn, OBLIQUE, tmp_path / "x.nii"), toy_stack(OBLIQUE))
+
+
+# ---------------------------------------------------------------- scans, and the folder for nnU-Net
+
+
+def scan_by_simpleitk(stack, instances, root):
+    """The same slices, read from DICOM by SimpleITK."""
+    paths = dict(zip(instances["sop_uid"], instances["path"], strict=True))
+    return sitk.ReadImage([str(root / paths[uid]) for uid in stack.sop_uids])
+
+
+def assert_same_place_as_dicom(stack, instances, root, folder):
+    itk = sitk.ReadImage(str(ex.write_stack(stack, folder / "scan.nii")))
+    direct = scan_by_simpleitk(stack, instances, root)
+    assert itk.GetSize() == direct.GetSize()
+    shape = stack.values_zyx.shape
+    np.testing.assert_allclose(corners_mm(simpleitk_affine(itk), shape), corners_mm(stack.affine, shape), atol=NIFTI_MM)
+    # SimpleITK takes the step between slices from the first two: over a whole scan that rounds more
+    np.testing.assert_allclose(corners_mm(simpleitk_affine(itk), shape), corners_mm(simpleitk_affine(direct), shape),
+                               atol=0.01)
+    found = sitk.GetArrayFromImage(itk)
+    assert found.dtype == stack.values_zyx.dtype and np.array_equal(found, stack.values_zyx)
+    return found, sitk.GetArrayFromImage(direct)
+
+
+@pytest.fixture(scope="module")
+def phantom_tables(phantom_dir):
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(root, workers=1)[0], root=root)
+    return root, stacks, instances
+
+
+def test_phantom_scans_lie_where_simpleitk_sees_their_dicom(phantom_tables, tmp_path):
+    root, stacks, instances = phantom_tables
+    seen = []
+    for row in stacks[stacks["status"] == "accepted"].itertuples():
+        mine = instances[instances["stack_id"] == row.stack_id]
+        stack = dicom.read_stack(mine, root)
+        found, direct = assert_same_place_as_dicom(stack, mine, root, tmp_path)
+        assert row.modality == "PT" or np.array_equal(found, np.maximum(direct, dicom.AIR_HU))
+        seen.append(row.modality)
+    assert seen.count("CT") > 8 and "PT" in seen
+
+
+@pytest.mark.parametrize("patient", ["A0001", "E0003"])
+def test_real_scans_lie_where_simpleitk_sees_their_dicom(real_data, tmp_path, patient):
+    root = real_data / "Lung-PET-CT-Dx" / f"Lung_Dx-{patient}"
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(root, workers=1)[0], root=root)
+    for stack_id in stacks["stack_id"][stacks["status"] == "accepted"][:2]:
+        mine = instances[instances["stack_id"] == stack_id]
+        stack = dicom.read_stack(mine, root)
+        found, direct = assert_same_place_as_dicom(stack, mine, root, tmp_path)
+        measured = direct > -1024                          # below: padding, which SimpleITK rescales and we call air
+        assert measured.mean() > 0.5 and np.array_equal(found[measured], direct[measured])
+        mask = (found > 300).astype(np.uint8)
+        path = ex.write_nifti(mask, stack.affine, tmp_path / "mask.nii.gz")
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "RAS"), str(path))
+        assert np.array_equal(ex.read_mask(path, stack), mask)
+
+
+@pytest.fixture(scope="module")
+def store(phantom_dir, phantom_tables, tmp_path_factory):
+    """A finished chapter 3 of the phantoms; the first patient's lesions are taken away."""
+    root, stacks, instances = phantom_tables
+    boxes, problems = an.read_annotations(phantom_dir / "Annotation")
+    boxes = an.place_boxes(boxes, an.reconcile(instances, stacks, boxes, problems))
+    lesions, boxes = an.join_lesions(boxes, stacks)
+    lesions = lesions[lesions["patient_id"] != lesions["patient_id"].min()]
+    folder = tmp_path_factory.mktemp("store")
+    table = volumes.build_cohort(root, instances, stacks, lesions, boxes, folder, volumes.Grid(32, 12.0), workers=1)
+    runs.save_table(table, folder / "cohort.parquet")
+    return folder, table
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_volume_is_written_with_its_mask_and_its_pet(store, tmp_path):
+    folder, table = store
+    row = table[table["has_pet"].fillna(False)].iloc[0]
+    volume = volumes.load_volume(folder / row.file)
+    paths = ex.write_volume(volume, tmp_path)
+    assert [path.name for path in paths.values()] == [f"{row.stack_id}_{key}.nii.gz" for key in ("ct", "mask", "pet")]
+    for key, values in (("ct", volume.ct_hu), ("mask", volume.mask), ("pet", volume.pet_suv)):
+        back, affine = ex.read_nifti(paths[key])
+        assert back.dtype == values.dtype and np.array_equal(back, values)
+        np.testing.assert_allclose(affine, volume.affine, atol=NIFTI_MM)
+    assert np.array_equal(ex.read_mask(paths["mask"], volume), volume.mask)
+    plain = replace(volume, pet_suv=None)
+    assert list(ex.write_volume(plain, tmp_path / "named", "case")) == ["ct", "mask"]
+    assert files_of(tmp_path / "named") == ["case_ct.nii.gz", "case_mask.nii.gz"]
+
+
+def test_the_folder_is_one_that_nnunet_knows(store, tmp_path):
+    folder, table = store
+    out = tmp_path / "Dataset123_Phantoms"
+    counts = ex.export_nifti(folder, out)
+    table = table[table["status"] == "accepted"]
+    labelled = table[table["mask_voxels"] > 0]
+    assert counts == {"imagesTr": len(labelled), "imagesTs": (table["lesions"] == 0).sum()}
+    assert counts["imagesTs"] > 0 and sum(counts.values()) == len(table)
+    dataset = runs.load_json(out / "dataset.json")
+    assert dataset["channel_names"] == {"0": "CT"} and dataset["labels"] == {"background": 0, "tumour": 1}
+    assert dataset["file_ending"] == ".nii.gz" and dataset["numTraining"] == len(labelled)
+    names = [f"imagesTr/{case}_0000.nii.gz" for case in labelled.stack_id]
+    names += [f"labelsTr/{case}.nii.gz" for case in labelled.stack_id]
+    names += [f"imagesTs/{case}_0000.nii.gz" for case in table.stack_id[table.lesions == 0]]
+    assert files_of(out) == sorted([*names, "dataset.json", "splits_final.json"])
+    listed = [name for item in dataset["training"] + dataset["test"] for name in [*item["image"], item.get("label")]]
+    assert sorted(filter(None, listed)) == sorted(names)
+    for row in labelled.itertuples():
+        image, label = (sitk.ReadImage(str(out / name)) for name in
+                        (f"imagesTr/{row.stack_id}_0000.nii.gz", f"labelsTr/{row.stack_id}.nii.gz"))
+        assert (image.GetOrigin(), image.GetSpacing(), image.GetDirection(), image.GetSize()) == (
+            label.GetOrigin(), label.GetSpacing(), label.GetDirection(), label.GetSize())
+        values, volume = sitk.GetArrayFromImage(label), volumes.load_volume(folder / row.file)
+        assert set(np.unique(values)) == {0, 1} and np.array_equal(values > 0, volume.mask > 0)
+        assert np.array_equal(sitk.GetArrayFromImage(image), volume.ct_hu)
+    before = {name: (out / name).read_bytes() for name in files_of(out)}
+    assert ex.export_nifti(folder, out) == counts and {n: (out / n).read_bytes() for n in files_of(out)} == before
+
+
+def test_folds_keep_patients_together(store, tmp_path):
+    folder, table = store
+    ex.export_nifti(folder, tmp_path)
+    folds = json.loads((tmp_path / "splits_final.json").read_text())
+    owner = dict(zip(table.stack_id, table.patient_id, strict=True))
+    cases = sorted(table.stack_id[table["mask_voxels"].fillna(0) > 0])
+    assert sorted(case for fold in folds for case in fold["val"]) == cases and len(folds) == 5
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == cases
+        assert not {owner[case] for case in fold["train"]} & {owner[case] for case in fold["val"]}
+    assert ex.patient_folds([("a", "A"), ("b", "A")]) == []
+
+
+def test_with_pet_every_case_has_both_channels(store, tmp_path):
+    folder, table = store
+    counts = ex.export_nifti(folder, tmp_path, channels=("CT", "PET"), unlabelled="leave out")
+    accepted = table[table["status"] == "accepted"]
+    with_pet = accepted[accepted["has_pet"].astype(bool)]
+    assert counts["imagesTr"] == (with_pet["mask_voxels"] > 0).sum() > 0 and counts["imagesTs"] == 0
+    assert counts["left out: no PET"] == len(accepted) - len(with_pet)
+    assert runs.load_json(tmp_path / "dataset.json")["channel_names"] == {"0": "CT", "1": "PET"}
+    for case in with_pet.stack_id[with_pet["mask_voxels"] > 0]:
+        pet, _ = ex.read_nifti(tmp_path / "imagesTr" / f"{case}_0001.nii.gz")
+        assert np.array_equal(pet, volumes.load_volume(folder / f"volumes/{case}.npz").pet_suv)
+
+
+def test_what_has_no_usable_label_is_counted_and_never_called_empty(store, tmp_path):
+    folder, table = store
+    changed, case = table.copy(), table.stack_id[table["mask_voxels"].fillna(0) > 0].iloc[0]
+    changed.loc[changed.stack_id == case, "mask_voxels"] = 0                       # its lesions lie outside the cube
+    runs.save_table(changed.assign(file=[str(folder / name) for name in table.file.fillna("")]),
+                    tmp_path / "cohort.parquet")
+    counts = ex.export_nifti(tmp_path, tmp_path / "out", unlabelled="leave out")
+    assert counts["left out: lesions outside the cube"] == 1 and counts["imagesTs"] == 0
+    assert counts["left out: unlabelled"] == ((table["lesions"] == 0) & (table["status"] == "accepted")).sum()
+    assert not [name for name in files_of(tmp_path / "out") if case in name]
+
+
+def test_strangers_unknown_stacks_and_odd_requests_are_refused(store, tmp_path):
+    folder, table = store
+    some = table.stack_id[table["mask_voxels"].fillna(0) > 0].tolist()
+    assert ex.export_nifti(folder, tmp_path, stack_ids=some[:2]) == {"imagesTr": 2, "imagesTs": 0}
+    with pytest.raises(InputError, match=f"holds 2 images of another export, such as imagesTr/{some[0]}_0000.nii.gz"):
+        ex.export_nifti(folder, tmp_path, stack_ids=some[1:])
+    with pytest.raises(InputError, match="1 of 2 stacks have no volume, such as nobody"):
+        ex.export_nifti(folder, tmp_path, stack_ids=["nobody", some[0]])
+    with pytest.raises(InputError, match="expected channels CT, or CT and PET"):
+        ex.export_nifti(folder, tmp_path, channels=("PET",))
+    with pytest.raises(InputError, match="got .*'labelsTr'"):
+        ex.export_nifti(folder, tmp_path, unlabelled="labelsTr")
+    with pytest.raises(InputError, match="cohort.parquet does not exist"):
+        ex.export_nifti(tmp_path / "nowhere", tmp_path)
+
+
+def test_monai_finds_image_and_label_where_we_put_them(store, tmp_path):
+    data = pytest.importorskip("monai.data")
+    transforms = pytest.importorskip("monai.transforms")
+    folder, _ = store
+    counts = ex.export_nifti(folder, tmp_path)
+    training = data.load_decathlon_datalist(tmp_path / "dataset.json", data_list_key="training")
+    assert len(training) == counts["imagesTr"]
+    assert len(data.load_decathlon_datalist(tmp_path / "dataset.json", data_list_key="test")) == counts["imagesTs"]
+    loaded = transforms.LoadImaged(["image", "label"], image_only=False)(training[0])
+    volume = volumes.load_volume(folder / f"volumes/{Path(training[0]['label']).name.removesuffix('.nii.gz')}.npz")
+    assert np.array_equal(np.asarray(loaded["image"]).squeeze().T, volume.ct_hu)
+    assert np.array_equal(np.asarray(loaded["label"]).T > 0, volume.mask > 0)
+    np.testing.assert_allclose(ex.flip_world(np.asarray(loaded["label"].affine)), volume.affine, atol=NIFTI_MM)
