@@ -10,14 +10,16 @@ __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'RO
            'Cohort', 'load_cohort']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
+import asyncio
 import hashlib
 import json
 import os
+import socket
 import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import CancelledError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -589,7 +591,56 @@ def _one_by_one(jobs: Sequence[dict]) -> Iterator[tuple[dict, str]]:
                     yield _excluded(job, BuildProblem.WORKER_DIED, "perhaps for lack of memory"), "excluded"
                     break
 
-# %% ../nbs/03_build_volumes.ipynb #7d87b9ed
+# %% ../nbs/03_build_volumes.ipynb #00cb53e0
+_NO_WORKER_SECONDS = 600  # a queue may be slow to start workers; after this nobody is coming
+
+
+def _at_worker(job: dict, code: str) -> tuple[dict, str]:
+    """`ensure_volume` on another machine, which must run the same code and see the same folders."""
+    here = socket.gethostname()
+    if runs.code_hash() != code:
+        raise runs.InputError(f"the dask worker on {here} runs another lungct (in {Path(lungct.__file__).parent}): "
+                              "install the same one there and restart the worker")
+    roots = [Path(stack.root) for stack in (job["ct"], job["pet"]) if stack is not None]
+    for folder in (*roots, Path(job["path"]).parent):
+        if not folder.is_dir():
+            raise runs.InputError(f"the dask worker on {here} does not see {folder}: "
+                                  "mount it there under the same path and restart the worker")
+    return ensure_volume(job)
+
+# %% ../nbs/03_build_volumes.ipynb #c49305b9
+def _finished(client, futures: dict, address: str) -> set:
+    """Futures that are done, perhaps none yet; InputError when there is no worker to finish any."""
+    import distributed
+
+    try:
+        with client.as_current():
+            return distributed.wait(list(futures), _NO_WORKER_SECONDS, "FIRST_COMPLETED").done
+    except TimeoutError:
+        if client.nthreads():
+            return set()                                   # slow, but somebody is at work
+        raise runs.InputError(f"the dask scheduler at {address} has had no worker for {_NO_WORKER_SECONDS} seconds: "
+                              "start workers (`dask worker`) and call again; what is done is kept") from None
+
+# %% ../nbs/03_build_volumes.ipynb #8932ecfb
+def _collect(client, futures: dict, address: str, killed: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Results as they come; jobs that were on workers that died go to `killed`, the guilty with the innocent."""
+    import distributed
+
+    while futures:
+        for future in _finished(client, futures, address):
+            job = futures.pop(future)
+            try:
+                row, outcome = future.result()
+            except distributed.KilledWorker:
+                killed.append(job)
+                continue
+            if row["status"] == "accepted" and not Path(job["path"]).is_file():
+                raise runs.InputError(f"a dask worker wrote {job['path']} where this machine does not see it: "
+                                      "mount the folder of the run under one path everywhere")
+            yield row, outcome
+
+# %% ../nbs/03_build_volumes.ipynb #5d2607a6
 def _on_cluster(jobs: Sequence[dict], address: str) -> Iterator[tuple[dict, str]]:
     """Results from the workers of a dask scheduler; InputError within seconds when it does not answer."""
     import distributed
@@ -601,13 +652,16 @@ def _on_cluster(jobs: Sequence[dict], address: str) -> Iterator[tuple[dict, str]
     except (OSError, ValueError) as error:
         raise runs.InputError(f"no dask scheduler answers at {address!r} ({type(error).__name__}): "
                               "start one with `dask scheduler`, or leave `scheduler` empty") from error
+    killed = []
     with client:
-        futures = dict(zip(client.map(module.ensure_volume, jobs, pure=False, retries=2), jobs, strict=True))
-        for future in distributed.as_completed(futures, loop=client.loop):
-            try:
-                yield future.result()
-            except distributed.KilledWorker as error:
-                yield _excluded(futures[future], BuildProblem.WORKER_DIED, str(error)), "excluded"
+        calls = client.map(module._at_worker, jobs, code=runs.code_hash(), pure=False, retries=2)
+        futures = dict(zip(calls, jobs, strict=True))
+        try:
+            yield from _collect(client, futures, address, killed)
+        except (distributed.comm.CommClosedError, CancelledError, asyncio.CancelledError) as error:
+            raise runs.InputError(f"the dask scheduler at {address} went away with {len(futures)} of {len(jobs)} "
+                                  "stacks to do: start it and call again; what is done is kept") from error
+    yield from _one_by_one(killed)
 
 # %% ../nbs/03_build_volumes.ipynb #e7ba9a1d
 _COLUMNS = {"stack_id": "str", "file": "str", "status": "str", "reason": "str", "detail": "str", "affine": "object",

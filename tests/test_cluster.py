@@ -165,3 +165,36 @@ def test_nothing_of_a_cluster_is_left_when_a_test_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), cluster_of(tmp_path / "cluster", "only") as (cluster, _):
         raise ZeroDivisionError
     assert all(process.returncode == -signal.SIGKILL for process in cluster.processes.values())
+
+
+def test_without_a_worker_the_build_says_so_and_does_not_wait_for_ever(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "_NO_WORKER_SECONDS", 1)
+    words = "has had no worker for 1 seconds: start workers"
+    with cluster_of(tmp_path / "cluster") as (cluster, _), pytest.raises(runs.InputError, match=words):
+        build(source, tmp_path / "out", cluster.address)
+
+
+def test_a_scheduler_lost_in_the_middle_is_one_line_and_the_next_call_goes_on(source, serial, tmp_path):
+    told = []
+    with cluster_of(tmp_path / "cluster", "first", "second") as (cluster, _):
+        def kill_scheduler(stack_id, outcome):
+            told.append(stack_id)
+            if len(told) == 3:
+                os.kill(cluster.processes["scheduler"].pid, signal.SIGKILL)
+
+        with pytest.raises(runs.InputError, match=r"went away with \d+ of \d+ stacks to do"):
+            build(source, tmp_path / "out", cluster.address, kill_scheduler)
+    assert len(told) < len(serial[0])
+    volumes.build_cohort(*source, tmp_path / "out", GRID, workers=1)
+    assert bytes_of(tmp_path / "out") == serial[1]
+
+
+def test_a_worker_with_other_code_or_other_folders_stops_the_build(source, tmp_path, monkeypatch):
+    with cluster_of(tmp_path / "cluster", "only") as (cluster, _):
+        elsewhere = (tmp_path / "nowhere", *source[1:])
+        with pytest.raises(runs.InputError, match="does not see .*nowhere: mount it there under the same path"):
+            build(elsewhere, tmp_path / "out", cluster.address)
+        monkeypatch.setattr(runs, "code_hash", lambda: "other")
+        with pytest.raises(runs.InputError, match="runs another lungct"):
+            build(source, tmp_path / "out", cluster.address)
+    assert bytes_of(tmp_path / "out") == {}

@@ -72,7 +72,7 @@ def test_every_pin_supports_each_python_that_the_project_names():
     offered = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert "3.11" in offered
     for found in distributions():
-        asked, name = found.metadata["Requires-Python"], canonicalize_name(found.metadata["Name"])
+        asked, name = found.metadata.get("Requires-Python"), canonicalize_name(found.metadata["Name"])
         if asked and PINS.get(name) == Version(found.version):
             refused = [python for python in offered if not SpecifierSet(asked).contains(f"{python}.0")]
             assert not refused, f"{name} {found.version} does not run on Python {refused}"
@@ -80,7 +80,7 @@ def test_every_pin_supports_each_python_that_the_project_names():
 
 @pytest.mark.parametrize("module", ["lungct", "dicom", "annotations", "volumes", "labels", "headers", "pixels", "suv",
                                     "phantom", "plots", "runs", "course", "report", "doctor", "download", "exchange",
-                                    "scale_model"])
+                                    "scale_model", "workers"])
 def test_import_does_not_load_tensorflow(module):
     name = "lungct" if module == "lungct" else f"lungct.{module}"
     code = f"import {name}, sys; assert not {{'tensorflow', 'keras', 'torch', 'jax'}} & set(sys.modules)"
