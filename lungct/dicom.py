@@ -966,11 +966,8 @@ def _one_frame(rows: pd.DataFrame) -> str | None:
 class OpenStack:
     """One accepted stack on disk; ``stack[k]`` reads slice k along z, (rows, columns), in HU or SUV.
 
-    affine, frame_of_reference_uid : as in `Stack`.
-    slices : for each slice what `pixels` needs to read it.
-    suv_factors : for each slice of a PET the factor from rescaled values to SUV; None for CT.
+    `slices` holds what `pixels` needs to read each; `suv_factors`, for PET, what makes its rescaled values SUV.
     """
-
     stack_id: str
     affine: np.ndarray
     modality: str
@@ -982,11 +979,13 @@ class OpenStack:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(slices, rows, columns)"""
-        return len(self), int(self.slices[0]["rows"]), int(self.slices[0]["columns"])
+        return len(self.slices), int(self.slices[0]["rows"]), int(self.slices[0]["columns"])
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"opened": {}}                  # an open file does not travel
 
     def __getitem__(self, k: int) -> np.ndarray:
         if self.suv_factors is None:
@@ -1011,10 +1010,13 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
     if (instances["frames"].fillna(1) > 1).any():              # images of several slices: a row for each slice
         rows = _ordered(instances).rows
-    own = len(rows) == stack["slices"] and (instances["stack_id"] == stack["stack_id"]).all()
-    if stack["status"] != "accepted" or not own:
-        why = f"it is excluded ({stack['reason']})" if own else f"{len(rows)} slices of {stack['slices']} are there"
-        raise ValueError(f"stack {stack['stack_id']} cannot be opened: {why}")
+    if stack["status"] != "accepted":
+        raise ValueError(f"stack {stack['stack_id']} cannot be opened: it is excluded ({stack['reason']})")
+    if not (instances["stack_id"] == stack["stack_id"]).all():
+        raise ValueError(f"stack {stack['stack_id']} cannot be opened: rows of other stacks are among its instances")
+    count = rows["slice_index"].nunique() if "slice_index" in rows else len(rows)
+    if not count == len(rows) == stack["slices"]:
+        raise ValueError(f"stack {stack['stack_id']} cannot be opened: {count} slices of {stack['slices']} are there")
     images = instances.iloc[rows["instance"]] if "instance" in rows else rows
     factors = _stack_suv_factor(images) if stack["modality"] == "PT" else None
     return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], _one_frame(images),

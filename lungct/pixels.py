@@ -340,6 +340,8 @@ def _read_decoded(path: str, header: Mapping, opened: dict[str, pydicom.Dataset]
             if path not in opened:
                 opened.clear()
                 opened[path] = _open(path, header)
+            if header.get("sop_uid") not in (None, opened[path].get("SOPInstanceUID")):
+                raise ValueError(f"it changed since it was indexed: another image than {header['sop_uid']}")
             if UID(header["transfer_syntax_uid"]).is_compressed:
                 _check_promise(opened[path], header, frame)
             stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not words))

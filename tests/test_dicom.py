@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import re
 import signal
 import time
@@ -840,6 +841,8 @@ def test_enhanced_image_equals_its_single_images(single_and_enhanced, shuffled, 
     assert stack.padding_voxels == single.padding_voxels and stack.sop_uids == ("1.2.7.2",) * len(single.hu_zyx)
     opened = dicom.open_stack(row, instances, folder)
     assert np.array_equal(np.stack([opened[k] for k in range(len(opened))]), single.hu_zyx)
+    travelled = pickle.loads(pickle.dumps(opened))
+    assert np.array_equal(travelled[1], single.hu_zyx[1])
 
 
 def test_frames_survive_parquet(single_and_enhanced, tmp_path):
@@ -1347,5 +1350,28 @@ def test_an_excluded_or_incomplete_stack_is_not_opened(tree):
     row = stacks.iloc[0]
     with pytest.raises(ValueError, match=f"{row['stack_id']} cannot be opened: .* slices of {row['slices']} are there"):
         dicom.open_stack(row, instances[1:], tree)
+    twice = pd.concat([instances[1:], instances[-1:]])
+    with pytest.raises(ValueError, match=f"{len(instances) - 1} slices of {row['slices']} are there"):
+        dicom.open_stack(row, twice, tree)
+    with pytest.raises(ValueError, match="rows of other stacks"):
+        dicom.open_stack(row, instances.assign(stack_id="other"), tree)
     with pytest.raises(ValueError, match=r"it is excluded \(gap\)"):
         dicom.open_stack(row.replace({"accepted": "excluded"}).fillna({"reason": "gap"}), instances, tree)
+
+
+def test_packed_files_that_changed_places_are_noticed(tree):
+    paths = sorted(tree.glob("*.dcm"))[:2]
+    for path in paths:
+        image = pydicom.dcmread(path)
+        image.compress(RLELossless, generate_instance_uid=False)
+        image.save_as(path)
+    size = max(path.stat().st_size for path in paths)
+    for path in paths:
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    instances, _ = dicom.index_dicom(tree)
+    stacks, instances = dicom.build_stacks(instances, min_slices=2)
+    one, two = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(two)
+    paths[1].write_bytes(one)
+    with pytest.raises(ValueError, match="changed since it was indexed: another image than"):
+        dicom.read_stack(instances[instances["stack_id"] == stacks["stack_id"][0]], tree)

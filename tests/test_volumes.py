@@ -1,5 +1,7 @@
 """Chapter 3: nothing is lost between the scanner's voxels and the cube, and the store survives what happens to it."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -226,8 +228,10 @@ def test_the_whole_cube_is_the_box_from_0_to_size():
 def test_grid_refuses_nonsense():
     with pytest.raises(runs.InputError, match=r"grid of 0 voxels of 6.0 mm"):
         Grid(0)
-    with pytest.raises(runs.InputError, match="above zero"):
-        Grid(64, -1.0)
+    for size, spacing in ((64, -1.0), (2.5, 6), (64, np.inf), (64, np.nan)):
+        with pytest.raises(runs.InputError, match="above zero"):
+            Grid(size, spacing)
+    assert repr(Grid(np.int64(24), np.float32(16))) == "Grid(size=24, spacing_mm=16.0)"
 
 
 def lesion_tables(rectangles, affine):
@@ -369,6 +373,47 @@ def test_lungs_are_found(options):
     assert found.centred_on == "lungs"
     assert np.allclose(found.centre_mm, options.get("shift", (0, 0, 0)), atol=13)
     assert 1.0 < found.litres < 6.0
+
+
+@pytest.mark.parametrize("gas", [
+    {"caecum": ((-110, 0, -470), (20, 20, 90))},
+    {"stomach": ((60, -40, -165), (45, 45, 45))},
+    {"colon": ((100, 0, -350), (24, 24, 120)), "transverse": ((0, -60, -240), (80, 24, 24))},
+], ids=lambda gas: "+".join(gas))
+@pytest.mark.parametrize("lungs", [(-1, 1), (1,)])
+def test_gas_in_the_belly_is_no_lung(gas, lungs):
+    plain = thorax(shape=(100, 80, 90), shift=(0, 0, 200), lungs=lungs)
+    gassy = plain.hu_zyx.copy()
+    z, y, x = np.meshgrid(*[np.arange(n) for n in gassy.shape], indexing="ij")
+    x, y, z = dicom.to_mm(plain.affine, np.stack([x, y, z], axis=-1)).transpose(3, 0, 1, 2)
+    for (cx, cy, cz), (rx, ry, rz) in gas.values():
+        inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - 200 - cz) / rz) ** 2 < 1
+        assert (plain.hu_zyx[inside] > 0).mean() > 0.8     # in the belly, for the most part
+        gassy[inside & (plain.hu_zyx > 0)] = -1000
+    found = find_lungs(stack_of(gassy, plain.affine))
+    assert np.allclose(found.centre_mm, find_lungs(plain).centre_mm, atol=3)
+    both_filled = np.where(plain.hu_zyx == -850, 40, gassy)
+    assert find_lungs(stack_of(both_filled, plain.affine)).centred_on == "body"
+
+
+def test_the_gap_between_back_and_table_is_no_lung():
+    stack = thorax()
+    hu = stack.hu_zyx.copy()
+    y = dicom.to_mm(stack.affine, [[0, row, 0] for row in range(hu.shape[1])])[:, 1]
+    behind = (y > 100) & (y < 150)
+    hollow = hu[:, behind] < -900
+    hu[:, behind] = np.where(hollow, -915, hu[:, behind])  # foam, with the table below and its sides raised
+    hu[:, (y > 60) & (y < 190), 4:8] = hu[:, (y > 60) & (y < 190), -8:-4] = 100
+    hu[:, (y > 150) & (y < 190)] = 100
+    found = find_lungs(stack_of(hu, stack.affine))
+    assert np.allclose(found.centre_mm, find_lungs(stack).centre_mm, atol=3)
+    assert found.litres == pytest.approx(find_lungs(stack).litres, rel=0.05)
+
+
+def test_lungs_are_not_looked_for_on_pet():
+    pet = dicom.Stack("pet", None, np.eye(4), "PT", (), 0, np.zeros((4, 4, 4), np.float32))
+    with pytest.raises(ValueError, match="stack pet is PT"):
+        find_lungs(pet)
 
 
 def test_lungs_in_a_whole_body_scan():
@@ -611,7 +656,9 @@ def test_a_missing_pet_is_no_number(source, tmp_path):
     entry = load_volume(tmp_path / cohort.file[1])
     arrays = {name: getattr(entry, name) for name in ("ct_hu", "mask", "boxes_zyx", "lesion_ids", "affine")}
     meta = {name: value for name, value in entry.meta.items() if name != "content_hash"}
-    volumes._save_volume(tmp_path / cohort.file[1], {**arrays, "pet_suv": np.ones(GRID.shape_zyx, np.float32)}, meta)
+    arrays["pet_suv"] = np.ones(GRID.shape_zyx, np.float32)
+    cohort.loc[1, "content_hash"] = volumes._save_volume(tmp_path / cohort.file[1], arrays, meta)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
     loaded = load_cohort(tmp_path, pet=True)
     assert (loaded.pet_suv[1] == 1).all() and np.isnan(loaded.pet_suv[[0, 2, 3, 4, 5]]).all()
     assert load_cohort(tmp_path).pet_suv is None
@@ -624,6 +671,59 @@ def test_a_stack_whose_files_are_gone_costs_that_stack(source, tmp_path):
     row = cohort.set_index("stack_id").loc[victim]
     assert row.reason == volumes.BuildProblem.FAILED.value and "0 slices of 16 are there" in row.detail
     assert sorted(outcomes.values()) == ["built"] * 5 + ["excluded"]
+
+
+def test_whatever_is_damaged_is_rebuilt(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    path = tmp_path / cohort.file[0]
+    whole = path.read_bytes()
+    heads = [*range(300), *range(len(whole) - 400, len(whole))]
+    for at in heads[::7]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x20
+        path.write_bytes(damaged)
+        with contextlib.suppress(volumes.CorruptVolume):       # or it was a byte that means nothing
+            assert load_volume(path).meta["content_hash"] == cohort.content_hash[0]
+    for content in (b"", whole[: len(whole) // 2], b"\x93NUMPY\x01\0v\0{'descr': '<i2', 'shape': (9" + b" " * 99):
+        path.write_bytes(content)
+        assert build(source, tmp_path)[1][cohort.stack_id[0]] == "built" and path.read_bytes() == whole
+
+
+def test_a_wrong_root_costs_nothing_that_is_there(source, tmp_path):
+    build(source, tmp_path)
+    before = bytes_of(tmp_path)
+    with pytest.raises(runs.InputError, match="none of 6 CT stacks could be built"):
+        build((tmp_path / "not mounted", *source[1:]), tmp_path, grid=Grid(24, 15.0))
+    assert bytes_of(tmp_path) == before
+    assert set(build(source, tmp_path)[1].values()) == {"kept"}
+
+
+def test_a_table_of_another_build_is_noticed(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
+    one, two = (tmp_path / file for file in cohort.file[:2])
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(volumes.CorruptVolume, match="is not the volume that cohort.parquet tells of"):
+        load_cohort(tmp_path)
+    one.write_bytes(content)
+    load_cohort(tmp_path)
+    build(source, tmp_path, grid=Grid(24, 12.0))           # and killed before its table was saved
+    with pytest.raises(volumes.CorruptVolume, match="run chapter 3 to its end"):
+        load_cohort(tmp_path)
+
+
+def test_a_pet_that_could_not_be_read_is_tried_again(source, tmp_path):
+    (tmp_path / "volumes").mkdir()
+    job = next(volumes._jobs(*source, tmp_path / "volumes", GRID))
+    away = dataclasses.replace(job["ct"], root=str(tmp_path / "away"), modality="PT", suv_factors=np.ones(16))
+    job["pet"] = away
+    row, outcome = volumes.ensure_volume(job)
+    assert outcome == "built" and not row["has_pet"] and row["pet"].startswith("could not be read")
+    assert volumes.ensure_volume(job)[1] == "built"        # not kept: the disk may be back
+    job["pet"] = dataclasses.replace(away, root=job["ct"].root)
+    row, outcome = volumes.ensure_volume(job)
+    assert outcome == "built" and row["has_pet"] and volumes.ensure_volume(job)[1] == "kept"
 
 
 def test_two_builds_of_one_store_at_once_give_one_store(source, tmp_path):
