@@ -763,7 +763,7 @@ class Entries(Sequence):
             return [self[i] for i in range(*which.indices(self.count))]
         return getattr(self.load(range(self.count)[which]), self.field)
 
-
+# %% ../nbs/03_build_volumes.ipynb #cf0ba03b
 @dataclass(frozen=True)
 class Cohort:
     """n stacks: CT in HU and mask (n, z, y, x); for each its boxes (m, 6) in voxel edges, affine and table row.
