@@ -318,7 +318,7 @@ def _load_registry(path: str | Path) -> dict:
     try:
         held = runs.load_json(path)
         intact = held.pop("hash") == runs.hash_value(held)
-    except (runs.InputError, KeyError, AttributeError, OSError, UnicodeDecodeError):
+    except (runs.InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         intact = False
     if not intact:
         raise runs.InputError(f"registry {path} is not what was frozen, its hash does not fit its content: "
@@ -354,7 +354,7 @@ def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: 
     Indexed by patient_id of the used patients; column r holds each patient's fold (0 to folds - 1) in repeat r.
     """
     group, strata = _strata(labels)
-    if not 2 <= folds <= max(len(strata), 2):
+    if not 2 <= folds <= len(strata):
         groups = _count(len(strata), "patient group")
         raise runs.InputError(f"{folds} folds for {groups}: expected from 2 up to as many")
     of_patient = group.groupby(labels.loc[group.index, "patient_id"]).first()
