@@ -59,7 +59,7 @@ def sections(scratch: Path) -> list[str]:
     worst = max(count for count, *_ in found.values())
     return [today_here(f"{SEEDS} seeds of each kind."),
             table("False alarms of the label audit", columns, [row(what, *each) for what, each in found.items()], note),
-            goal("clean cohorts with a false alarm, the worst kind, %", f"{MOST:.0f} or less", 100 * worst / SEEDS) + "\n"]
+            goal("cohorts with a false alarm, the worst kind, %", f"{MOST:.0f} or less", 100 * worst / SEEDS) + "\n"]
 
 
 if __name__ == "__main__":
