@@ -361,10 +361,12 @@ def check_paths(asked: Mapping[str, str]) -> dict[str, str]:
         raise runs.InputError("--dicom-path and --annotation-path go together: give both, or neither for phantoms")
     for name in [key for key in ("dicom_path", "annotation_path", "real_tables") if key in asked]:
         asked[name] = check_folder(f"--{name.replace('_', '-')}", asked[name])
-    if asked.get("clinical_path"):
-        asked["clinical_path"] = str(Path(asked["clinical_path"]).expanduser().absolute())
-        if not Path(asked["clinical_path"]).is_file():
-            raise runs.InputError(f"clinical_path {asked['clinical_path']} is not a file: check the spelling")
+    if asked.get("registry", "auto") not in ("", "auto"):
+        asked["registry"] = str(Path(asked["registry"]).expanduser().absolute())
+    for name in [key for key in ("clinical_path", "locked_path") if asked.get(key)]:
+        asked[name] = str(Path(asked[name]).expanduser().absolute())
+        if not Path(asked[name]).is_file():
+            raise runs.InputError(f"{name} {asked[name]} is not a file: check the spelling")
     return asked
 
 # %% ../nbs/appendix/course.ipynb #3f409aba

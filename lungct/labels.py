@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'LINKS', 'CHECKS', 'FACE_VOXELS', 'FEWEST', 'TWINS', 'ACQUISITION_AUC', 'ALPHA', 'HU_RANGE', 'FEATURE_SETS',
-           'inspect_volume', 'inspect_volumes', 'vote_subtypes', 'Unused', 'make_labels', 'class_names',
-           'patient_groups', 'role_counts', 'split_patients', 'shared_between_roles', 'Finding', 'AuditFailed',
-           'Material', 'check', 'audit', 'example_cohort', 'coarse_differences', 'macro_auc', 'acquisition_test',
-           'interval_width', 'patients_needed', 'tabular_features', 'tabular_model', 'out_of_fold', 'bootstrap_auc',
-           'baseline_scores', 'baseline_probabilities', 'collection_features', 'verdict', 'audit_report',
-           'stop_on_errors']
+           'STATISTICAL', 'inspect_volume', 'inspect_volumes', 'vote_subtypes', 'Unused', 'vendor_names', 'make_labels',
+           'class_names', 'patient_groups', 'role_counts', 'split_patients', 'read_locked', 'read_registry',
+           'freeze_roles', 'shared_between_roles', 'patient_folds', 'Finding', 'AuditFailed', 'Material', 'check',
+           'audit', 'example_cohort', 'example_tables', 'coin_scores', 'coarse_differences', 'macro_auc',
+           'acquisition_test', 'interval_width', 'patients_needed', 'tabular_features', 'tabular_model', 'out_of_fold',
+           'bootstrap_auc', 'baseline_scores', 'baseline_probabilities', 'collection_features', 'false_alarms',
+           'verdict', 'audit_report', 'stop_on_errors']
 
 # %% ../nbs/04_check_labels.ipynb #19c02553
 import hashlib
@@ -27,7 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -132,6 +133,14 @@ def _reasons(cohort: pd.DataFrame, found: pd.DataFrame, class_e: str) -> pd.Seri
         reason = reason.mask(applies.fillna(False).astype(bool), why.value)
     return reason.where(reason.notna(), None)
 
+
+_TEXT = {"subtype": "str", "role": "str", "reason": "str"}  # one dtype, whether or not the table has rows
+
+# %% ../nbs/04_check_labels.ipynb #70440df6
+def vendor_names(manufacturer: pd.Series) -> pd.Series:
+    """First word of the manufacturer in capitals; UNKNOWN where there is none."""
+    return manufacturer.astype("str").str.upper().str.split().str[0].fillna("UNKNOWN").astype("str")
+
 # %% ../nbs/04_check_labels.ipynb #452a3019
 def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "keep") -> pd.DataFrame:
     """One row a volume: what it is called and whether it may be used; roles are still unassigned.
@@ -143,11 +152,13 @@ def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "kee
 
     Returns
     -------
-    stack_id, patient_id, study_uid and the other `LINKS` the cohort has, subtype (as annotated, None if unknown),
+    stack_id, patient_id, `LINKS` and vendor as far as the cohort has them, subtype (as annotated, None if unknown),
     target (index into `class_names`, -1 none), lesions, role, weight (a patient's volumes sum to 1), reason.
     """
     found = vote_subtypes(lesions)
     labels = cohort[["stack_id", "patient_id", *(c for c in LINKS if c in cohort.columns)]].copy()
+    if "manufacturer" in cohort.columns:
+        labels["vendor"] = vendor_names(cohort["manufacturer"])
     labels["subtype"] = cohort["patient_id"].map(found["subtype"]).astype("str")
     labels["reason"] = _reasons(cohort, found, class_e)
     used = labels["reason"].isna()
@@ -158,9 +169,6 @@ def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "kee
     volumes_each = used.groupby(labels["patient_id"]).transform("sum")
     labels["weight"] = np.where(used, 1.0 / volumes_each.clip(lower=1), 0.0)
     return labels.sort_values("stack_id", ignore_index=True).astype(_TEXT)
-
-
-_TEXT = {"subtype": "str", "role": "str", "reason": "str"}  # one dtype, whether or not the table has rows
 
 # %% ../nbs/04_check_labels.ipynb #083776c5
 def class_names(labels: pd.DataFrame) -> list[str]:
@@ -210,31 +218,125 @@ def role_counts(n: int, fractions: Sequence[float]) -> list[int]:
         ends.append(min(max(rounded, ends[-1] + wanted[i]), n - sum(wanted[i + 1:])))
     return np.diff([*ends[:-1], n]).tolist()
 
+# %% ../nbs/04_check_labels.ipynb #83ed8257
+def _line_up(vendor: pd.Series, seed: int) -> list[str]:
+    # groups of one subtype (the index) in an order whose every stretch holds each vendor in about its share
+    order = vendor[sorted(vendor.index, key=lambda name: _unit_hash(name, seed))]
+    rank, size = order.groupby(order).cumcount(), order.map(order.value_counts())
+    place = {name: (rank[name] + _unit_hash(f"{name} place", seed)) / size[name] for name in order.index}
+    return sorted(order.index, key=place.get)
+
+# %% ../nbs/04_check_labels.ipynb #ee758f53
+def _still_short(held: Sequence[int], n: int, fractions: Sequence[float]) -> list[int]:
+    # how many of n newcomers go to train, validation and test, so that with those held the shares are met
+    short = np.maximum(np.subtract(role_counts(sum(held) + n, fractions), held), 0)
+    while short.sum() > n:  # another role holds more than its share
+        short[short.argmax()] -= 1
+    return short.tolist()
+
+# %% ../nbs/04_check_labels.ipynb #346f7000
+def _strata(labels: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
+    # group of each used row; and one row a group: its last class in letter order, its first vendor
+    used = labels[labels["target"] >= 0]
+    group = used["patient_id"].map(patient_groups(labels)) if len(used) else used["patient_id"]
+    vendor = used["vendor"] if "vendor" in used.columns else pd.Series("", index=used.index, dtype="str")
+    facts = pd.DataFrame({"target": used["target"], "vendor": vendor})
+    return group, facts.groupby(group.to_numpy()).agg({"target": "max", "vendor": "min"})
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise runs.InputError(f"fractions {tuple(fractions)}: expected three shares that sum to 1, the first positive")
+
 # %% ../nbs/04_check_labels.ipynb #23cdd721
-def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0) -> pd.DataFrame:
-    """Give every used volume a role by its patient, stratified by class, decided by a hash of patient and seed.
+def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2, 0.2), seed: int = 0,
+                   fixed: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Give every used volume a role by its patient, by class, vendor and a hash of patient and seed.
 
     Parameters
     ----------
     labels : as `make_labels` returns it; the columns `LINKS` tie patients together.
     fractions : shares of train, validation and test; they sum to 1 and the first is positive.
+    fixed : roles by patient that were given before (`read_registry`); they stay, whatever ties are found later.
 
     Raises
     ------
     lungct.runs.InputError
         For fractions that are no shares.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise runs.InputError(f"fractions {tuple(fractions)}: expected three shares that sum to 1, the first positive")
-    used = labels[labels["target"] >= 0]
-    group = used["patient_id"].map(patient_groups(labels)) if len(used) else used["patient_id"]
-    roles = {}
-    for _, members in used.groupby(used["target"].groupby(group).transform("max"))["patient_id"]:
-        line = sorted(group[members.index].unique(), key=lambda name: _unit_hash(name, seed))
-        roles.update(zip(line, np.repeat(ROLES, role_counts(len(line), fractions)), strict=True))
+    _check_fractions(fractions)
+    group, strata = _strata(labels)
+    given, groups = dict(fixed or {}), patient_groups(labels)
+    roles = {groups[name]: given[name] for name in sorted(set(given) & set(groups.index))}
+    for _, stratum in strata.groupby("target"):
+        held = [sum(roles.get(name) == role for name in stratum.index) for role in ROLES]
+        line = _line_up(stratum.loc[[name not in roles for name in stratum.index], "vendor"], seed)
+        roles.update(zip(line, np.repeat(ROLES, _still_short(held, len(line), fractions)), strict=True))
     result = labels.copy()
-    result.loc[used.index, "role"] = group.map(roles).astype("str")
+    patient = result.loc[group.index, "patient_id"]
+    result.loc[group.index, "role"] = [given.get(p, roles[g]) for p, g in zip(patient, group, strict=True)]
     return result
+
+# %% ../nbs/04_check_labels.ipynb #56e5329b
+def read_locked(path: str | Path) -> list[str]:
+    """Patients of an external test set: one a line, sorted; what follows a # is a comment."""
+    lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines())
+    locked = sorted({line for line in lines if line})
+    if not locked:
+        raise runs.InputError(f"locked_path {path} names no patient: write one a line, or leave the parameter empty")
+    return locked
+
+
+def _dealt_with(fractions: Sequence[float], seed: int, locked: Sequence[str]) -> dict:
+    # what a registry has to agree with
+    return {"seed": seed, "fractions": [round(f, 9) for f in fractions], "locked_hash": runs.hash_value(sorted(locked))}
+
+# %% ../nbs/04_check_labels.ipynb #94337958
+def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
+                  locked: Sequence[str] = ()) -> dict[str, str]:
+    """Roles by patient as they were frozen, the locked patients' included; without a file, only these.
+
+    Raises
+    ------
+    lungct.runs.InputError
+        The file was edited, or it belongs to another seed, other shares or another external test set.
+    """
+    held = _load_registry(path)
+    given = held["roles"] if held else {}
+    for name, now in _dealt_with(fractions, seed, locked).items() if held else ():
+        if held[name] != now:
+            what = "external test set (its hash)" if name == "locked_hash" else name
+            raise runs.InputError(f"registry {path} was frozen with {what} {held[name]}, this run has {now}: "
+                                  "give back the old value, or name another registry for a new split")
+    return given | dict.fromkeys(locked, "test")
+
+# %% ../nbs/04_check_labels.ipynb #e94d631f
+def _load_registry(path: str | Path) -> dict:
+    # {} when there is none yet
+    if not path or not Path(path).exists():
+        return {}
+    try:
+        held = runs.load_json(path)
+        intact = held.pop("hash") == runs.hash_value(held)
+    except (runs.InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        intact = False
+    if not intact:
+        raise runs.InputError(f"registry {path} is not what was frozen, its hash does not fit its content: "
+                              "put back a copy, or name another registry for a new split")
+    return held
+
+# %% ../nbs/04_check_labels.ipynb #e1f1d711
+def freeze_roles(path: str | Path, labels: pd.DataFrame, fractions: Sequence[float], seed: int,
+                 locked: Sequence[str] = ()) -> str:
+    """Write the roles of the used patients into the registry `path`, those it holds unchanged; returns its hash."""
+    used = labels[labels["role"].isin(ROLES)].drop_duplicates("patient_id")
+    held = read_registry(path, fractions, seed, locked)
+    roles = dict(zip(used["patient_id"], used["role"], strict=True)) | held
+    content = {**_dealt_with(fractions, seed, locked), "roles": roles}
+    content["hash"] = runs.hash_value(content)
+    if _load_registry(path) != {key: value for key, value in content.items() if key != "hash"}:
+        runs.save_json(content, path)
+    return content["hash"]
 
 # %% ../nbs/04_check_labels.ipynb #b093d739
 def shared_between_roles(labels: pd.DataFrame, key: str = "patient_id") -> pd.DataFrame:
@@ -242,6 +344,26 @@ def shared_between_roles(labels: pd.DataFrame, key: str = "patient_id") -> pd.Da
     used = labels[labels["role"].isin(ROLES) & labels[key].notna() & (labels[key] != "")]
     table = pd.crosstab(used[key], used["role"]).reindex(columns=list(ROLES), fill_value=0).to_numpy() > 0
     return pd.DataFrame(table.T.astype(int) @ table.astype(int), index=list(ROLES), columns=list(ROLES))
+
+# %% ../nbs/04_check_labels.ipynb #6117b0ba
+def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: int = 0) -> pd.DataFrame:
+    """Folds of a repeated cross-validation over patient groups, stratified by class and vendor.
+
+    Returns
+    -------
+    Indexed by patient_id of the used patients; column r holds each patient's fold (0 to folds - 1) in repeat r.
+    """
+    group, strata = _strata(labels)
+    if not 2 <= folds <= len(strata):
+        groups = _count(len(strata), "patient group")
+        raise runs.InputError(f"{folds} folds for {groups}: expected from 2 up to as many")
+    of_patient = group.groupby(labels.loc[group.index, "patient_id"]).first()
+    dealt = {}
+    for repeat in range(repeats):
+        lot = [_unit_hash(f"{name} repeat {repeat}", seed) for name in strata.index]
+        row = strata.assign(lot=lot).sort_values(["target", "vendor", "lot"]).index
+        dealt[repeat] = of_patient.map(pd.Series(np.arange(len(row)) % folds, index=row)).astype("int64")
+    return pd.DataFrame(dealt, index=of_patient.index)
 
 # %% ../nbs/04_check_labels.ipynb #6bdb870c
 @dataclass(frozen=True)
@@ -269,6 +391,9 @@ class Material:
     boxes: pd.DataFrame | None = None
     ledger: pd.DataFrame | None = None
     voxels: pd.DataFrame | None = None
+    locked: Sequence[str] | None = None
+    fitted_on: Sequence[str] | None = None
+    shuffled: Sequence[float] | None = None
     promised_width: float = 0.2
     seed: int = 0
 
@@ -300,8 +425,9 @@ def audit(labels: pd.DataFrame, cohort: pd.DataFrame, **tables) -> list[Finding]
     Parameters
     ----------
     labels, cohort : `labels` with roles; `cohort` of chapter 3.
-    **tables : the other fields of `Material`: lesions, boxes, ledger, voxels (from `inspect_volumes`),
-        promised_width, seed.
+    **tables : the other fields of `Material`: lesions, boxes, ledger, voxels (from `inspect_volumes`), locked (patients
+        of an external test set), fitted_on (patients whose numbers set means, scales and models), shuffled (from
+        `coin_scores`), promised_width, seed.
     """
     material = Material(labels, cohort, **tables)
     findings, skipped = [], []
@@ -336,18 +462,15 @@ def example_cohort(sizes: Mapping[str, int] | None = None, seed: int = 0) -> dic
     """
     rng = np.random.default_rng(seed)
     sizes = sizes or {"A": 18, "B": 10, "E": 4, "G": 12}
-    rows = [_example_volume(f"{letter}{number:04}", n, letter, series, number % 9 == 0 and series == 1, rng)
-            for letter, count in sizes.items() for n, number in enumerate(range(1, count + 1))
+    rows = [_example_volume(f"{letter}{number:04}", letter, series, number % 9 == 0 and series == 1, rng)
+            for letter, count in sizes.items() for number in range(1, count + 1)
             for series in range(1 + (number % 2 == 0 or number % 9 == 0))]
     cohort = pd.DataFrame(rows).astype({"reason": "str"})
-    acquisition = _example_acquisition(cohort["patient_id"].unique(), rng)
-    cohort = cohort.merge(acquisition, on="patient_id")
-    tables = {"cohort": cohort, **_example_boxes(cohort)}
-    labels = split_patients(make_labels(cohort, tables["lesions"]), seed=seed)
-    return {"labels": labels, **tables, "voxels": _example_voxels(cohort, rng), "seed": seed}
+    cohort = cohort.merge(_example_acquisition(cohort["patient_id"].unique(), rng), on="patient_id")
+    return example_tables(cohort, rng, seed)
 
 # %% ../nbs/04_check_labels.ipynb #9cb4bf48
-def _example_volume(patient: str, n: int, letter: str, series: int, bare: bool, rng: np.random.Generator) -> dict:
+def _example_volume(patient: str, letter: str, series: int, bare: bool, rng: np.random.Generator) -> dict:
     return {"stack_id": f"Lung_Dx-{patient}_{series}", "patient_id": f"Lung_Dx-{patient}", "study_uid": f"1.{patient}",
             "frame_of_reference_uid": f"2.{patient}", "series_uid": f"3.{patient}.{series}",
             "lesions": int(not bare), "lesions_cut": 0, "lesions_outside": 0, "mask_voxels": 0 if bare else 60,
@@ -378,6 +501,35 @@ def _example_voxels(cohort: pd.DataFrame, rng: np.random.Generator) -> pd.DataFr
     coarse = [rng.normal(-400, 300, 64).astype("float32").tolist() for _ in range(len(cohort))]
     return pd.DataFrame({"stack_id": cohort["stack_id"], "finite": True, "mask_voxels": cohort["mask_voxels"],
                          "face_gap": 0.3, "coarse_hu": coarse})
+
+# %% ../nbs/04_check_labels.ipynb #ec965ac5
+def example_tables(cohort: pd.DataFrame, rng: np.random.Generator, seed: int) -> dict[str, pd.DataFrame]:
+    """Tables that go with a made-up cohort, ready for `audit(**tables)`."""
+    tables = {"cohort": cohort, **_example_boxes(cohort), "voxels": _example_voxels(cohort, rng), "seed": seed}
+    labels = split_patients(make_labels(cohort, tables["lesions"]), seed=seed)
+    trains, tests = (labels.loc[labels["role"] == role, "patient_id"].unique().tolist() for role in ("train", "test"))
+    used = labels[labels["role"].isin(ROLES)]
+    coarse = tables["voxels"].set_index("stack_id").loc[used["stack_id"], "coarse_hu"]
+    coarse, owner = np.array(coarse.tolist()), used["patient_id"].to_numpy(str)
+    coins = coin_scores(coarse, owner, (used["role"] == "train").to_numpy(), seed=seed)
+    return {"labels": labels, **tables, "locked": tests[:1], "fitted_on": trains, "shuffled": coins}
+
+# %% ../nbs/04_check_labels.ipynb #4d288e8e
+def coin_scores(pictures: np.ndarray, patients: Sequence[str], trains: np.ndarray, repeats: int = 20,
+                seed: int = 0) -> list[float]:
+    """Accuracies on held-out pictures of the nearest training picture, with labels that patients got by coin.
+
+    Parameters
+    ----------
+    pictures : (n, numbers). patients : owner of each. trains : whether each is in training; the others are held out.
+    """
+    if not 0 < np.sum(trains) < len(trains):
+        return []
+    near = NearestNeighbors(n_neighbors=1).fit(pictures[trains]).kneighbors(pictures[~trains], return_distance=False)
+    names, codes = np.unique(patients, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    coins = np.array([rng.permutation(np.arange(len(names)) % 2) for _ in range(repeats)])[:, codes]
+    return (coins[:, trains][:, near[:, 0]] == coins[:, ~trains]).mean(axis=1).tolist()
 
 # %% ../nbs/04_check_labels.ipynb #e7e2aa7c
 def _annotated(material: Material) -> pd.DataFrame:
@@ -534,6 +686,18 @@ def _reading_order(material, permutations: int = 1999):
                f"the role changes {_changes(codes)} times along {len(codes)} patients, {dealt.mean():.0f} times by lot "
                f"(p = {p:.4f})", "split with split_patients, and let no limit cut the list of files")
 
+# %% ../nbs/04_check_labels.ipynb #64b27ac4
+@check("labels-in-reading-order")
+def _labels_in_order(material):
+    """Labels come in blocks along the reading order: whatever follows the order follows the label."""
+    codes = material.patients["target"].to_numpy()
+    n, counts = len(codes), np.unique(codes, return_counts=True)[1]
+    by_lot = (n - (counts**2).sum() / n) if n else 0.0  # changes of label between neighbours to expect
+    if n >= 10 and len(counts) > 1 and _changes(codes) < by_lot / 2:
+        yield ("info", "labels follow the reading order of the patients",
+               f"the label changes {_changes(codes)} times along {n} patients, about {by_lot:.0f} times by lot",
+               "no limit and no cut along the list of files; split with split_patients")
+
 # %% ../nbs/04_check_labels.ipynb #1b781d62
 def _in_two_roles(material: Material, key: str, what: str) -> Iterator[tuple]:
     """A patient, a study, a scan or an identical volume stands in two roles."""
@@ -551,6 +715,32 @@ _DISJOINT = {"patient-in-two-roles": ("patient_id", "patients"), "study-in-two-r
              "duplicate-in-two-roles": ("voxel_hash", "identical volumes")}
 for _name, (_key, _what) in _DISJOINT.items():
     check(_name)(partial(_in_two_roles, key=_key, what=_what))
+
+# %% ../nbs/04_check_labels.ipynb #9e854b58
+@check("tied-across-roles")
+def _tied_across(material):
+    """Patients tied together, directly or through others, stand in different roles."""
+    group = material.patients["patient_id"].map(patient_groups(material.labels))
+    roles = material.patients.groupby(group.to_numpy())["role"].nunique()
+    bad = material.patients[group.isin(roles.index[roles > 1]).to_numpy()]
+    if len(bad):
+        pairs = zip(bad["patient_id"], bad["role"], strict=True)
+        yield ("error", f"{len(bad)} tied patients stand in different roles", _some(f"{p} ({r})" for p, r in pairs),
+               "if the shared study, frame or volume is real, deal a new split under another registry")
+
+
+@check("locked-test", needs=("locked",))
+def _locked(material):
+    """A patient of the external test set has another role, or no usable volume."""
+    role = material.patients.set_index("patient_id")["role"]
+    moved = [p for p in material.locked if role.get(p, "test") != "test"]
+    absent = [p for p in material.locked if p not in role.index]
+    if moved:
+        yield ("error", f"{_count(len(moved), 'patient')} of the external test set do not test", _some(moved),
+               "hand the locked patients to split_patients as fixed roles")
+    if absent:
+        yield ("warning", f"{_count(len(absent), 'patient')} of the external test set have no usable volume",
+               _some(absent), "check the names; the reasons are in labels.parquet")
 
 # %% ../nbs/04_check_labels.ipynb #fb4a12ff
 TWINS = 0.05  # coarse volumes that differ by less than this are taken for the same scan
@@ -769,6 +959,29 @@ def _outside(material):
         yield ("warning", f"{cut} lesions are cut by the grid and {outside} lie outside", _some(bad["stack_id"]),
                "they cannot be found there: enlarge the grid, or count them as missed")
 
+# %% ../nbs/04_check_labels.ipynb #f9d745d2
+@check("statistics-from-test", needs=("fitted_on",))
+def _fitted(material):
+    """Means, scales or a model were fitted on patients who do not train."""
+    trains = set(material.used.loc[material.used["role"] == "train", "patient_id"])
+    bad = sorted(set(material.fitted_on) - trains)
+    if bad:
+        yield ("error", f"{_count(len(bad), 'patient')} outside training took part in fitting", _some(bad),
+               "fit every mean, scale and model on the training patients alone")
+
+# %% ../nbs/04_check_labels.ipynb #7c576639
+@check("shuffled-labels-learned", needs=("shuffled",))
+def _shuffled(material):
+    """Labels that patients got by coin are told on held-out pictures: the split leaks."""
+    values = np.asarray(material.shuffled, float)
+    if len(values) < 5 or values.mean() <= 0.5:
+        return
+    p = stats.ttest_1samp(values, 0.5, alternative="greater").pvalue if np.ptp(values) else 0.0
+    if p <= 0.001:
+        yield ("error", "a model learns labels that were dealt by coin",
+               f"held-out accuracy {values.mean():.2f} over {len(values)} throws, chance is 0.50 (p = {p:.1g})",
+               "something of each held-out patient is in training: look for shared patients, scans and copies")
+
 # %% ../nbs/04_check_labels.ipynb #5ff78f0e
 FEATURE_SETS = {
     "size": ("log_size",),
@@ -820,57 +1033,89 @@ def tabular_model() -> Pipeline:
                          LogisticRegression(class_weight="balanced", max_iter=1000))
 
 
-def out_of_fold(features: pd.DataFrame, columns: Sequence[str], folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Probabilities (patients, classes) for each patient from a model that did not see this patient; classes sorted."""
-    x, y = features[list(columns)].to_numpy(float), features["subtype"].to_numpy(str)
-    scores = np.zeros((len(x), len(np.unique(y))))
-    for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y):
-        scores[test] = tabular_model().fit(x[train], y[train]).predict_proba(x[test])
+def out_of_fold(features: pd.DataFrame, columns: Sequence[str], fold: np.ndarray) -> np.ndarray:
+    """Probabilities (patients, classes) for each patient from a model that did not see this patient; classes sorted.
+
+    Parameters
+    ----------
+    fold : number of the fold of each patient, as a column of `patient_folds`.
+    """
+    x, (classes, y) = features[list(columns)].to_numpy(float), np.unique(features["subtype"], return_inverse=True)
+    scores = np.zeros((len(x), len(classes)))
+    for test in (fold == number for number in np.unique(fold)):
+        model = tabular_model().fit(x[~test], y[~test])
+        scores[np.ix_(test, model.classes_)] = model.predict_proba(x[test])
     return scores
+
 
 # %% ../nbs/04_check_labels.ipynb #b0825d93
 def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, resamples: int = 500,
                   seed: int = 0) -> tuple[float, float, float]:
-    """Macro AUC with its 95 % interval from resampling patients within their class; `truth` is one-hot."""
+    """Macro AUC with its 95 % interval from resampling patients within their class.
+
+    Parameters
+    ----------
+    scores : (repeats, patients, classes); the AUC is the mean over the repeats. truth : (patients, classes), one-hot.
+    """
     rng = np.random.default_rng(seed)
     label = truth.argmax(axis=1)
     drawn = np.concatenate([rng.choice(np.flatnonzero(label == c), (resamples, int((label == c).sum())))
                             for c in np.unique(label)], axis=1)
-    low, high = np.percentile(macro_auc(scores[drawn], truth[drawn]), [2.5, 97.5])
-    return float(macro_auc(scores, truth)), float(low), float(high)
+    resampled = np.mean([macro_auc(each[drawn], truth[drawn]) for each in scores], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(np.mean([macro_auc(each, truth) for each in scores])), float(low), float(high)
 
 # %% ../nbs/04_check_labels.ipynb #6f10d96d
-def baseline_scores(features: pd.DataFrame, folds: int = 5, seed: int = 0) -> pd.DataFrame:
-    """Majority and logistic regressions, cross-validated over patients.
+def baseline_scores(features: pd.DataFrame, folds: int = 5, seed: int = 0, repeats: int = 1,
+                    groups: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Majority and logistic regressions, in repeated cross-validation over patients.
+
+    Parameters
+    ----------
+    features : as `tabular_features` returns it. groups : patient to group, to keep tied patients in one fold.
 
     Returns
     -------
     baseline, patients, classes, auc, low, high (95 %), accuracy, balanced_accuracy, reason (why numbers are withheld).
     """
-    counts = features["subtype"].value_counts()
+    known = dict(groups if groups is not None else {})
+    group = pd.Series([known.get(name, name) for name in features.index], index=features.index, dtype="str")
+    counts = group.groupby(features["subtype"]).nunique()
     table = features[features["subtype"].map(counts) >= folds]
     classes = sorted(table["subtype"].unique())
-    facts = {"patients": len(table), "classes": "".join(classes)}
     sets = {name: columns for name, columns in FEATURE_SETS.items() if set(columns) <= set(features.columns)}
     if len(classes) < 2:
-        why = f"not estimable: fewer than two classes have {folds} patients"
-        rows = [{"baseline": name, **facts, "reason": why} for name in ("majority", *sets)]
+        why = {"reason": f"not estimable: fewer than two classes have {folds} patients"}
+        figures = dict.fromkeys(("majority", *sets), why)
     else:
-        truth = (table["subtype"].to_numpy(str)[:, None] == classes).astype(float)
-        majority = np.tile(truth.mean(axis=0), (len(table), 1))
-        scores = {name: out_of_fold(table, columns, folds, seed) for name, columns in sets.items()}
-        rows = [{"baseline": name, **facts, **_figures(score, truth, seed)}
-                for name, score in {"majority": majority, **scores}.items()]
+        figures = _cross_validated(table, sets, _folds_of(table, group[table.index], folds, repeats, seed), seed)
+    facts = {"patients": len(table), "classes": "".join(classes)}
+    rows = [{"baseline": name, **facts, **row} for name, row in figures.items()]
     return pd.DataFrame(rows).reindex(columns=list(_SCORES)).astype(_SCORES)
 
-
+# %% ../nbs/04_check_labels.ipynb #e5879386
 _SCORES = {"baseline": "str", "patients": "int64", "classes": "str", "auc": float, "low": float, "high": float,
            "accuracy": float, "balanced_accuracy": float, "reason": "str"}
 
-# %% ../nbs/04_check_labels.ipynb #e5879386
+
+def _folds_of(table: pd.DataFrame, group: pd.Series, folds: int, repeats: int, seed: int) -> pd.DataFrame:
+    # a patient's group takes the place of a shared study
+    codes = pd.factorize(table["subtype"], sort=True)[0]
+    tied = pd.DataFrame({"patient_id": table.index, "study_uid": group.to_numpy(), "target": codes})
+    return patient_folds(tied, folds, repeats, seed).loc[table.index]
+
+
+def _cross_validated(table: pd.DataFrame, sets: Mapping, dealt: pd.DataFrame, seed: int) -> dict[str, dict]:
+    truth = pd.get_dummies(table["subtype"]).sort_index(axis=1).to_numpy(float)
+    scores = {name: np.array([out_of_fold(table, columns, dealt[repeat].to_numpy()) for repeat in dealt])
+              for name, columns in sets.items()}
+    majority = np.tile(truth.mean(axis=0), (1, len(table), 1))
+    return {name: _figures(score, truth, seed) for name, score in {"majority": majority, **scores}.items()}
+
+
 def _figures(scores: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:
     auc, low, high = bootstrap_auc(scores, truth, seed=seed)
-    hit = scores.argmax(axis=1) == truth.argmax(axis=1)
+    hit = scores.argmax(axis=2) == truth.argmax(axis=1)
     return {"auc": auc, "low": low, "high": high, "accuracy": hit.mean(),
             "balanced_accuracy": (hit @ truth / truth.sum(axis=0)).mean()}
 
@@ -882,7 +1127,7 @@ def baseline_probabilities(features: pd.DataFrame, labels: pd.DataFrame,
     Returns
     -------
     Indexed by patient_id, columns p_<class> in the order of `class_names`; without two classes in training, the
-    training shares.
+    training shares. `attrs["fitted_on"]` lists the patients whose numbers were used.
     """
     classes = class_names(labels)
     target = labels[labels["role"] == "train"].drop_duplicates("patient_id").set_index("patient_id")["target"]
@@ -890,6 +1135,7 @@ def baseline_probabilities(features: pd.DataFrame, labels: pd.DataFrame,
     train = features.index.intersection(target.index)
     y = target[train].to_numpy()
     result = pd.DataFrame(0.0, index=features.index, columns=[f"p_{c}" for c in classes])
+    result.attrs["fitted_on"] = train.tolist()
     if len(np.unique(y)) < 2:
         result.iloc[:, :] = np.bincount(y, minlength=len(classes)) / max(len(y), 1)
     else:
@@ -921,6 +1167,14 @@ def collection_features(folder: str | Path) -> pd.DataFrame:
     clinical = read_clinical(next(folder.glob("statistics-clinical*.xlsx")))
     return features.join(_clinical_features(clinical))
 
+# %% ../nbs/04_check_labels.ipynb #bfc16075
+STATISTICAL = ("reading-order", "acquisition-predicts-label", "class-balance", "shuffled-labels-learned")
+
+
+def false_alarms(tables: Mapping) -> list[str]:
+    """Warnings and errors of the `STATISTICAL` checks on a cohort that is known to be clean."""
+    return [f.name for f in audit(**tables) if f.name in STATISTICAL and f.severity != "info"]
+
 # %% ../nbs/04_check_labels.ipynb #6cdaa787
 def verdict(findings: Sequence[Finding], override: str = "") -> str:
     """ "failed", "passed with warnings" or "passed"; errors named in `override` count as warnings.
@@ -944,8 +1198,9 @@ def _accepted(override: str) -> set[str]:
     return accepted
 
 # %% ../nbs/04_check_labels.ipynb #91a2c799
-def audit_report(findings: Sequence[Finding], labels: pd.DataFrame, override: str = "") -> dict:
-    """What goes into audit.json: verdict, findings, classes, counts and the width of interval to expect."""
+def audit_report(findings: Sequence[Finding], labels: pd.DataFrame, override: str = "",
+                 locked: Sequence[str] = ()) -> dict:
+    """What goes into audit.json: verdict, findings, classes, counts, external test set, expected width."""
     patients = labels[labels["target"] >= 0].drop_duplicates("patient_id")
     by_role = {role: patients.loc[patients["role"] == role, "subtype"].value_counts().sort_index() for role in ROLES}
     return {
@@ -955,6 +1210,7 @@ def audit_report(findings: Sequence[Finding], labels: pd.DataFrame, override: st
                    "patients": int(labels["patient_id"].nunique()), "labelled_patients": len(patients),
                    "patients_by_subtype": _subtypes(labels),
                    "patients_by_role": {role: n.to_dict() for role, n in by_role.items()}},
+        "locked_test": {"patients": len(locked), "hash": runs.hash_value(sorted(locked))},
         "expected_interval_width": round(float(interval_width(int(by_role["test"].sum()))), 3),
     }
 

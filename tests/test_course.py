@@ -216,6 +216,7 @@ def lungct(*arguments, cwd=None):
     (["run", "-p", "dicom_path", "/nowhere", "-p", "annotation_path", "/usr"], "--dicom-path /nowhere is not a folder"),
     (["run", "-p", "real_tables", "/nowhere"], "--real-tables /nowhere is not a folder"),
     (["run", "-p", "clinical_path", "/nowhere.xlsx"], "clinical_path /nowhere.xlsx is not a file"),
+    (["run", "-p", "locked_path", "/nowhere.txt"], "locked_path /nowhere.txt is not a file"),
     (["run", "--epochs", "3"], "No such option: --epochs"),
     (["train"], "No such command 'train'"),
     (["predict"], "Missing argument"),
