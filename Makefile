@@ -24,7 +24,7 @@ run: $(STAMP) ## the whole course on generated phantoms, up to runs/phantom/repo
 	$(BIN)/lungct run
 
 test: $(STAMP) ## all tests; LUNGCT_REAL_DATA=/folder adds those on real series
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff over code and tests
 	$(BIN)/ruff check lungct tests .ci bench docs

@@ -13,6 +13,11 @@ def pytest_configure(config):
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    # a file stays in one process; the longest file first, or one process works alone at the end
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+
+
 def pytest_terminal_summary(terminalreporter):
     if not REAL:
         terminalreporter.write_line("Left out: tests on real series, because LUNGCT_REAL_DATA names no folder.")
