@@ -4,23 +4,30 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'LABELS', 'BOX_MODES', 'WORLDS', 'LESION_FIELDS', 'NIFTI_TYPES', 'LEAN_MM', 'TWO_PLACES_MM', 'SAME_GRID',
-           'CHANNELS', 'to_coco', 'check_coco', 'from_coco', 'corners_to_mode', 'corners_from_mode',
-           'to_detection_list', 'from_detection_list', 'to_instances', 'from_instances', 'flip_world', 'write_nifti',
-           'write_stack', 'write_volume', 'read_nifti', 'reorient', 'read_mask', 'patient_folds', 'export_nifti']
+           'CHANNELS', 'PATIENT', 'NOT_CLINICAL', 'to_coco', 'check_coco', 'from_coco', 'corners_to_mode',
+           'corners_from_mode', 'to_detection_list', 'from_detection_list', 'to_instances', 'from_instances',
+           'flip_world', 'write_nifti', 'write_stack', 'write_volume', 'read_nifti', 'reorient', 'read_mask',
+           'patient_folds', 'export_nifti', 'Findings', 'blocks_to_labels', 'patient_module', 'pseudonym',
+           'source_headers', 'to_seg', 'to_sr']
 
 # %% ../nbs/appendix/exchange.ipynb #d12b28ec
 import gzip
+import hashlib
 import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pydicom
+from pydicom.valuerep import DSfloat
 from scipy import optimize
 
+import lungct
 from . import dicom, runs, volumes
 from .annotations import CORNERS_MM, EDGES, SUBTYPES
 from .runs import InputError
@@ -597,3 +604,186 @@ def _write_cases(cohort_folder: Path, out: Path, table: pd.DataFrame, dataset: d
     runs.save_json(patient_folds(list(zip(training.stack_id, training.patient_id, strict=True))),
                    out / "splits_final.json")
     runs.save_json(dataset, out / "dataset.json")
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0002
+@dataclass(frozen=True)
+class Findings:
+    """What a model says of one stack.
+
+    Attributes
+    ----------
+    blocks : (n, 6) whole numbers i0 i1 j0 j1 k0 k1: columns, rows, slices of the stack, half-open; best first.
+    scores : (n,) in [0, 1].
+    model : what tells the model apart from others, such as the hash of its file.
+    subtypes : class -> share, of the stack as a whole.
+    """
+
+    blocks: np.ndarray
+    scores: Sequence[float]
+    model: str
+    subtypes: Mapping[str, float] = field(default_factory=dict)
+
+    def uid(self, *words: str) -> str:
+        """A UID that is the same for the same findings and words: an archive stores what is sent twice once."""
+        facts = [np.asarray(self.blocks).tolist(), list(map(float, self.scores)), self.model, dict(self.subtypes)]
+        return _uid(*map(repr, facts), *words)
+
+
+def _uid(*words: str) -> str:
+    digest = hashlib.blake2b("\0".join(words).encode(), digest_size=15).digest()
+    return f"2.25.{int.from_bytes(digest)}"                # the standard's root for numbers that nobody registered
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0004
+def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray:
+    """uint8 (z, y, x): 0, or the rank (from 1) of the best block that holds the voxel."""
+    labels = np.zeros(tuple(shape_zyx), np.uint8)
+    for rank, (i0, i1, j0, j1, k0, k1) in reversed(list(enumerate(np.asarray(blocks).reshape(-1, 6).tolist(), 1))):
+        labels[k0:k1, j0:j1, i0:i1] = rank
+    return labels
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0007
+PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+           "StudyTime", "ReferringPhysicianName")
+
+
+def patient_module(path: str | os.PathLike) -> dict[str, str]:
+    """What one DICOM file says of patient and study, for objects that are to be filed beside it."""
+    found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PATIENT, "SpecificCharacterSet"])
+    return {name: str(found.get(name) or "") for name in PATIENT}
+
+
+def pseudonym(uid: str) -> str:
+    """Twelve hexadecimal digits of BLAKE2b of a UID: the same for the same UID, and no way back."""
+    return hashlib.blake2b(uid.encode(), digest_size=6).hexdigest()
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0009
+def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = None) -> list[pydicom.Dataset]:
+    """Headers of the images of one stack for `to_seg` and `to_sr`, with nothing in them that is not needed.
+
+    Parameters
+    ----------
+    slices : the stack's rows of chapter 1's instances.
+    patient : from `patient_module`; a pseudonym and empty dates when None.
+
+    Raises
+    ------
+    InputError
+        Images that hold several slices, and images that name no frame of reference.
+    """
+    slices = slices[slices["slice_index"].notna()].sort_values("slice_index")
+    if slices.empty or (slices["frames"].fillna(1) > 1).any():
+        raise InputError("no SEG and SR for images that hold several slices: use JSON or NIfTI")
+    if slices["frame_of_reference_uid"].isna().any():
+        raise InputError("no SEG and SR for images that name no frame of reference: use JSON or NIfTI")
+    nobody = pseudonym(slices["study_uid"].iloc[0])
+    known = patient or dict.fromkeys(PATIENT, "") | {"PatientID": nobody, "PatientName": f"{nobody}^"}
+    return [_source_header(row, known) for row in slices.to_dict("records")]
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0010
+_UIDS = {"SOPClassUID": "sop_class_uid", "SOPInstanceUID": "sop_uid", "StudyInstanceUID": "study_uid",
+         "SeriesInstanceUID": "series_uid", "FrameOfReferenceUID": "frame_of_reference_uid", "Modality": "modality"}
+_PLACE = {"ImagePositionPatient": "position_mm", "ImageOrientationPatient": "orientation",
+          "PixelSpacing": "pixel_spacing_mm"}
+
+
+def _source_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
+    header = pydicom.Dataset()
+    header.SpecificCharacterSet = "ISO_IR 192"
+    header.Rows, header.Columns = int(row["rows"]), int(row["columns"])
+    for keyword, column in _UIDS.items():
+        setattr(header, keyword, row[column])
+    for keyword, column in _PLACE.items():
+        setattr(header, keyword, [DSfloat(value, auto_format=True) for value in row[column]])
+    if row["slice_thickness_mm"] > 0:
+        header.SliceThickness = DSfloat(row["slice_thickness_mm"], auto_format=True)
+    for keyword in PATIENT:
+        setattr(header, keyword, patient[keyword])
+    return header
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0012
+NOT_CLINICAL = "Not for clinical use"
+
+
+def _algorithm(findings: Findings):
+    import highdicom                                       # half a second, which only these objects need
+    from pydicom.sr.codedict import codes
+
+    return highdicom.AlgorithmIdentificationSequence(
+        name="lungct", family=codes.DCM.ArtificialIntelligence, version=lungct.__version__,
+        parameters={"model": findings.model})
+
+
+def _segments(findings: Findings) -> list:
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    return [highdicom.seg.SegmentDescription(
+        rank, f"box {rank}, score {score:.2f}", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion,
+        "AUTOMATIC", _algorithm(findings), tracking_uid=findings.uid(f"box {rank}"), tracking_id=f"box {rank}")
+        for rank, score in enumerate(findings.scores, 1)]
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0013
+def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
+    """Boxes as a DICOM segmentation of the source images: `highdicom.seg.Segmentation`, to `save_as` where you like.
+
+    Parameters
+    ----------
+    sources : from `source_headers`, one for each slice of the stack in its order.
+    findings : at least one block, within the stack.
+    """
+    import highdicom
+
+    first, last = int(findings.blocks[:, 4].min()), int(findings.blocks[:, 5].max())
+    mask = np.zeros((last - first, sources[0].Rows, sources[0].Columns, len(findings.blocks)), np.uint8)
+    for segment, (i0, i1, j0, j1, k0, k1) in enumerate(findings.blocks.tolist()):
+        mask[k0 - first:k1 - first, j0:j1, i0:i1, segment] = 1
+    who = sources[0].PatientID, sources[0].SeriesInstanceUID, sources[first].SOPInstanceUID
+    return highdicom.seg.Segmentation(
+        sources[first:last], mask, "BINARY", _segments(findings), findings.uid("SEG series", *who), 901,
+        findings.uid("SEG", *who), 1, "lungct", "lungct", lungct.__version__, "0", content_label="LESIONS",
+        content_description=NOT_CLINICAL, series_description=f"lungct boxes. {NOT_CLINICAL}")
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0015
+def _box_group(rank: int, score: float, seg, findings: Findings):
+    from highdicom import sr
+    from pydicom.sr.codedict import codes
+
+    series = seg.ReferencedSeriesSequence[0].SeriesInstanceUID
+    shown = sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, rank,
+                                 source_series=sr.SourceSeriesForSegmentation(series))
+    certainty = sr.Measurement(codes.DCM.CertaintyOfFinding, round(100 * float(score), 2), codes.UCUM.Percent,
+                               algorithm_id=sr.AlgorithmIdentification("lungct", lungct.__version__))
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        sr.TrackingIdentifier(findings.uid(f"box {rank}"), f"box {rank}"), referenced_segment=shown,
+        finding_type=codes.SCT.Lesion, finding_category=codes.SCT.MorphologicallyAbnormalStructure,
+        measurements=[certainty])
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0016
+def _subtype_group(findings: Findings):
+    from highdicom import sr
+    from pydicom.sr.codedict import codes
+
+    shares = [sr.Measurement(sr.CodedConcept(f"share_{name}", "99LUNGCT", f"Share given to {SUBTYPES.get(name, name)}"),
+                             round(float(share), 4), codes.UCUM.NoUnits) for name, share in findings.subtypes.items()]
+    return sr.MeasurementsAndQualitativeEvaluations(sr.TrackingIdentifier(findings.uid("scan"), "whole scan"),
+                                                    measurements=shares)
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0017
+def to_sr(sources: Sequence[pydicom.Dataset], seg, findings: Findings):
+    """Scores and subtype as a DICOM structured report (template 1500) on the segments of `to_seg`."""
+    from highdicom import sr
+    from pydicom.sr.codedict import codes
+
+    device = sr.DeviceObserverIdentifyingAttributes(_uid("lungct", findings.model), name="lungct", model_name=findings.model)
+    groups = [_box_group(rank, score, seg, findings) for rank, score in enumerate(findings.scores, 1)]
+    groups += [_subtype_group(findings)] if findings.subtypes else []
+    report = sr.MeasurementReport(
+        sr.ObservationContext(observer_device_context=sr.ObserverContext(codes.DCM.Device, device)),
+        procedure_reported=codes.LN.CTUnspecifiedBodyRegion, imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport)
+    used = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    evidence = [source for source in sources if source.SOPInstanceUID in used]
+    who = sources[0].PatientID, seg.SOPInstanceUID
+    return sr.EnhancedSR([*evidence, seg], report, findings.uid("SR series", *who), 902, findings.uid("SR", *who), 1,
+                         manufacturer="lungct", is_complete=True,
+                         series_description=f"lungct report. {NOT_CLINICAL}")
