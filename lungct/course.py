@@ -448,7 +448,7 @@ def predict(
     dicom: Annotated[bool, typer.Option(help="Write a DICOM SEG and SR for each stack.")] = True,
     nifti: Annotated[bool, typer.Option("--nifti", help="Write a NIfTI mask for each stack.")] = False,
     show_identity: Annotated[bool, typer.Option("--show-identity", help="Write who the patient is.")] = False,
-    even_if_unlike: Annotated[bool, typer.Option("--even-if-unlike", help="Answer for volumes unlike training.")] = False,
+    even_if_unlike: Annotated[bool, typer.Option("--even-if-unlike", help="Answer where unlike training.")] = False,
 ) -> None:
     """Find tumour candidates in CT series with a trained model. Not for clinical use."""
     with plain_errors():

@@ -763,8 +763,10 @@ def _subtype_group(findings: Findings):
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
-    shares = [sr.Measurement(sr.CodedConcept(f"share_{name}", "99LUNGCT", f"Share given to {SUBTYPES.get(name, name)}"),
-                             round(float(share), 4), codes.UCUM.NoUnits) for name, share in findings.subtypes.items()]
+    names = {name: sr.CodedConcept(f"share_{name}", "99LUNGCT", f"Share given to {SUBTYPES.get(name, name)}")
+             for name in findings.subtypes}
+    shares = [sr.Measurement(names[name], round(float(share), 4), codes.UCUM.NoUnits)
+              for name, share in findings.subtypes.items()]
     return sr.MeasurementsAndQualitativeEvaluations(sr.TrackingIdentifier(findings.uid("scan"), "whole scan"),
                                                     measurements=shares)
 
@@ -774,7 +776,8 @@ def to_sr(sources: Sequence[pydicom.Dataset], seg, findings: Findings):
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
-    device = sr.DeviceObserverIdentifyingAttributes(_uid("lungct", findings.model), name="lungct", model_name=findings.model)
+    device = sr.DeviceObserverIdentifyingAttributes(_uid("lungct", findings.model), name="lungct",
+                                                    model_name=findings.model)
     groups = [_box_group(rank, score, seg, findings) for rank, score in enumerate(findings.scores, 1)]
     groups += [_subtype_group(findings)] if findings.subtypes else []
     report = sr.MeasurementReport(

@@ -74,8 +74,8 @@ def trained_on(info: dict) -> dict[str, list[float]]:
     """Ranges of the facts of the training volumes, from a model's side-car; empty when it has none."""
     ranges = (info.get("validation") or {}).get("trained_on") or {}
     if not all(name in volumes.FACT_FACTORS and len(ends) == 2 for name, ends in ranges.items()):
-        raise runs.InputError(f"the side-car's trained_on holds {', '.join(ranges)}, expected a lowest and a highest of "
-                              f"{', '.join(volumes.FACT_FACTORS)}: {training.TOGETHER}")
+        raise runs.InputError(f"the side-car's trained_on holds {', '.join(ranges)}, expected a lowest and a highest "
+                              f"of {', '.join(volumes.FACT_FACTORS)}: {training.TOGETHER}")
     return ranges
 
 # %% ../nbs/appendix/predict.ipynb #8647925b
@@ -125,9 +125,10 @@ def _answers(stacks: Sequence, cubes: Sequence[tuple], network, info: dict, max_
     facts = [volumes.volume_facts(hu, info["grid"]["spacing_mm"]) for hu, _ in cubes]
     unlike = [volumes.unlike_training(each, trained_on(info)) for each in facts]
     asked = [i for i in range(len(stacks)) if even_if_unlike or unlike[i] is None]
-    batch = [cubes[i][0] for i in np.resize(asked, batch_size)] if asked else []
-    seen = dict(zip(asked, training.predict(network, np.stack(batch), batch_size, max_boxes), strict=False)) if batch else {}
-    answers = []
+    seen, answers = {}, []
+    if asked:
+        batch = np.stack([cubes[i][0] for i in np.resize(asked, batch_size)])
+        seen = dict(zip(asked, training.predict(network, batch, batch_size, max_boxes), strict=False))
     for i, (stack, (hu, affine)) in enumerate(zip(stacks, cubes, strict=True)):
         shares = np.round(seen[i].probabilities.astype(float), 6).tolist() if i in seen else []
         boxes = _boxes(stack, affine, seen[i]) if i in seen else []
@@ -207,7 +208,7 @@ def open_model(path: str | os.PathLike) -> tuple:
                if now.get(name) != then]
     remarks = [f"the model was made with {', '.join(changed)}"] if changed else []
     if not trained_on(info):
-        remarks.append("the side-car does not tell what the training volumes were like, so no volume is refused for that")
+        remarks.append("the side-car does not tell what the training volumes were like: no volume is refused for that")
     if network.input.shape[-1] > len(info["windows_hu"]):
         remarks.append("the model takes PET beside CT, and is shown CT alone here")
     return network, info, remarks

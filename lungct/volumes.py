@@ -868,7 +868,7 @@ def facts_range(facts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def unlike_training(facts: dict[str, float], ranges: dict[str, Sequence[float]]) -> str | None:
-    """Which facts of a volume lie beyond the training range widened by `FACT_FACTORS`, in words; None when none does."""
+    """Which facts of a volume lie beyond the ranges widened by `FACT_FACTORS`, in words; None when none does."""
     words = []
     for name, (low, high) in ranges.items():
         least, most = low / FACT_FACTORS[name], high * FACT_FACTORS[name]
