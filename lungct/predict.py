@@ -217,6 +217,13 @@ def open_model(path: str | os.PathLike) -> tuple:
 OURS = re.compile(r"predictions\.(json|csv)|stack_\d{2,}_(box_\d+\.png|seg\.dcm|sr\.dcm|boxes\.nii\.gz)")
 
 
+def _not_ours(table: pd.DataFrame, folder: Path, out: Path) -> pd.DataFrame:
+    """The files of a table that are no results of an earlier call."""
+    ours = [bool(OURS.fullmatch(os.path.basename(path))) and (folder / path).parent.resolve() == out.resolve()
+            for path in table["path"]]
+    return table[~np.array(ours, bool)].reset_index(drop=True)
+
+
 def _make_room(out: Path) -> None:
     """A folder that can be written, without the results of an earlier call; InputError when it cannot."""
     try:
@@ -252,7 +259,7 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
     """
     folder, model = Path(folder), open_model(model_path)
     wanted = _Wanted(Path(out), max_boxes, pictures, dicom_files, nifti, show_identity, even_if_unlike)
-    stacks, instances, problems = _index(folder, workers)
+    stacks, instances, problems = _index(folder, wanted.out, workers)
     _make_room(wanted.out)
     rows = enumerate(stacks.sort_values("stack_id").to_dict("records"), 1)
     results = [_one(number, row, instances[instances["stack_id"] == row["stack_id"]], folder, model, wanted)
@@ -271,11 +278,14 @@ class _Wanted:
     even_if_unlike: bool
 
 
-def _index(folder: Path, workers: int | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _index(folder: Path, out: Path, workers: int | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     try:
         instances, problems = dicom.index_dicom(folder, workers=workers)
     except ValueError as error:
         raise runs.InputError(str(error)) from error
+    instances, problems = (_not_ours(table, folder, out) for table in (instances, problems))
+    if instances.empty:
+        raise runs.InputError(f"folder {folder} holds nothing but results of an earlier call: give that of the scans")
     return *dicom.build_stacks(instances, root=folder), problems
 
 # %% ../nbs/appendix/predict.ipynb #c4b5749e

@@ -16,7 +16,7 @@ from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungct import dicom, exchange, plots, predict, runs, training, volumes
+from lungct import course, dicom, exchange, plots, predict, runs, training, volumes
 
 GRID = {"size": 32, "spacing_mm": 12.0}
 
@@ -369,6 +369,27 @@ def test_seg_sr_and_mask_hold_the_boxes_of_the_table(patient, model, tmp_path):
     assert sorted(path.name for path in none.out.iterdir()) == ["predictions.csv", "predictions.json"]
 
 
+@pytest.mark.parametrize("arguments, files", [
+    ([], {"csv", "json", "png", "dcm"}), (["--no-dicom", "--nifti", "--pictures", "0"], {"csv", "json", "gz"})])
+def test_the_command_writes_what_its_options_say(arguments, files, patient, model, tmp_path, capsys):
+    course.app(["predict", str(patient), "--model", str(model), "--out", str(tmp_path), "--boxes", "1", *arguments],
+               standalone_mode=False)
+    assert {path.name.rsplit(".", 1)[1] for path in tmp_path.iterdir()} == files
+    assert pd.read_csv(tmp_path / "predictions.csv").groupby("stack").size().max() == 1
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{len(runs.load_json(tmp_path / 'predictions.json')['stacks'])} stacks; results in")
+    assert told.err == "" and "Lung_Dx" not in told.out
+
+
+def test_the_command_says_who_it_is_and_answers_all_the_same_when_asked(patient, model, tmp_path):
+    odd = with_side_car(model, tmp_path / "m", validation={"trained_on": {"lung_litres": [50.0, 60.0]}})
+    course.app(["predict", str(patient), "--model", str(odd), "--out", str(tmp_path / "out"), "--boxes", "1",
+                "--pictures", "0", "--no-dicom", "--show-identity", "--even-if-unlike"], standalone_mode=False)
+    stacks = runs.load_json(tmp_path / "out" / "predictions.json")["stacks"]
+    assert {stack["patient_id"] for stack in stacks} == {patient.name}
+    assert any(stack["boxes"] and stack["unlike_training"] for stack in stacks)
+
+
 def test_results_of_an_earlier_call_go_and_nothing_else_does(patient, model, tmp_path):
     stale = ["stack_07_box_1.png", "stack_07_seg.dcm", "stack_07_sr.dcm", "stack_07_boxes.nii.gz", "predictions.csv"]
     kept = ["letter.txt", "stack_1.png", "stack_07_seg.dcm.bak", "my_predictions.csv"]
@@ -378,6 +399,21 @@ def test_results_of_an_earlier_call_go_and_nothing_else_does(patient, model, tmp
     there = {path.name for path in tmp_path.iterdir()}
     assert set(kept) <= there and not {name for name in stale if name.startswith("stack_07")} & there
     assert (tmp_path / "predictions.csv").read_text() != "old"
+
+
+def test_results_among_the_scans_are_no_scans_the_next_time(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    first = predict.predict_folder(tmp_path / "in", model, tmp_path / "in", pictures=1, workers=1)
+    stacks = runs.load_json(tmp_path / "in" / "predictions.json")["stacks"]
+    assert list((tmp_path / "in").glob("*_seg.dcm"))
+    second = predict.predict_folder(tmp_path / "in", model, tmp_path / "in", pictures=1, workers=1)
+    assert runs.load_json(tmp_path / "in" / "predictions.json")["stacks"] == stacks and second.unread == first.unread
+    (tmp_path / "only").mkdir()
+    for path in (tmp_path / "in").glob("stack_*"):
+        shutil.copy(path, tmp_path / "only")
+    with pytest.raises(runs.InputError, match="nothing but results of an earlier call"):
+        predict.predict_folder(tmp_path / "only", model, tmp_path / "only", workers=1)
+    assert list((tmp_path / "only").glob("*_seg.dcm")), "what was refused is left as it was"
 
 
 def test_a_place_that_cannot_be_written_is_one_line(patient, model, tmp_path):
