@@ -128,7 +128,8 @@ def _answers(stacks: Sequence, cubes: Sequence[tuple], network, info: dict, max_
     seen, answers = {}, []
     if asked:
         batch = np.stack([cubes[i][0] for i in np.resize(asked, batch_size)])
-        seen = dict(zip(asked, training.predict(network, batch, batch_size, max_boxes), strict=False))
+        found = training.predict(network, batch, batch_size=batch_size, top=max_boxes)
+        seen = dict(zip(asked, found, strict=False))       # what fills the batch up is left out
     for i, (stack, (hu, affine)) in enumerate(zip(stacks, cubes, strict=True)):
         shares = np.round(seen[i].probabilities.astype(float), 6).tolist() if i in seen else []
         boxes = _boxes(stack, affine, seen[i]) if i in seen else []

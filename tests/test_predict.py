@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import warnings
 from itertools import product
 from types import SimpleNamespace
@@ -539,3 +540,6 @@ def test_real_series(real_data, model, tmp_path):
     answered = [stack for stack in made.stacks if stack["boxes"]]
     assert len(list(tmp_path.glob("*_seg.dcm"))) == len(list(tmp_path.glob("*_sr.dcm"))) == len(answered)
     assert not [path.name for path in tmp_path.iterdir() if b"Lung_Dx-A0001" in path.read_bytes()]
+    for path in tmp_path.glob("*.dcm") if shutil.which("dciodvfy") else ():
+        told = subprocess.run(["dciodvfy", path], capture_output=True, text=True, timeout=60).stderr
+        assert not [line for line in told.splitlines() if line.startswith("Error")], told
