@@ -662,43 +662,84 @@ def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = Non
 
     Parameters
     ----------
-    slices : the stack's rows of chapter 1's instances.
+    slices : the stack's rows of chapter 1's instances: one for each slice, or one that holds them all.
     patient : from `patient_module`; a pseudonym and empty dates when None.
 
     Raises
     ------
     InputError
-        Images that hold several slices, and images that name no frame of reference.
+        Several images that hold several slices each, and images that name no frame of reference.
     """
-    slices = slices[slices["slice_index"].notna()].sort_values("slice_index")
-    if slices.empty or (slices["frames"].fillna(1) > 1).any():
-        raise InputError("no SEG and SR for images that hold several slices: use JSON or NIfTI")
+    whole = len(slices) == 1 and slices["frames"].iloc[0] > 1
+    slices = slices if whole else slices[slices["slice_index"].notna()].sort_values("slice_index")
+    if slices.empty or (not whole and (slices["frames"].fillna(1) > 1).any()):
+        raise InputError("no SEG and SR for several images that hold several slices each: use JSON or NIfTI")
     if slices["frame_of_reference_uid"].isna().any():
         raise InputError("no SEG and SR for images that name no frame of reference: use JSON or NIfTI")
     nobody = pseudonym(slices["study_uid"].iloc[0])
     known = patient or dict.fromkeys(PATIENT, "") | {"PatientID": nobody, "PatientName": f"{nobody}^"}
-    return [_source_header(row, known) for row in slices.to_dict("records")]
+    return [(_frames_header if whole else _source_header)(row, known) for row in slices.to_dict("records")]
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0010
 _UIDS = {"SOPClassUID": "sop_class_uid", "SOPInstanceUID": "sop_uid", "StudyInstanceUID": "study_uid",
          "SeriesInstanceUID": "series_uid", "FrameOfReferenceUID": "frame_of_reference_uid", "Modality": "modality"}
-_PLACE = {"ImagePositionPatient": "position_mm", "ImageOrientationPatient": "orientation",
-          "PixelSpacing": "pixel_spacing_mm"}
 
 
-def _source_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
+def _numbers(values: Sequence[float]) -> list[DSfloat]:
+    return [DSfloat(value, auto_format=True) for value in values]      # in the 16 characters that DICOM allows
+
+
+def _image_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
+    """Who and what an image is, without its place."""
     header = pydicom.Dataset()
     header.SpecificCharacterSet = "ISO_IR 192"
     header.Rows, header.Columns = int(row["rows"]), int(row["columns"])
     for keyword, column in _UIDS.items():
         setattr(header, keyword, row[column])
-    for keyword, column in _PLACE.items():
-        setattr(header, keyword, [DSfloat(value, auto_format=True) for value in row[column]])
-    if row["slice_thickness_mm"] > 0:
-        header.SliceThickness = DSfloat(row["slice_thickness_mm"], auto_format=True)
     for keyword in PATIENT:
         setattr(header, keyword, patient[keyword])
     return header
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0021
+def _measures(row: Mapping, target: pydicom.Dataset) -> pydicom.Dataset:
+    target.PixelSpacing = _numbers(row["pixel_spacing_mm"])
+    if row["slice_thickness_mm"] > 0:
+        target.SliceThickness, = _numbers([row["slice_thickness_mm"]])
+    return target
+
+
+def _source_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
+    """Header of an image of one slice."""
+    header = _measures(row, _image_header(row, patient))
+    header.ImagePositionPatient = _numbers(row["position_mm"])
+    header.ImageOrientationPatient = _numbers(row["orientation"])
+    return header
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f0023
+def _frames_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
+    """Header of an image that holds all slices."""
+    header, shared = _image_header(row, patient), pydicom.Dataset()
+    orientation, places = pydicom.Dataset(), [pydicom.Dataset() for _ in row["frame_positions_mm"]]
+    orientation.ImageOrientationPatient = _numbers(row["orientation"])
+    for place, position in zip(places, row["frame_positions_mm"], strict=True):
+        place.ImagePositionPatient = _numbers(position)
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [_measures(row, pydicom.Dataset())], [orientation]
+    header.NumberOfFrames, header.SharedFunctionalGroupsSequence = len(places), [shared]
+    header.PerFrameFunctionalGroupsSequence = [pydicom.Dataset() for _ in places]
+    for group, place in zip(header.PerFrameFunctionalGroupsSequence, places, strict=True):
+        group.PlanePositionSequence = [place]
+    return header
+
+
+def _slices_of_frames(sources: Sequence[pydicom.Dataset]) -> np.ndarray:
+    """Which slice of the stack, along its normal, each frame of the sources is."""
+    if "NumberOfFrames" not in sources[0]:
+        return np.arange(len(sources))
+    shared, = sources[0].SharedFunctionalGroupsSequence
+    normal = dicom.slice_normal(np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float))
+    positions = [group.PlanePositionSequence[0].ImagePositionPatient
+                 for group in sources[0].PerFrameFunctionalGroupsSequence]
+    return np.argsort(np.argsort(np.array(positions, float) @ normal))
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0012
 NOT_CLINICAL = "Not for clinical use"
@@ -728,16 +769,19 @@ def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
 
     Parameters
     ----------
-    sources : from `source_headers`, one for each slice of the stack in its order.
+    sources : from `source_headers`.
     findings : at least one block, within the stack.
     """
     import highdicom
 
-    first, last = int(findings.blocks[:, 4].min()), int(findings.blocks[:, 5].max())
+    slices = _slices_of_frames(sources)
+    low, high = findings.blocks[:, 4].min(), findings.blocks[:, 5].max()
+    first, last = (0, len(slices)) if len(sources) < len(slices) else (int(low), int(high))   # a file is all or nothing
     mask = np.zeros((last - first, sources[0].Rows, sources[0].Columns, len(findings.blocks)), np.uint8)
     for segment, (i0, i1, j0, j1, k0, k1) in enumerate(findings.blocks.tolist()):
-        mask[k0 - first:k1 - first, j0:j1, i0:i1, segment] = 1
-    who = sources[0].PatientID, sources[0].SeriesInstanceUID, sources[first].SOPInstanceUID
+        frames = np.flatnonzero((k0 <= slices) & (slices < k1)) - first
+        mask[frames, j0:j1, i0:i1, segment] = 1
+    who = sources[0].PatientID, sources[0].SeriesInstanceUID, sources[0].SOPInstanceUID
     return highdicom.seg.Segmentation(
         sources[first:last], mask, "BINARY", _segments(findings), findings.uid("SEG series", *who), 901,
         findings.uid("SEG", *who), 1, "lungct", "lungct", lungct.__version__, "0", content_label="LESIONS",

@@ -866,7 +866,7 @@ def test_the_same_findings_have_the_same_uids_and_others_have_not(ct, objects):
 
 def test_images_that_cannot_be_pointed_at_are_refused(ct):
     _, slices = ct
-    with pytest.raises(InputError, match="images that hold several slices"):
+    with pytest.raises(InputError, match="several images that hold several slices each"):
         ex.source_headers(slices.assign(frames=3))
     with pytest.raises(InputError, match="no frame of reference"):
         ex.source_headers(slices.assign(frame_of_reference_uid=None))

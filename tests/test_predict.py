@@ -440,16 +440,46 @@ def test_several_patients_in_folders_with_odd_names(phantom_dir, model, tmp_path
         assert not [path for path in files if secret in path.name or secret.encode() in path.read_bytes()]
 
 
-def test_images_of_several_slices_are_answered_without_seg(opened, phantom_dir, model, tmp_path):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_one_image_of_all_slices_gets_the_same_boxes_and_voxels(shuffled, opened, phantom_dir, model, tmp_path):
     images = [pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"]) for row in opened[0][1].slices]
     (tmp_path / "in").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        LegacyConvertedEnhancedCTImage(images[::-1], "1.2.7.1", 7, "1.2.7.2", 1).save_as(tmp_path / "in" / "all.dcm")
+        image = LegacyConvertedEnhancedCTImage(images[::-1], "1.2.7.1", 7, "1.2.7.2", 1)
+    if shuffled:
+        order = np.random.default_rng(0).permutation(image.NumberOfFrames)
+        image.PixelData = image.pixel_array[order].tobytes()
+        image.PerFrameFunctionalGroupsSequence = [image.PerFrameFunctionalGroupsSequence[int(k)] for k in order]
+    image.save_as(tmp_path / "in" / "all.dcm")
     made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", nifti=True, pictures=0, workers=1)
     stack, = made.stacks
-    assert stack["boxes"] and stack["notes"] == ["SEG and SR not written: no SEG and SR for images that hold several "
-                                                 "slices: use JSON or NIfTI"]
+    network, info, _ = predict.open_model(model)
+    assert stack["notes"] == [] and stack["boxes"] == predict.predict_stack(opened[0][1], network, info).boxes
+    seg = highdicom.seg.segread(tmp_path / "out" / stack["files"]["seg"])
+    _, affine = exchange.read_nifti(tmp_path / "out" / stack["files"]["nifti"])
+    for frame in seg.PerFrameFunctionalGroupsSequence:             # each frame lies on the slice where the mask is
+        segment = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        k = round(dicom.to_voxel(affine, np.array([frame.PlanePositionSequence[0].ImagePositionPatient], float))[0, 2])
+        box = stack["boxes"][segment - 1]
+        assert box["k0"] <= k < box["k1"]
+        source = frame.DerivationImageSequence[0].SourceImageSequence[0]
+        assert source.ReferencedSOPInstanceUID == image.SOPInstanceUID
+        told = image.PerFrameFunctionalGroupsSequence[source.ReferencedFrameNumber - 1].PlanePositionSequence[0]
+        assert np.allclose(told.ImagePositionPatient, frame.PlanePositionSequence[0].ImagePositionPatient, atol=1e-3)
+    assert len(seg.PerFrameFunctionalGroupsSequence) == sum(box["k1"] - box["k0"] for box in stack["boxes"])
+
+
+def test_images_that_name_no_frame_of_reference_are_answered_without_seg(opened, phantom_dir, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for k, row in enumerate(opened[0][1].slices):
+        image = pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"])
+        del image.FrameOfReferenceUID
+        image.save_as(tmp_path / "in" / f"{k}.dcm")
+    made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", nifti=True, pictures=0, workers=1)
+    stack, = made.stacks
+    told = "SEG and SR not written: no SEG and SR for images that name no frame of reference: use JSON or NIfTI"
+    assert stack["boxes"] and stack["notes"] == [told]
     assert list(stack["files"]) == ["nifti"] and stack["notes"][0] in str(made)
 
 
@@ -541,5 +571,6 @@ def test_real_series(real_data, model, tmp_path):
     assert len(list(tmp_path.glob("*_seg.dcm"))) == len(list(tmp_path.glob("*_sr.dcm"))) == len(answered)
     assert not [path.name for path in tmp_path.iterdir() if b"Lung_Dx-A0001" in path.read_bytes()]
     for path in tmp_path.glob("*.dcm") if shutil.which("dciodvfy") else ():
-        told = subprocess.run(["dciodvfy", path], capture_output=True, text=True, timeout=60).stderr
+        done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, timeout=60)
+        told = done.stdout + done.stderr
         assert not [line for line in told.splitlines() if line.startswith("Error")], told
