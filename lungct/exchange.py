@@ -14,6 +14,7 @@ __all__ = ['CATEGORIES', 'LABELS', 'BOX_MODES', 'WORLDS', 'LESION_FIELDS', 'NIFT
 import gzip
 import hashlib
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -642,14 +643,18 @@ def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray
     return labels
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0007
-PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-           "StudyTime", "ReferringPhysicianName")
+_DATE = r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
+_TIME = r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?"
+PATIENT = {"PatientID": ".*", "PatientName": r"[^\\]*", "PatientBirthDate": _DATE, "PatientSex": "[FMO]",
+           "AccessionNumber": ".*", "StudyID": ".*", "StudyDate": _DATE, "StudyTime": _TIME,
+           "ReferringPhysicianName": r"[^\\]*"}                   # what is allowed in each
 
 
 def patient_module(path: str | os.PathLike) -> dict[str, str]:
-    """What one DICOM file says of patient and study, for objects that are to be filed beside it."""
+    """What one DICOM file says of patient and study, for objects filed beside it; empty where it is not allowed."""
     found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PATIENT, "SpecificCharacterSet"])
-    return {name: str(found.get(name) or "") for name in PATIENT}
+    told = {name: str(found.get(name) or "") for name in PATIENT}
+    return {name: value if re.fullmatch(PATIENT[name], value) else "" for name, value in told.items()}
 
 
 def pseudonym(uid: str) -> str:

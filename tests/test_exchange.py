@@ -864,6 +864,24 @@ def test_the_same_findings_have_the_same_uids_and_others_have_not(ct, objects):
     assert all(len(uid) <= 64 and re.fullmatch(r"[0-9.]+", uid) for uid in (seg.SOPInstanceUID, report.SOPInstanceUID))
 
 
+@pytest.mark.parametrize("name, value, kept", [
+    ("PatientBirthDate", "1950", False), ("PatientSex", "Male", False), ("StudyTime", "12:30:00", False),
+    ("StudyDate", "20070404", True), ("StudyTime", "123000.5", True), ("PatientName", "Müller^Jörg", True)])
+def test_what_a_source_says_wrongly_is_left_empty(name, value, kept, ct, tmp_path):
+    root, slices = ct
+    source = pydicom.dcmread(root / slices.path.iloc[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source.SpecificCharacterSet = "ISO_IR 100"
+        setattr(source, name, value)
+        source.save_as(tmp_path / "odd.dcm")
+        told = ex.patient_module(tmp_path / "odd.dcm")
+        made = ex.to_seg(ex.source_headers(slices, told), FOUND)
+        made.save_as(tmp_path / "seg.dcm")
+    assert told[name] == (value if kept else "") and told["PatientID"] == source.PatientID
+    assert str(pydicom.dcmread(tmp_path / "seg.dcm").get(name) or "") == told[name]
+
+
 def test_images_that_cannot_be_pointed_at_are_refused(ct):
     _, slices = ct
     with pytest.raises(InputError, match="several images that hold several slices each"):
