@@ -649,14 +649,14 @@ PATIENT = {"PatientID": ".*", "PatientName": r"[^\\]*", "PatientBirthDate": _DAT
            "AccessionNumber": ".*", "StudyID": ".*", "StudyDate": _DATE, "StudyTime": _TIME,
            "ReferringPhysicianName": r"[^\\]*"}                   # what is allowed in each
 
-
+# %% ../nbs/appendix/exchange.ipynb #5e6f0024
 def patient_module(path: str | os.PathLike) -> dict[str, str]:
     """What one DICOM file says of patient and study, for objects filed beside it; empty where it is not allowed."""
     found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PATIENT, "SpecificCharacterSet"])
     told = {name: str(found.get(name) or "") for name in PATIENT}
     return {name: value if re.fullmatch(PATIENT[name], value) else "" for name, value in told.items()}
 
-
+# %% ../nbs/appendix/exchange.ipynb #5e6f0025
 def pseudonym(uid: str) -> str:
     """Twelve hexadecimal digits of BLAKE2b of a UID: the same for the same UID, and no way back."""
     return hashlib.blake2b(uid.encode(), digest_size=6).hexdigest()
@@ -693,7 +693,7 @@ _UIDS = {"SOPClassUID": "sop_class_uid", "SOPInstanceUID": "sop_uid", "StudyInst
 def _numbers(values: Sequence[float]) -> list[DSfloat]:
     return [DSfloat(value, auto_format=True) for value in values]      # in the 16 characters that DICOM allows
 
-
+# %% ../nbs/appendix/exchange.ipynb #5e6f0026
 def _image_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
     """Who and what an image is, without its place."""
     header = pydicom.Dataset()
@@ -735,7 +735,7 @@ def _frames_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
         group.PlanePositionSequence = [place]
     return header
 
-
+# %% ../nbs/appendix/exchange.ipynb #5e6f0027
 def _slices_of_frames(sources: Sequence[pydicom.Dataset]) -> np.ndarray:
     """Which slice of the stack, along its normal, each frame of the sources is."""
     if "NumberOfFrames" not in sources[0]:
