@@ -442,7 +442,13 @@ def _chosen_quirks(text: str) -> tuple[str, ...]:
 def predict(
     folder: Annotated[str, typer.Argument(help="Folder with DICOM files of one or more series.")],
     model: Annotated[str, typer.Option(help="model.keras of a run, with model.json beside it.")],
-    out: Annotated[str, typer.Option(help="Folder for boxes (JSON, CSV) and pictures.")],
+    out: Annotated[str, typer.Option(help="Folder for boxes (JSON, CSV), pictures, DICOM SEG and SR.")],
+    boxes: Annotated[int, typer.Option(min=1, max=50, help="At most so many boxes a stack.")] = 5,
+    pictures: Annotated[int, typer.Option(min=0, help="At most so many pictures a stack.")] = 3,
+    dicom: Annotated[bool, typer.Option(help="Write a DICOM SEG and SR for each stack.")] = True,
+    nifti: Annotated[bool, typer.Option("--nifti", help="Write a NIfTI mask for each stack.")] = False,
+    show_identity: Annotated[bool, typer.Option("--show-identity", help="Write who the patient is.")] = False,
+    even_if_unlike: Annotated[bool, typer.Option("--even-if-unlike", help="Answer where unlike training.")] = False,
 ) -> None:
     """Find tumour candidates in CT series with a trained model. Not for clinical use."""
     with plain_errors():
@@ -452,7 +458,7 @@ def predict(
         target = check_writable("--out", out)
         from lungct.predict import predict_folder
 
-        print(predict_folder(folder, model, target))
+        print(predict_folder(folder, model, target, boxes, pictures, dicom, nifti, show_identity, even_if_unlike))
 
 # %% ../nbs/appendix/course.ipynb #d54cda3c
 @app.command()

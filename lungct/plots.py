@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SUBTYPE_COLOURS', 'LINE_COLOURS', 'BOX_COLOUR', 'PLAIN_COLOUR', 'WINDOWS', 'TISSUE_BANDS_HU', 'HEAT', 'window_limits',
            'show_slice', 'show_planes', 'plane_figure', 'heat_bar', 'montage', 'is_headless', 'slice_png', 'browse',
-           'show_counts', 'show_spread', 'show_positions', 'show_histogram_hu', 'show_curves', 'show_intervals']
+           'planes_png', 'show_counts', 'show_spread', 'show_positions', 'show_histogram_hu', 'show_curves',
+           'show_intervals']
 
 # %% ../nbs/appendix/plots.ipynb #3563493d
 import io
@@ -199,14 +200,22 @@ def plane_figure(shape_zyx: Sequence[int], spacing_zyx_mm: Sequence[float],
     """
     import matplotlib.pyplot as plt                        # here, so that importing this module chooses no backend
 
+    fig = plt.figure(figsize=_plane_size(shape_zyx, spacing_zyx_mm, width_inches), dpi=80, layout="constrained")
+    return fig, *_plane_axes(fig, shape_zyx, spacing_zyx_mm)
+
+
+def _plane_size(shape_zyx, spacing_zyx_mm, width_inches) -> tuple[float, float]:
     z, y, x = np.multiply(shape_zyx, spacing_zyx_mm)
-    z = max(z, 0.25 * y)                                   # a thin slab still needs room for its labels
-    height = 1.2 + (width_inches - 1.2) * (y + z) / (x + y)
-    fig, grid = plt.subplots(2, 2, figsize=(width_inches, height), dpi=80, layout="constrained",
-                             width_ratios=[x, y], height_ratios=[y, z])
+    return width_inches, 1.2 + (width_inches - 1.2) * (y + max(z, 0.25 * y)) / (x + y)
+
+
+def _plane_axes(fig, shape_zyx, spacing_zyx_mm):
+    """([axial, coronal, sagittal], corner) in a figure or a part of one."""
+    z, y, x = np.multiply(shape_zyx, spacing_zyx_mm)
+    grid = fig.subplots(2, 2, width_ratios=[x, y], height_ratios=[y, max(z, 0.25 * y)])  # a slab needs room for labels
     (axial, corner), (coronal, sagittal) = grid
     corner.set_axis_off()
-    return fig, [axial, coronal, sagittal], corner
+    return [axial, coronal, sagittal], corner
 
 # %% ../nbs/appendix/plots.ipynb #e0ecb34f
 def _heat_colours() -> ListedColormap:
@@ -305,17 +314,24 @@ def slice_png(volume_zyx: np.ndarray, index: int, spacing_zyx_mm: Sequence[float
     fig = Figure(figsize=(5, 4.6), dpi=90, layout="constrained")
     words = f"slice {index} of 0 to {len(volume_zyx) - 1}, {index * spacing_zyx_mm[0]:.1f} mm from the first"
     show_slice(volume_zyx[index], fig.add_subplot(), spacing_zyx_mm[1:], window, title=words)
+    return _png(fig)
+
+
+def _png(fig: Figure) -> bytes:
     packed = io.BytesIO()
     fig.savefig(packed, format="png")
     return packed.getvalue()
 
 # %% ../nbs/appendix/plots.ipynb #2b74784e
 def browse(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], headless: bool | None = None,
-           windows: Sequence[str | tuple[float, float]] = ("lung", "soft tissue", "bone"), title: str | None = None):
+           windows: Sequence[str | tuple[float, float]] = ("lung", "mediastinum", "bone"), title: str | None = None,
+           boxes_zyx: Sequence[Sequence[float]] | None = None, heat_zyx: np.ndarray | None = None):
     """Walk through a volume with a slider; a montage where nobody can move one.
 
     Parameters
     ----------
+    boxes_zyx, heat_zyx : rows of voxel edges (z0, y0, x0, z1, y1, x1), best first, and a map from 0 to 1 of the
+        volume's shape or a whole fraction of it. With either: three planes of a volume along LPS, and switches.
     headless : True for the montage, False for the widget; None asks `is_headless`.
     windows : names in `WINDOWS` or (centre, width) to choose from; the first is shown first.
 
@@ -326,7 +342,11 @@ def browse(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], headless: bo
     volume_zyx = np.asarray(volume_zyx)
     if volume_zyx.ndim != 3:
         raise ValueError(f"browse needs a 3D volume, got shape {volume_zyx.shape}")
-    if is_headless() if headless is None else headless:
+    still = is_headless() if headless is None else headless
+    if boxes_zyx is not None or heat_zyx is not None:
+        scene = _scene(volume_zyx, spacing_zyx_mm, boxes_zyx, heat_zyx)
+        return _plane_sheet(scene, windows[0], title) if still else _plane_browser(scene, windows, title)
+    if still:
         return _overview(volume_zyx, spacing_zyx_mm, windows[0], title)
     return _browser(volume_zyx, spacing_zyx_mm, windows, title)
 
@@ -337,8 +357,7 @@ def _browser(volume_zyx, spacing_zyx_mm, windows, title):
 
     last = len(volume_zyx) - 1
     slider = IntSlider(value=last // 2, min=0, max=last, description="slice")
-    named = [(w if isinstance(w, str) else f"{w[0]:g}, width {w[1]:g}", w) for w in windows]
-    choice, picture = Dropdown(options=named, description="window"), Image(format="png")
+    choice, picture = Dropdown(options=_named(windows), description="window"), Image(format="png")
 
     def redraw(_=None):
         picture.value = slice_png(volume_zyx, slider.value, spacing_zyx_mm, choice.value)
@@ -347,6 +366,78 @@ def _browser(volume_zyx, spacing_zyx_mm, windows, title):
     choice.observe(redraw, "value")
     redraw()
     return VBox([HTML(title or ""), HBox([slider, choice]), picture])
+
+
+def _named(windows):
+    return [(w if isinstance(w, str) else f"{w[0]:g}, width {w[1]:g}", w) for w in windows]
+
+# %% ../nbs/appendix/plots.ipynb #9d1e0002
+def _scene(volume_zyx, spacing_zyx_mm, boxes_zyx, heat_zyx) -> dict:
+    """What the browser of three planes draws, as keywords of `show_planes`, and where it starts."""
+    boxes = np.asarray([] if boxes_zyx is None else boxes_zyx, float).reshape(-1, 6)
+    middle = boxes[0].reshape(2, 3).mean(axis=0) if len(boxes) else np.array(volume_zyx.shape) / 2
+    at = np.clip(middle.astype(int), 0, np.array(volume_zyx.shape) - 1)
+    return {"volume_zyx": volume_zyx, "spacing_zyx_mm": spacing_zyx_mm, "boxes_zyx": boxes, "at_zyx": at.tolist(),
+            "heat_zyx": None if heat_zyx is None else _as_large(np.asarray(heat_zyx), volume_zyx.shape),
+            "heat_limits": (0, 1)}
+
+
+def _as_large(heat_zyx, shape_zyx):
+    factors = np.array(shape_zyx) // heat_zyx.shape if heat_zyx.ndim == 3 else [0]
+    if 0 in factors or tuple(factors * heat_zyx.shape) != tuple(shape_zyx):
+        raise ValueError(f"browse: a heat map of {heat_zyx.shape} does not divide a volume of {tuple(shape_zyx)}")
+    for axis, factor in enumerate(factors):
+        heat_zyx = heat_zyx.repeat(factor, axis)
+    return heat_zyx
+
+# %% ../nbs/appendix/plots.ipynb #9d1e0003
+def _draw_scene(fig, scene, window, boxes: bool, heat: bool) -> None:
+    """Three planes of a scene in a figure or a part of one, with or without boxes and heat map."""
+    axes, corner = _plane_axes(fig, scene["volume_zyx"].shape, scene["spacing_zyx_mm"])
+    heat = heat and scene["heat_zyx"] is not None
+    hidden = ({} if boxes else {"boxes_zyx": None}) | ({} if heat else {"heat_zyx": None})
+    show_planes(**scene | hidden, axes=axes, window=window)
+    if heat:
+        heat_bar(corner, scene["heat_limits"], "score of the heat map")
+
+
+def planes_png(scene: dict, window: str | tuple[float, float] = "lung", boxes: bool = True, heat: bool = True) -> bytes:
+    """Three planes of a scene as the bytes of a PNG picture."""
+    fig = Figure(figsize=_plane_size(scene["volume_zyx"].shape, scene["spacing_zyx_mm"], 6.4), dpi=80,
+                 layout="constrained")
+    _draw_scene(fig, scene, window, boxes, heat)
+    return _png(fig)
+
+# %% ../nbs/appendix/plots.ipynb #9d1e0005
+def _plane_sheet(scene, window, title) -> Figure:
+    """The planes through the first box, once with the boxes and once with the heat map, where there is one."""
+    views = [(True, False), (False, True)][:1 if scene["heat_zyx"] is None else 2]
+    width, height = _plane_size(scene["volume_zyx"].shape, scene["spacing_zyx_mm"], 5.2)
+    fig = Figure(figsize=(width * len(views), height + 0.3), dpi=72, layout="constrained")
+    for part, (boxes, heat) in zip(np.atleast_1d(fig.subfigures(1, len(views))), views, strict=True):
+        _draw_scene(part, scene, window, boxes, heat)
+    fig.suptitle(title or "", fontsize=10)
+    return fig
+
+# %% ../nbs/appendix/plots.ipynb #9d1e0006
+def _plane_browser(scene, windows, title):
+    """A slider an axis, window, two switches and the picture, tied together."""
+    from ipywidgets import HTML, Checkbox, Dropdown, HBox, Image, IntSlider, VBox
+
+    sliders = [IntSlider(value=at, min=0, max=n - 1, description=f"{name} (slice)" if name == "z" else name)
+               for name, at, n in zip("zyx", scene["at_zyx"], scene["volume_zyx"].shape, strict=True)]
+    choice, picture = Dropdown(options=_named(windows), description="window"), Image(format="png")
+    boxes = Checkbox(True, description="boxes", disabled=not len(scene["boxes_zyx"]))
+    heat = Checkbox(False, description="heat map", disabled=scene["heat_zyx"] is None)
+
+    def redraw(_=None):
+        here = scene | {"at_zyx": [slider.value for slider in sliders]}
+        picture.value = planes_png(here, choice.value, boxes.value, heat.value)
+
+    for control in (*sliders, choice, boxes, heat):
+        control.observe(redraw, "value")
+    redraw()
+    return VBox([HTML(title or ""), HBox(sliders), HBox([choice, boxes, heat]), picture])
 
 # %% ../nbs/appendix/plots.ipynb #8e6b0454
 def show_counts(counts: Mapping[str, float] | pd.Series, ax: Axes, title: str | None = None, unit: str = "",

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'CORNERS_MM', 'RECIPE', 'CODE_VERSION', 'Grid', 'axis_weights', 'resample_area',
-           'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions',
-           'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort',
-           'Entries', 'Cohort', 'load_cohort']
+           'ENDS', 'MIDDLE', 'CORNERS_MM', 'RECIPE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights',
+           'resample_area', 'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm',
+           'place_lesions', 'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume',
+           'build_cohort', 'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import asyncio
@@ -838,3 +838,41 @@ def _in_memory(opened: Cohort) -> Cohort:
         if suv is not None and opened.pet_suv[i] is not None:
             suv[i] = opened.pet_suv[i]
     return Cohort(ct_hu, mask, boxes, lesion_ids, opened.affines, opened.table, suv)
+
+# %% ../nbs/03_build_volumes.ipynb #6c0e51a2
+def volume_facts(hu_zyx: np.ndarray, spacing_mm: float) -> dict[str, float]:
+    """What a cube of CT is like: `lung_litres`, `lung_share`, `tissue_density` (water is 1) and `roughness_hu`.
+
+    Parameters
+    ----------
+    hu_zyx : (z, y, x) HU on a grid of `spacing_mm`, as `to_cube` gives it.
+    """
+    affine = Grid(len(hu_zyx), spacing_mm).affine((0, 0, 0))
+    lung = find_lungs(dicom.Stack("", hu_zyx, affine, "CT", (), 0)).litres
+    tissue = _largest_piece(hu_zyx > TISSUE_HU)
+    litres = np.count_nonzero(tissue) * spacing_mm**3 / 1e6
+    steps = abs(np.diff(hu_zyx.astype(np.float32), axis=2))[tissue[:, :, 1:] & tissue[:, :, :-1]]
+    facts = {"lung_litres": lung, "lung_share": lung / (lung + litres) if litres else 0.0,
+             "tissue_density": 1 + hu_zyx[tissue].mean() / 1000 if litres else 0.0,
+             "roughness_hu": np.median(steps) if len(steps) else 0.0}
+    return {name: round(float(value), 4) for name, value in facts.items()}
+
+# %% ../nbs/03_build_volumes.ipynb #6c0e51a6
+FACT_FACTORS = {"lung_litres": 3.0, "lung_share": 3.0, "tissue_density": 1.1, "roughness_hu": 3.0}
+
+
+def facts_range(facts: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """[first, last percentile] of each of the `volume_facts` of training volumes; empty without any."""
+    return {name: np.percentile([row[name] for row in facts], [1, 99]).round(4).tolist()
+            for name in FACT_FACTORS if len(facts)}
+
+
+def unlike_training(facts: dict[str, float], ranges: dict[str, Sequence[float]]) -> str | None:
+    """Which facts of a volume lie beyond the ranges widened by `FACT_FACTORS`, in words; None when none does."""
+    words = []
+    for name, (low, high) in ranges.items():
+        least, most = low / FACT_FACTORS[name], high * FACT_FACTORS[name]
+        if not least <= facts[name] <= most:
+            words.append(f"{name} {facts[name]:.3g} (trained on {low:.3g} to {high:.3g}, "
+                         f"answered from {least:.3g} to {most:.3g})")
+    return "; ".join(words) or None

@@ -2,14 +2,20 @@
 
 import gzip
 import json
+import re
+import shutil
 import struct
+import subprocess
+import warnings
 from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
 
+import highdicom
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
@@ -736,3 +742,170 @@ def test_monai_finds_image_and_label_where_we_put_them(store, tmp_path):
     assert np.array_equal(np.asarray(loaded["image"]).squeeze().T, volume.ct_hu)
     assert np.array_equal(np.asarray(loaded["label"]).T > 0, volume.mask > 0)
     np.testing.assert_allclose(ex.flip_world(np.asarray(loaded["label"].affine)), volume.affine, atol=NIFTI_MM)
+
+
+# ---------------------------------------------------------------- DICOM SEG and SR
+
+FOUND = ex.Findings(np.array([[20, 30, 25, 32, 2, 6], [24, 46, 30, 36, 4, 7]]), [0.91, 0.4], "0f", {"A": 0.7, "G": 0.3})
+DCIODVFY = shutil.which("dciodvfy")
+
+
+@pytest.fixture(scope="session")
+def ct(phantom_dir):
+    """Root of the phantoms, and the rows of one accepted CT stack."""
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(root, workers=1)[0], root=root)
+    stack_id = stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].stack_id.iloc[0]
+    return root, instances[instances.stack_id == stack_id]
+
+
+@pytest.fixture(scope="session")
+def objects(ct, tmp_path_factory):
+    """Sources, and a SEG and an SR written and read back by highdicom: of nobody, and of the patient."""
+    root, slices = ct
+    made = {}
+    for name, patient in (("nobody", None), ("patient", ex.patient_module(root / slices.path.iloc[0]))):
+        folder, sources = tmp_path_factory.mktemp(name), ex.source_headers(slices, patient)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                # the phantoms' names have one part, which pydicom finds odd
+            seg = ex.to_seg(sources, FOUND)
+            ex.to_sr(sources, seg, FOUND).save_as(folder / "sr.dcm")
+        seg.save_as(folder / "seg.dcm")
+        made[name] = folder, sources, highdicom.seg.segread(folder / "seg.dcm"), highdicom.sr.srread(folder / "sr.dcm")
+    return made
+
+
+def test_segments_are_the_blocks_on_the_source_images(ct, objects):
+    _, slices = ct
+    uids = slices.sort_values("slice_index").sop_uid.tolist()
+    _, _, seg, _ = objects["nobody"]
+    frames = seg.get_pixels_by_source_instance(uids[2:7], assert_missing_frames_are_empty=True)
+    for segment, (i0, i1, j0, j1, k0, k1) in enumerate(FOUND.blocks):
+        expected = np.zeros(frames.shape[:3], bool)
+        expected[k0 - 2:k1 - 2, j0:j1, i0:i1] = True
+        assert np.array_equal(frames[..., segment] > 0, expected)
+    assert seg.FrameOfReferenceUID == slices.frame_of_reference_uid.iloc[0]
+
+
+def test_segments_lie_where_simpleitk_has_the_source(ct, objects):
+    """Each frame's position, as SimpleITK reads that of the image it names."""
+    root, slices = ct
+    _, _, seg, _ = objects["nobody"]
+    paths = dict(zip(slices.sop_uid, slices.path, strict=True))
+    assert len(seg.PerFrameFunctionalGroupsSequence) == 4 + 3
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        uid = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        image = sitk.ReadImage(str(root / paths[uid]))
+        assert np.allclose(frame.PlanePositionSequence[0].ImagePositionPatient, image.GetOrigin(), atol=1e-3)
+    spacing = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing
+    assert np.allclose(spacing, image.GetSpacing()[1::-1], atol=1e-4)
+
+
+def test_report_follows_template_1500_and_points_at_the_segments(ct, objects):
+    _, _, seg, report = objects["nobody"]
+    assert isinstance(report.content, highdicom.sr.MeasurementReport)
+    assert report.content[0].ContentTemplateSequence[0].TemplateIdentifier == "1500"
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    for rank, (group, score) in enumerate(zip(groups, FOUND.scores, strict=True), 1):
+        certainty, = group.get_measurements()
+        assert (certainty.name.value, certainty.name.scheme_designator) == ("111012", "DCM")
+        assert certainty.value == pytest.approx(100 * score) and certainty.unit.value == "%"
+        image = group.referenced_segment[0]
+        assert (image.referenced_sop_instance_uid, image.referenced_segment_numbers) == (seg.SOPInstanceUID, [rank])
+        assert group.tracking_uid == seg.get_segment_description(rank).tracking_uid
+    scan, = report.content.get_image_measurement_groups() or [None]
+    shares = {m.name.meaning: m.value for m in scan.get_measurements()}
+    assert shares == {"Share given to adenocarcinoma": 0.7, "Share given to squamous cell carcinoma": 0.3}
+
+
+def test_every_uid_that_is_named_is_one_of_the_source_or_the_segmentation(ct, objects):
+    _, slices = ct
+    _, _, seg, report = objects["nobody"]
+    named = {str(item.ReferencedSOPInstanceUID) for dataset in (seg, report) for item in nested(dataset)
+             if "ReferencedSOPInstanceUID" in item}
+    assert seg.SOPInstanceUID in named and len(named) == 1 + 5
+    assert named - {seg.SOPInstanceUID} <= set(slices.sop_uid)
+    series = {str(item.SeriesInstanceUID) for dataset in (seg, report) for item in nested(dataset)
+              if "SeriesInstanceUID" in item} - {seg.SeriesInstanceUID, report.SeriesInstanceUID}
+    assert series == {slices.series_uid.iloc[0]}
+    assert seg.StudyInstanceUID == report.StudyInstanceUID == slices.study_uid.iloc[0]
+
+
+def nested(dataset):
+    """A dataset and all items of its sequences, at any depth."""
+    yield dataset
+    for element in dataset:
+        if element.VR == "SQ":
+            for item in element.value:
+                yield from nested(item)
+
+
+def test_nobody_is_named_unless_told_and_then_as_in_the_source(ct, objects):
+    root, slices = ct
+    source = pydicom.dcmread(root / slices.path.iloc[0])
+    personal = [str(source.get(name, "")) for name in ("PatientID", "PatientName", "StudyDate", "AccessionNumber")]
+    assert personal[0]
+    folder, _, seg, report = objects["nobody"]
+    raw = (folder / "seg.dcm").read_bytes() + (folder / "sr.dcm").read_bytes()
+    assert not [value for value in personal if value and value.encode() in raw]
+    assert seg.PatientID == report.PatientID == ex.pseudonym(slices.study_uid.iloc[0]) and seg.StudyDate in ("", None)
+    for name in ex.PATIENT:
+        assert {str(dataset.get(name) or "") for dataset in objects["patient"][2:]} == {str(source.get(name) or "")}
+    assert objects["patient"][2].SOPInstanceUID != seg.SOPInstanceUID     # two contents, two UIDs
+
+
+def test_the_same_findings_have_the_same_uids_and_others_have_not(ct, objects):
+    _, sources, seg, report = objects["nobody"]
+    again = ex.to_seg(sources, replace(FOUND))
+    assert (again.SOPInstanceUID, again.SeriesInstanceUID) == (seg.SOPInstanceUID, seg.SeriesInstanceUID)
+    assert ex.to_sr(sources, again, FOUND).SOPInstanceUID == report.SOPInstanceUID
+    for change in ({"scores": [0.9, 0.4]}, {"model": "10"}, {"blocks": FOUND.blocks + 1}):
+        assert ex.to_seg(sources, replace(FOUND, **change)).SOPInstanceUID != seg.SOPInstanceUID
+    assert all(len(uid) <= 64 and re.fullmatch(r"[0-9.]+", uid) for uid in (seg.SOPInstanceUID, report.SOPInstanceUID))
+
+
+@pytest.mark.parametrize("name, value, kept", [
+    ("PatientBirthDate", "1950", False), ("PatientSex", "Male", False), ("StudyTime", "12:30:00", False),
+    ("StudyDate", "20070404", True), ("StudyTime", "123000.5", True), ("PatientName", "Müller^Jörg", True)])
+def test_what_a_source_says_wrongly_is_left_empty(name, value, kept, ct, tmp_path):
+    root, slices = ct
+    source = pydicom.dcmread(root / slices.path.iloc[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source.SpecificCharacterSet = "ISO_IR 100"
+        setattr(source, name, value)
+        source.save_as(tmp_path / "odd.dcm")
+        told = ex.patient_module(tmp_path / "odd.dcm")
+        made = ex.to_seg(ex.source_headers(slices, told), FOUND)
+        made.save_as(tmp_path / "seg.dcm")
+    assert told[name] == (value if kept else "") and told["PatientID"] == source.PatientID
+    assert str(pydicom.dcmread(tmp_path / "seg.dcm").get(name) or "") == told[name]
+
+
+def test_images_that_cannot_be_pointed_at_are_refused(ct):
+    _, slices = ct
+    with pytest.raises(InputError, match="several images that hold several slices each"):
+        ex.source_headers(slices.assign(frames=3))
+    with pytest.raises(InputError, match="no frame of reference"):
+        ex.source_headers(slices.assign(frame_of_reference_uid=None))
+
+
+@pytest.mark.skipif(not DCIODVFY, reason="dciodvfy is not installed (Debian: dicom3tools)")
+@pytest.mark.parametrize("who", ["nobody", "patient"])
+@pytest.mark.parametrize("name", ["seg", "sr"])
+def test_dciodvfy_finds_no_error(objects, who, name):
+    done = subprocess.run([DCIODVFY, objects[who][0] / f"{name}.dcm"], capture_output=True, text=True, timeout=60)
+    told = done.stdout + done.stderr
+    assert {"seg": "Segmentation", "sr": "EnhancedSR"}[name] in told
+    assert not [line for line in told.splitlines() if line.startswith("Error")], told
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 7)] * 3, *[st.integers(1, 4)] * 3), max_size=4))
+def test_labels_give_each_voxel_to_the_best_block(places):
+    blocks = [(x, x + i, y, y + j, z, z + k) for x, y, z, i, j, k in places]
+    labels = ex.blocks_to_labels(np.array(blocks, int).reshape(-1, 6), (12, 12, 12))
+    for z, y, x in np.random.default_rng(0).integers(0, 12, (40, 3)):
+        holding = [rank for rank, (i0, i1, j0, j1, k0, k1) in enumerate(blocks, 1)
+                   if i0 <= x < i1 and j0 <= y < j1 and k0 <= z < k1]
+        assert labels[z, y, x] == min(holding, default=0)

@@ -276,6 +276,69 @@ def test_browser_refuses_what_is_no_volume():
         plots.browse(np.zeros((3, 4)), (1, 1, 1))
 
 
+BOX = [[2, 3, 1, 5, 9, 6]]
+HEAT = np.zeros((3, 4, 5))
+HEAT[1, 1, 1] = 1                                          # voxels z 3 to 6, y 3 to 6, x 2 to 4
+
+
+def pixels_of(picture):
+    return plt.imread(io.BytesIO(picture.value))[..., :3]
+
+
+def viewer(**changes):
+    widget = plots.browse(VOLUME, (5, 1, 1), headless=False, **{"boxes_zyx": BOX, "heat_zyx": HEAT} | changes)
+    _, sliders, controls, picture = widget.children
+    return sliders.children, *controls.children, picture
+
+
+def test_viewer_opens_at_the_first_box_and_follows_every_control():
+    sliders, choice, boxes, heat, picture = viewer()
+    assert [slider.value for slider in sliders] == [3, 6, 3] and [slider.max for slider in sliders] == [8, 11, 9]
+    assert [label for label, _ in choice.options] == ["lung", "mediastinum", "bone"]
+    changes = [*((slider, slider.value + 1) for slider in sliders), (choice, "bone"), (boxes, False), (heat, True)]
+    for control, value in changes:
+        before = picture.value
+        control.value = value
+        assert picture.value != before, control.description
+
+
+def test_viewer_draws_boxes_and_heat_in_colour_and_only_when_switched_on():
+    _, _, boxes, heat, picture = viewer()
+
+    def coloured():
+        return (np.ptp(pixels_of(picture), axis=2) > 0.3).sum()
+
+    with_box = coloured()
+    boxes.value = False
+    assert coloured() == 0 < with_box
+    heat.value = True
+    assert coloured() > 0
+
+
+@pytest.mark.parametrize("given, boxes_off, heat_off", [
+    ({"heat_zyx": None}, False, True), ({"boxes_zyx": []}, True, False)])
+def test_viewer_disables_the_switch_of_what_is_not_there(given, boxes_off, heat_off):
+    _, _, boxes, heat, _ = viewer(**given)
+    assert (boxes.disabled, heat.disabled) == (boxes_off, heat_off)
+
+
+def test_heat_is_laid_over_the_voxels_that_its_cells_speak_for():
+    large = plots._as_large(HEAT, VOLUME.shape)
+    assert large.shape == VOLUME.shape and np.argwhere(large).tolist() == [
+        [z, y, x] for z in (3, 4, 5) for y in (3, 4, 5) for x in (2, 3)]
+    with pytest.raises(ValueError, match=r"a heat map of \(4, 4, 5\) does not divide a volume of \(9, 12, 10\)"):
+        viewer(heat_zyx=np.zeros((4, 4, 5)))
+
+
+def test_viewer_without_anybody_shows_both_states_side_by_side():
+    before = plt.get_fignums()
+    fig = plots.browse(VOLUME, (5, 1, 1), headless=True, boxes_zyx=BOX, heat_zyx=HEAT, title="t")
+    left, right = fig.subfigs
+    assert [sum(len(ax.patches) for ax in part.axes[:4]) for part in (left, right)] == [3, 0]
+    assert [sum(len(ax.images) for ax in part.axes[:4]) for part in (left, right)] == [3, 6]
+    assert plt.get_fignums() == before, "nothing is left open"
+
+
 def test_headless_without_a_kernel_and_by_wish(monkeypatch):
     monkeypatch.delenv("LUNGCT_HEADLESS", raising=False)
     assert plots.is_headless() is True

@@ -1,18 +1,44 @@
 """Predict: coordinates, refusals, files written, and nobody's name in them."""
 
 import json
+import re
 import shutil
+import subprocess
+import warnings
 from itertools import product
+from types import SimpleNamespace
 
+import highdicom
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungct import dicom, predict, runs, training
+from lungct import course, dicom, exchange, plots, predict, runs, training, volumes
 
 GRID = {"size": 32, "spacing_mm": 12.0}
+
+
+@pytest.fixture(scope="session")
+def opened(phantom_dir):
+    """Every accepted CT stack of the phantoms, ready to be read, and its patient."""
+    root = phantom_dir / "Lung-PET-CT-Dx"
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(root, workers=1)[0], root=root)
+    good = stacks[(stacks["status"] == "accepted") & (stacks["modality"] == "CT")]
+    return [(row["patient_id"], dicom.open_stack(row, instances[instances["stack_id"] == row["stack_id"]], root))
+            for _, row in good.iterrows()]
+
+
+@pytest.fixture(scope="session")
+def ranges(opened):
+    """What the volumes of every second phantom are like, on the grid of chapter 3."""
+    trained = sorted({patient for patient, _ in opened})[::2]
+    facts = [volumes.volume_facts(volumes.to_cube(stack, volumes.Grid())[0], 6.0)
+             for patient, stack in opened if patient in trained]
+    return volumes.facts_range(facts)
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +121,148 @@ def test_refusals_name_their_reason():
     assert predict.refusal(excluded) == (predict.Refusal.EXCLUDED, "gap: two slices missing")
 
 
+SHAPE, SPACING_MM = (60, 130, 190), (5.0, 2.0, 2.0)
+
+
+def shot(hu_zyx, spacing_zyx_mm=SPACING_MM):
+    hu, affine = np.clip(hu_zyx, -1024, 3000).astype(np.int16), np.diag([*spacing_zyx_mm[::-1], 1.0])
+    return dicom.Stack("s", hu, affine, "CT", (), 0)
+
+
+def places(shape=SHAPE):
+    axes = [(np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, SPACING_MM, strict=True)]
+    return np.meshgrid(*axes, indexing="ij")
+
+
+def head():
+    z, y, x = places((36, 110, 110))
+    depth = np.sqrt((x / 75) ** 2 + (y / 95) ** 2 + (z / 85) ** 2)
+    hu = np.select([depth < 0.88, depth < 0.97, depth < 1], [35, 1000, 40], -1000)
+    for side in (-18, 18):
+        hu[((x - side) / 14) ** 2 + ((y + 60) / 14) ** 2 + ((z + 40) / 14) ** 2 < 1] = -990      # sinuses
+    return shot(hu + np.random.default_rng(0).normal(0, 60, hu.shape))
+
+
+def belly(bases_mm):
+    """A body with fat, spine and bowel gas, and above it the lowest `bases_mm` of both lungs."""
+    z, y, x = places()
+    hu = np.select([(x / 140) ** 2 + (y / 92) ** 2 < 1, (x / 165) ** 2 + (y / 115) ** 2 < 1], [50, -100], -1000)
+    hu[(x / 22) ** 2 + ((y - 70) / 22) ** 2 < 1] = 400
+    hu[((x - 40) / 30) ** 2 + ((y + 50) / 20) ** 2 + (z / 40) ** 2 < 1] = -990
+    for side in (-70, 70):
+        hu[((x - side) / 50) ** 2 + (y / 70) ** 2 + ((z - 150) / max(bases_mm, 1e-3)) ** 2 < 1] = -850
+    return shot(hu + np.random.default_rng(0).normal(0, 60, hu.shape))
+
+
+def scaled(opened, length=1.0, value=1.0, more_hu=0):
+    stack = opened[0][1]
+    affine = stack.affine * np.array([length, length, length, 1.0])
+    hu = np.stack([stack[k] for k in range(len(stack))]).astype(float) * value + more_hu
+    return dicom.Stack("s", hu.clip(-32768, 32767).astype(np.int16), affine, "CT", (), 0)
+
+
+STRANGE = {
+    "a head": lambda _: head(),
+    "a belly": lambda _: belly(0),
+    "a belly with the tips of the lungs": lambda _: belly(50),
+    "white noise": lambda _: shot(np.random.default_rng(0).normal(0, 300, SHAPE)),
+    "noise over the whole scale, on the grid": lambda _: shot(
+        np.random.default_rng(0).uniform(-1024, 1500, (64, 64, 64)), (6.0, 6.0, 6.0)),
+    "nothing": lambda _: shot(np.full(SHAPE, -1000)),
+    "a patient of a third of the size": lambda opened: scaled(opened, length=1 / 3),
+    "a patient of three times the size": lambda opened: scaled(opened, length=3),
+    "values that were never rescaled": lambda opened: scaled(opened, more_hu=1024),
+    "values rescaled twice": lambda opened: scaled(opened, value=2, more_hu=-1024),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_volumes_unlike_training_are_refused(name, opened, ranges):
+    facts = volumes.volume_facts(volumes.to_cube(STRANGE[name](opened), volumes.Grid())[0], 6.0)
+    words = volumes.unlike_training(facts, ranges)
+    assert words, f"{name}: {facts} within {ranges}"
+    assert all(re.fullmatch(r"\w+ \S+ \(trained on \S+ to \S+, answered from \S+ to \S+\)", part)
+               for part in words.split("; ")), words
+
+
+def test_patients_who_were_not_trained_on_are_not_refused(opened, ranges):
+    held_out = sorted({patient for patient, _ in opened})[1::2]
+    asked = [stack for patient, stack in opened if patient in held_out]
+    facts = [volumes.volume_facts(volumes.to_cube(stack, volumes.Grid())[0], 6.0) for stack in asked]
+    assert len(facts) >= 3 and [volumes.unlike_training(each, ranges) for each in facts] == [None] * len(facts)
+
+
+DEFAULT_RUN = {"lung_litres": [2.6977, 6.8135], "lung_share": [0.1952, 0.3382],      # of its 62 training volumes
+               "tissue_density": [0.9729, 1.0263], "roughness_hu": [15.0, 30.0]}
+
+
+def test_real_chests_are_not_refused_by_ranges_of_phantoms(real_data):
+    """Slabs of a few centimetres are: they hold less than a third of the lung of any chest in training."""
+    root = real_data / "Lung-PET-CT-Dx"
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(root, workers=1)[0], root=root)
+    good = stacks[(stacks["status"] == "accepted") & (stacks["modality"] == "CT")]
+    assert len(good) >= 10
+    for _, row in good.iterrows():
+        stack = dicom.open_stack(row, instances[instances["stack_id"] == row["stack_id"]], root)
+        facts = volumes.volume_facts(volumes.to_cube(stack, volumes.Grid())[0], 6.0)
+        words = volumes.unlike_training(facts, DEFAULT_RUN)
+        height_mm = len(stack) * np.linalg.norm(stack.affine[:3, 2])
+        assert (words is None) == (height_mm > 150), f"{row['stack_id']}, {height_mm:.0f} mm: {words}"
+
+
+def with_side_car(model, folder, **changes):
+    """A copy of the model whose side-car says something else."""
+    folder.mkdir()
+    shutil.copy(model, folder / "model.keras")
+    facts = json.loads(model.with_suffix(".json").read_text()) | changes
+    (folder / "model.json").write_text(json.dumps({name: value for name, value in facts.items() if value is not None}))
+    return folder / "model.keras"
+
+
+def test_a_scan_unlike_training_is_refused_answered_when_asked_and_noted(patient, model, tmp_path):
+    large = {"validation": {"trained_on": {"lung_litres": [50.0, 60.0]}}}
+    strict = with_side_car(model, tmp_path / "m", **large)
+    made = predict.predict_folder(patient, strict, tmp_path / "out", workers=1)
+    cts = [stack for stack in made.stacks if stack["facts"]]
+    assert cts and all(stack["refused"] == "unlike what the model was trained on" for stack in cts)
+    assert all("lung_litres" in stack["detail"] and not stack["boxes"] for stack in cts) and made.remarks == []
+    assert not list((tmp_path / "out").glob("stack_*"))
+    again = predict.predict_folder(patient, strict, tmp_path / "out", pictures=0, dicom_files=False,
+                                   even_if_unlike=True, workers=1)
+    answered = [stack for stack in again.stacks if stack["boxes"]]
+    assert len(answered) == len(cts) and all("lung_litres" in stack["unlike_training"] for stack in answered)
+    assert "unlike training: lung_litres" in str(again)
+
+
+def test_a_side_car_without_ranges_is_noted_and_one_with_odd_ranges_refused(made, model, tmp_path):
+    assert any("does not tell what the training volumes were like" in remark for remark in made.remarks)
+    assert "note: the side-car does not tell" in str(made)
+    for odd in ({"weight": [1, 2]}, {"lung_litres": [1, 2, 3]}):
+        strange = with_side_car(model, tmp_path / str(len(odd) + len(next(iter(odd)))), validation={"trained_on": odd})
+        with pytest.raises(runs.InputError, match="trained_on holds"):
+            predict.open_model(strange)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"schema": 99}, "schema = 99"), ({"model_hash": "0"}, "model_hash = 0"), ({"stride": 4}, "stride = 4"),
+    ({"windows_hu": [[0, 1]]}, "windows_hu"), ({"classes": ["A"]}, "4 subtypes apart"),
+    ({"classes": None}, "lacks classes"),
+    ({"training_hash": None}, "lacks training_hash"), ({"packages": None}, "lacks packages"),
+    ({"grid": {"size": 64, "spacing_mm": 12.0}}, "takes 32 voxels a side, its side-car says 64"),
+    ({"grid": {"size": 32}}, "lacks grid spacing_mm")])
+def test_each_field_of_the_side_car_counts(changes, words, model, patient, tmp_path):
+    strange = with_side_car(model, tmp_path / "m", **changes)
+    with pytest.raises(runs.InputError, match=re.escape(words)) as error:
+        predict.predict_folder(patient, strange, tmp_path / "out", workers=1)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_other_versions_of_packages_are_remarked_upon(model, tmp_path):
+    packages = json.loads(model.with_suffix(".json").read_text())["packages"]
+    _, _, remarks = predict.open_model(with_side_car(model, tmp_path / "m", packages=packages | {"numpy": "0.1"}))
+    assert remarks[0] == f"the model was made with numpy 0.1 (here {packages['numpy']})"
+
+
 def test_every_stack_is_answered_or_refused(made, patient):
     stacks, _ = dicom.build_stacks(dicom.index_dicom(patient, workers=1)[0], root=patient)
     assert len(made.stacks) == len(stacks)
@@ -136,6 +304,9 @@ def test_json_and_csv_say_the_same(made):
     for name in ("score", *predict.CORNERS_MM, *predict.PIXELS):
         assert np.allclose(table[name], [box[name] for box in boxes])
     assert saved["note"] == "Not for clinical use." and saved["model"]["classes"] == ["A", "B", "E", "G"]
+    assert {"model_hash", "training_hash", "packages", "validation", "grid"} <= set(saved["model"])
+    for stack in saved["stacks"]:
+        assert stack["subtype"] == (max(stack["subtypes"], key=stack["subtypes"].get) if stack["subtypes"] else None)
 
 
 def test_boxes_are_ranked_in_mm_and_inside_the_source(made):
@@ -171,9 +342,206 @@ def test_identity_stays_behind_unless_asked_for(made, patient, model, tmp_path):
     hidden = {*instances["patient_id"], *instances["study_uid"], *instances["series_uid"], *instances["sop_uid"]}
     text = (made.out / "predictions.json").read_text() + (made.out / "predictions.csv").read_text() + str(made)
     assert not [name for name in hidden if name in text]
+    person = instances["patient_id"].iloc[0].encode()
+    assert not [path.name for path in made.out.iterdir() if person in path.read_bytes() or person in path.name.encode()]
     shown = predict.predict_folder(patient, model, tmp_path, pictures=0, show_identity=True, workers=1)
     assert {stack["patient_id"] for stack in shown.stacks} == set(instances["patient_id"])
     assert not list(tmp_path.glob("*.png"))
+    assert {str(pydicom.dcmread(path).PatientID) for path in tmp_path.glob("*.dcm")} == {person.decode()}
+
+
+def test_seg_sr_and_mask_hold_the_boxes_of_the_table(patient, model, tmp_path):
+    made = predict.predict_folder(patient, model, tmp_path, pictures=0, nifti=True, workers=1)
+    answered = [stack for stack in made.stacks if stack["boxes"]]
+    assert answered and not any(stack["notes"] for stack in made.stacks)
+    for stack in answered:
+        seg = highdicom.seg.segread(tmp_path / stack["files"]["seg"])
+        report = highdicom.sr.srread(tmp_path / stack["files"]["sr"])
+        labels, _ = exchange.read_nifti(tmp_path / stack["files"]["nifti"])
+        assert labels.shape[0] == stack["slices"] and labels.max() == len(stack["boxes"]) == seg.number_of_segments
+        first = [stack["boxes"][0][name] for name in predict.PIXELS]
+        i0, i1, j0, j1, k0, k1 = first
+        assert (labels[k0:k1, j0:j1, i0:i1] == 1).all() and (labels == 1).sum() == (i1 - i0) * (j1 - j0) * (k1 - k0)
+        groups = report.content.get_volumetric_roi_measurement_groups()
+        certain = [group.get_measurements()[0].value for group in groups]
+        assert np.allclose(certain, [100 * box["score"] for box in stack["boxes"]], atol=0.01)
+        assert seg.PatientID == stack["study"] and stack["files"]["seg"] == f"{stack['stack']}_seg.dcm"
+    none = predict.predict_folder(patient, model, tmp_path, pictures=0, dicom_files=False, workers=1)
+    assert sorted(path.name for path in none.out.iterdir()) == ["predictions.csv", "predictions.json"]
+
+
+@pytest.mark.parametrize("arguments, files", [
+    ([], {"csv", "json", "png", "dcm"}), (["--no-dicom", "--nifti", "--pictures", "0"], {"csv", "json", "gz"})])
+def test_the_command_writes_what_its_options_say(arguments, files, patient, model, tmp_path, capsys):
+    course.app(["predict", str(patient), "--model", str(model), "--out", str(tmp_path), "--boxes", "1", *arguments],
+               standalone_mode=False)
+    assert {path.name.rsplit(".", 1)[1] for path in tmp_path.iterdir()} == files
+    assert pd.read_csv(tmp_path / "predictions.csv").groupby("stack").size().max() == 1
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{len(runs.load_json(tmp_path / 'predictions.json')['stacks'])} stacks; results in")
+    assert told.err == "" and "Lung_Dx" not in told.out
+
+
+def test_the_command_says_who_it_is_and_answers_all_the_same_when_asked(patient, model, tmp_path):
+    odd = with_side_car(model, tmp_path / "m", validation={"trained_on": {"lung_litres": [50.0, 60.0]}})
+    course.app(["predict", str(patient), "--model", str(odd), "--out", str(tmp_path / "out"), "--boxes", "1",
+                "--pictures", "0", "--no-dicom", "--show-identity", "--even-if-unlike"], standalone_mode=False)
+    stacks = runs.load_json(tmp_path / "out" / "predictions.json")["stacks"]
+    assert {stack["patient_id"] for stack in stacks} == {patient.name}
+    assert any(stack["boxes"] and stack["unlike_training"] for stack in stacks)
+
+
+def test_results_of_an_earlier_call_go_and_nothing_else_does(patient, model, tmp_path):
+    stale = ["stack_07_box_1.png", "stack_07_seg.dcm", "stack_07_sr.dcm", "stack_07_boxes.nii.gz", "predictions.csv"]
+    kept = ["letter.txt", "stack_1.png", "stack_07_seg.dcm.bak", "my_predictions.csv"]
+    for name in (*stale, *kept):
+        (tmp_path / name).write_text("old")
+    predict.predict_folder(patient, model, tmp_path, pictures=1, dicom_files=False, workers=1)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert set(kept) <= there and not {name for name in stale if name.startswith("stack_07")} & there
+    assert (tmp_path / "predictions.csv").read_text() != "old"
+
+
+def test_results_among_the_scans_are_no_scans_the_next_time(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    first = predict.predict_folder(tmp_path / "in", model, tmp_path / "in", pictures=1, workers=1)
+    stacks = runs.load_json(tmp_path / "in" / "predictions.json")["stacks"]
+    assert list((tmp_path / "in").glob("*_seg.dcm"))
+    second = predict.predict_folder(tmp_path / "in", model, tmp_path / "in", pictures=1, workers=1)
+    assert runs.load_json(tmp_path / "in" / "predictions.json")["stacks"] == stacks and second.unread == first.unread
+    (tmp_path / "only").mkdir()
+    for path in (tmp_path / "in").glob("stack_*"):
+        shutil.copy(path, tmp_path / "only")
+    with pytest.raises(runs.InputError, match="nothing but results of an earlier call"):
+        predict.predict_folder(tmp_path / "only", model, tmp_path / "only", workers=1)
+    assert list((tmp_path / "only").glob("*_seg.dcm")), "what was refused is left as it was"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(patient, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/lungct"):
+        with pytest.raises(runs.InputError, match="could not be written") as error:
+            predict.predict_folder(patient, model, out, workers=1)
+        assert "\n" not in str(error.value)
+
+
+# odd folders ------------------------------------------------------------------------------------------------------
+
+def test_several_patients_in_folders_with_odd_names(phantom_dir, model, tmp_path):
+    root = tmp_path / "Müller, Jörg (東京)"
+    for folder in sorted((phantom_dir / "Lung-PET-CT-Dx").glob("Lung_Dx-*"))[:2]:
+        shutil.copytree(folder, root / f"of {folder.name}")
+    made = predict.predict_folder(root, model, tmp_path / "out", pictures=1, workers=1)
+    studies = {stack["study"] for stack in made.stacks}
+    assert len(studies) >= 2 and len({stack["stack"] for stack in made.stacks}) == len(made.stacks)
+    files = list((tmp_path / "out").iterdir())
+    assert any(path.suffix == ".dcm" for path in files)
+    for secret in ("Müller", "東京", "Lung_Dx"):
+        assert not [path for path in files if secret in path.name or secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_one_image_of_all_slices_gets_the_same_boxes_and_voxels(shuffled, opened, phantom_dir, model, tmp_path):
+    images = [pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"]) for row in opened[0][1].slices]
+    (tmp_path / "in").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = LegacyConvertedEnhancedCTImage(images[::-1], "1.2.7.1", 7, "1.2.7.2", 1)
+    if shuffled:
+        order = np.random.default_rng(0).permutation(image.NumberOfFrames)
+        image.PixelData = image.pixel_array[order].tobytes()
+        image.PerFrameFunctionalGroupsSequence = [image.PerFrameFunctionalGroupsSequence[int(k)] for k in order]
+    image.save_as(tmp_path / "in" / "all.dcm")
+    made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", nifti=True, pictures=0, workers=1)
+    stack, = made.stacks
+    network, info, _ = predict.open_model(model)
+    assert stack["notes"] == [] and stack["boxes"] == predict.predict_stack(opened[0][1], network, info).boxes
+    seg = highdicom.seg.segread(tmp_path / "out" / stack["files"]["seg"])
+    _, affine = exchange.read_nifti(tmp_path / "out" / stack["files"]["nifti"])
+    for frame in seg.PerFrameFunctionalGroupsSequence:             # each frame lies on the slice where the mask is
+        segment = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        k = round(dicom.to_voxel(affine, np.array([frame.PlanePositionSequence[0].ImagePositionPatient], float))[0, 2])
+        box = stack["boxes"][segment - 1]
+        assert box["k0"] <= k < box["k1"]
+        source = frame.DerivationImageSequence[0].SourceImageSequence[0]
+        assert source.ReferencedSOPInstanceUID == image.SOPInstanceUID
+        told = image.PerFrameFunctionalGroupsSequence[source.ReferencedFrameNumber - 1].PlanePositionSequence[0]
+        assert np.allclose(told.ImagePositionPatient, frame.PlanePositionSequence[0].ImagePositionPatient, atol=1e-3)
+    assert len(seg.PerFrameFunctionalGroupsSequence) == sum(box["k1"] - box["k0"] for box in stack["boxes"])
+
+
+def test_images_that_name_no_frame_of_reference_are_answered_without_seg(opened, phantom_dir, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for k, row in enumerate(opened[0][1].slices):
+        image = pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"])
+        del image.FrameOfReferenceUID
+        image.save_as(tmp_path / "in" / f"{k}.dcm")
+    made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", nifti=True, pictures=0, workers=1)
+    stack, = made.stacks
+    told = "SEG and SR not written: no SEG and SR for images that name no frame of reference: use JSON or NIfTI"
+    assert stack["boxes"] and stack["notes"] == [told]
+    assert list(stack["files"]) == ["nifti"] and stack["notes"][0] in str(made)
+
+
+def test_a_tilted_gantry_is_refused_in_words(opened, phantom_dir, model, tmp_path):
+    lean = np.deg2rad(12)
+    (tmp_path / "in").mkdir()
+    for k, row in enumerate(opened[0][1].slices):
+        image = pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"])
+        image.ImageOrientationPatient = [1, 0, 0, 0, round(np.cos(lean), 9), round(np.sin(lean), 9)]
+        image.save_as(tmp_path / "in" / f"{k}.dcm")
+    stack, = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", workers=1).stacks
+    assert stack["refused"] == "no usable volume" and stack["detail"].startswith("tilted gantry: ")
+
+
+def test_a_file_that_cannot_be_read_costs_its_stack_and_is_not_named(patient, model, tmp_path, monkeypatch):
+    def broken(row, slices, root):
+        raise ValueError(f"file {slices['path'].iloc[0]} of {row['patient_id']} changed since it was indexed")
+
+    monkeypatch.setattr(dicom, "open_stack", broken)
+    made = predict.predict_folder(patient, model, tmp_path, workers=1)
+    failed = [stack for stack in made.stacks if stack["refused"] == "cannot be read"]
+    assert {stack["detail"] for stack in failed} == {"file <path> of <patient_id> changed since it was indexed"}
+
+
+# the library ------------------------------------------------------------------------------------------------------
+
+def test_many_stacks_get_the_answers_they_get_alone(opened, model):
+    network, info, _ = predict.open_model(model)
+    stacks = [stack for _, stack in opened[:3]]
+    together = list(predict.predict_stacks(iter(stacks), network, info, batch_size=2))     # the last batch is filled up
+    alone = [predict.predict_stack(stack, network, info) for stack in stacks]
+    assert len(together) == 3
+    for one, other in zip(together, alone, strict=True):
+        assert [box["rank"] for box in one.boxes] == [box["rank"] for box in other.boxes]
+        assert np.allclose([box["score"] for box in one.boxes], [box["score"] for box in other.boxes], atol=1e-5)
+        assert one.facts == other.facts and np.array_equal(one.ct_hu, other.ct_hu)
+
+
+def test_a_stack_in_memory_and_an_opened_one_are_the_same(opened, model):
+    network, info, _ = predict.open_model(model)
+    stack = opened[0][1]
+    read = dicom.Stack("s", np.stack([stack[k] for k in range(len(stack))]), stack.affine, "CT", (), 0)
+    first, second = (predict.predict_stack(each, network, info) for each in (stack, read))
+    assert first.boxes == second.boxes and first.boxes
+    assert predict.picture(read, first.boxes[0], "t").axes[0].get_images()
+
+
+def test_the_viewer_draws_what_its_switches_say(opened, model):
+    network, info, _ = predict.open_model(model)
+    answer = predict.predict_stack(opened[0][1], network, info)
+    _, _, controls, picture = predict.view(answer, "t", headless=False).children
+    _, boxes, heat = controls.children
+    start = picture.value
+    heat.value = True
+    assert picture.value != start
+    heat.value = False
+    assert picture.value == start
+    boxes.value = False
+    assert picture.value != start
+    empty = predict.view(SimpleNamespace(**vars(answer) | {"seen": None}), headless=True)
+    assert len(empty.subfigs) == 1 and len(predict.view(answer, headless=True).subfigs) == 2
+    assert isinstance(plots.browse(answer.ct_hu, (1, 1, 1), headless=True), type(empty))
 
 
 def test_files_that_could_not_be_used_are_counted_and_their_names_hidden(patient, model, tmp_path):
@@ -199,3 +567,10 @@ def test_real_series(real_data, model, tmp_path):
     assert [stack["refused"] for stack in made.stacks] == [None, None]
     assert "A0001" not in (tmp_path / "predictions.json").read_text()
     assert len(list(tmp_path.glob("*.png"))) == sum(bool(stack["boxes"]) for stack in made.stacks)
+    answered = [stack for stack in made.stacks if stack["boxes"]]
+    assert len(list(tmp_path.glob("*_seg.dcm"))) == len(list(tmp_path.glob("*_sr.dcm"))) == len(answered)
+    assert not [path.name for path in tmp_path.iterdir() if b"Lung_Dx-A0001" in path.read_bytes()]
+    for path in tmp_path.glob("*.dcm") if shutil.which("dciodvfy") else ():
+        done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, timeout=60)
+        told = done.stdout + done.stderr
+        assert not [line for line in told.splitlines() if line.startswith("Error")], told
