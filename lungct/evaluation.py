@@ -503,11 +503,11 @@ def scan_groups(cohort: pd.DataFrame) -> pd.DataFrame:
     cohort
         Columns stack_id and, as far as known, manufacturer, slice_thickness_mm and sex.
     """
-    unknown = pd.Series(np.nan, index=cohort.index)
+    unknown = pd.Series(np.nan, index=cohort.index, dtype=object)
     thickness = pd.to_numeric(cohort.get("slice_thickness_mm", unknown)).astype(float)
     names = ["up to 2 mm", "2 to 4 mm", "over 4 mm"]
     sex = cohort.get("sex", unknown).map({"F": "women", "M": "men"})
-    vendor = labels.vendor_names(cohort.get("manufacturer", unknown))
+    vendor = labels.vendor_names(cohort.get("manufacturer", unknown.fillna("unknown")))
     groups = {"vendor": vendor, "slice thickness": pd.cut(thickness, [-np.inf, 2, 4, np.inf], labels=names), "sex": sex}
     return pd.DataFrame(groups).set_axis(cohort["stack_id"])
 
@@ -866,7 +866,9 @@ def activation_map(network, inputs, score: Callable, layer: str) -> np.ndarray:
     import tensorflow
 
     inner = keras.Model(network.inputs, [network.get_layer(layer).output, network.output])
+    inputs = tensorflow.convert_to_tensor(inputs)
     with tensorflow.GradientTape() as tape:
+        tape.watch(inputs)                       # or a network without weights would leave no trace
         features, outputs = inner(inputs, training=False)
         value = score(outputs)
     slope = tape.gradient(value, features)

@@ -144,11 +144,18 @@ def chapter_html(path: Path) -> str:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
-    body = re.sub(r"<script\b.*?</script>", "", body, flags=re.S | re.I)
+    body = _without_outside(body)
     body = re.sub(r'\sid="[^"]*"', "", body)  # six notebooks on one page would repeat their ids
     return _alternative_texts(body)
 
+# %% ../nbs/appendix/report.ipynb #c68c15cd
+def _without_outside(body: str) -> str:
+    body = re.sub(r"<(script|iframe|object|video|audio)\b.*?</\1>", "", body, flags=re.S | re.I)
+    body = re.sub(r"<(link|embed|source)\b[^>]*>", "", body, flags=re.I)
+    left_out = "<em>(a picture outside of this page, left out)</em>"
+    return re.sub(r"""<img\b[^>]*\ssrc=["']?(?!["']?data:)[^>]*>""", left_out, body, flags=re.I)
 
+# %% ../nbs/appendix/report.ipynb #019c509d
 def _alternative_texts(body: str) -> str:
     parts = re.split(r"(<h[1-4].*?</h[1-4]>)", body, flags=re.S)
     heading, done = "", []
