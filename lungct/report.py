@@ -22,11 +22,15 @@ from . import runs
 def table_html(frame: pd.DataFrame, caption: str) -> str:
     """A small HTML table with a caption; all content escaped."""
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>"
-                   for row in frame.itertuples(index=False))
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False))
     return (f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table>'
             f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{rows}</tbody></table></div>")
+
+# %% ../nbs/appendix/report.ipynb #c37d6949
+def _cell(value: object) -> str:
+    kind = ' class="number"' if re.match(r"-?\d", str(value)) else ""  # an estimate stays on one line
+    return f"<td{kind}>{html.escape(str(value))}</td>"
 
 
 def count_table(values: pd.Series, name: str, caption: str) -> str:
@@ -38,9 +42,11 @@ def count_table(values: pd.Series, name: str, caption: str) -> str:
 
 # %% ../nbs/appendix/report.ipynb #5216c26b
 def headline_html(metrics: Mapping) -> str:
-    """The headline numbers of chapter 6 as a definition list."""
-    items = "".join(f"<div><dt>{html.escape(i['label'])}</dt><dd>{html.escape(i['text'])}</dd></div>"
-                    for i in metrics["headline"])
+    """The headline numbers of chapter 6 as a definition list, those they come from in smaller letters."""
+    parts = [(item["label"], *re.fullmatch(r"(.*?)( \(\d+ [^()]*\))?", item["text"], re.S).groups(""))
+             for item in metrics["headline"]]
+    items = "".join("<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>".format(*map(html.escape, part))
+                    for part in parts)
     return f'<dl class="headline">{items}</dl>'
 
 
@@ -64,7 +70,8 @@ def audit_html(audit: Mapping) -> str:
 
 # %% ../nbs/appendix/report.ipynb #80c17030
 DETECTION = {"sensitivity_at_1": "sensitivity at 1 false positive per scan", "cpm": "CPM", "ap_iou_0.1": "AP, IoU 0.1",
-             "ap_iou_0.5": "AP, IoU 0.5", "mean_iou": "mean IoU of hits", "median_distance_mm": "median distance"}
+             "ap_iou_0.5": "AP, IoU 0.5", "mean_iou": "mean IoU of hits", "iou_at_least_0.5": "IoU at least 0.5",
+             "median_distance_mm": "median distance"}
 SUBTYPE = {"balanced_accuracy": "balanced accuracy", "auc_macro": "mean AUC", "brier": "Brier score"}
 
 # %% ../nbs/appendix/report.ipynb #750aefa6
@@ -81,7 +88,8 @@ def estimate_text(estimate: Mapping | None) -> str:
 def compare_html(metrics: Mapping, group: str, shown: Mapping[str, str], caption: str) -> str:
     """One table with a row for each model of "<group>/<model>/<metric>", the network first; "" when there is none."""
     cells = {tuple(name.split("/")[1:]): estimate for name, estimate in metrics.items() if name.startswith(f"{group}/")}
-    models = sorted(dict.fromkeys(model for model, _ in cells), key=lambda m: (not m.startswith("network"), m))
+    models = sorted({model for model, _ in cells}, key=lambda m: (m.startswith("shuffled"), m == "majority", m))
+    models.sort(key=lambda m: not m.startswith("network"))
     columns = {name: title for name, title in shown.items() if any(metric == name for _, metric in cells)}
     rows = [[model.replace("_", " "), *(estimate_text(cells.get((model, name))) for name in columns)]
             for model in models]
@@ -189,29 +197,33 @@ a { color: var(--mark); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1re
 .note { border-left: 4px solid var(--mark); padding: .4rem .9rem; background: var(--card); }
 .headline { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); margin: 1rem 0; }
 .headline div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
-dt { color: var(--soft); font-size: .9rem; } dd { margin: .2rem 0 0; font-weight: 600; }
-.wide, .jp-OutputArea-output, .output_subarea { overflow-x: auto; max-width: 100%; }
+.headline div:last-child:nth-child(3n+2) { grid-column: auto / -1; }
+dt { color: var(--soft); font-size: .9rem; } dd { margin: .2rem 0 0; font-weight: 600; font-size: 1.15rem; }
+small { color: var(--soft); font-weight: 400; font-size: .9rem; } .number { white-space: nowrap; }
+.wide, .rendered_html, .output_subarea { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top;
   overflow-wrap: normal; }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; white-space: nowrap; }
 figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 """
 
 # %% ../nbs/appendix/report.ipynb #3c48f4e8
 STYLE += """
-@media screen and (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } th, td { font-size: .85rem; } }
+@media screen and (max-width: 40rem) { .wide img { max-width: none; width: 40rem; } th, td { font-size: .85rem; }
+  caption { white-space: normal; } }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: 0 1rem; }
 summary { cursor: pointer; font-weight: 600; padding: .7rem 0; }
 pre { background: var(--card); border-radius: .3rem; padding: .6rem .8rem; overflow-x: auto; font-size: .82rem;
   line-height: 1.4; overflow-wrap: normal; }
-.jp-InputPrompt, .jp-OutputPrompt, .anchor-link, .prompt { display: none; }
+.anchor-link, .prompt { display: none; }
 blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
 :focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
-@media print { :root { color-scheme: light; } details, nav { display: none; } body { max-width: none; padding: 0;
-  font-size: 10pt; } .wide { overflow: visible; } table { font-size: 8.5pt; } h2, h3 { break-after: avoid; }
-  figure, tr, .headline div { break-inside: avoid; } .printed { display: block; } }
+@media print { :root { color-scheme: light; } details, nav { display: none; } .printed { display: block; }
+  body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; } table { font-size: 8.5pt; }
+  caption, .number { white-space: normal; } h2, h3 { break-after: avoid; }
+  figure, tr, .headline div { break-inside: avoid; } }
 @media screen { .printed { display: none; } }
 """
 
