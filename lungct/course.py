@@ -533,6 +533,7 @@ def _executor(workers: int, scheduler: str):
             yield lambda jobs: (future.result() for future in as_completed([send(*job) for job in jobs]))
         return
     from concurrent.futures import as_completed as finished
+    from multiprocessing import active_children
 
     from lungct.workers import worker_pool
 
@@ -540,7 +541,9 @@ def _executor(workers: int, scheduler: str):
         try:
             yield lambda jobs: (future.result() for future in finished([pool.submit(run_fold, *job) for job in jobs]))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # those that run may end, the others never begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():  # a kernel whose starter is gone ends by itself
+                process.terminate()
             raise
 
 # %% ../nbs/appendix/course.ipynb #939d0261

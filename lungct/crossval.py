@@ -36,7 +36,8 @@ def fold_labels(labelled: pd.DataFrame, folds: int, seed: int = 0, locked: Seque
     outside = labelled["patient_id"].isin(locked)
     dealt = labelled["patient_id"].map(labels.patient_folds(labelled[~outside], folds, 1, seed)[0])
     shift = [(dealt - k) % folds for k in range(folds)]
-    roles = [s.map({0: "test", 1: "validation"}).fillna("train").where(dealt.notna(), "unused") for s in shift]
+    used = dealt.notna() & (labelled["target"] >= 0)
+    roles = [s.map({0: "test", 1: "validation"}).fillna("train").where(used, "unused") for s in shift]
     return [labelled.assign(role=role.astype("str")) for role in roles]
 
 # %% ../nbs/appendix/crossval.ipynb #82bbc5a6

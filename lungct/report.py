@@ -124,18 +124,20 @@ def errors_html(errors: pd.DataFrame, first: int = 5) -> str:
 
 # %% ../nbs/appendix/report.ipynb #7c7f12da
 def tagged_figures(notebook) -> list[tuple[str, str]]:
-    """Pairs (heading, base64 PNG) of all figures in cells tagged `report` of a notebook node."""
+    """Pairs (what it shows, base64 PNG) of all figures in cells tagged `report` of a notebook node."""
     figures, heading = [], ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heads = [line.lstrip("# ").strip() for line in cell.source.splitlines() if line.startswith("#")]
             heading = heads[-1] if heads else heading
         elif "report" in cell.metadata.get("tags", []):
+            said = re.match(r"# figure: (.+)", cell.source)
+            shows = f"{heading}: {said[1]}" if said else heading
             images = [out["data"].get("image/png") for out in cell.outputs if "data" in out]
-            figures += [(heading, image.replace("\n", "")) for image in images if image]
+            figures += [(shows, image.replace("\n", "")) for image in images if image]
     return figures
 
-
+# %% ../nbs/appendix/report.ipynb #57c25e3e
 def figures_html(figures: Iterable[tuple[str, str]]) -> str:
     """The figures with caption and alternative text."""
     return "".join(f'<figure><div class="wide" tabindex="0" role="region" aria-label="{html.escape(heading)}">'
@@ -196,7 +198,8 @@ body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: 
 h1, h2, h3, h4 { line-height: 1.25; overflow-wrap: break-word; } h1 { font-size: 1.7rem; } h2 { margin-top: 2.2rem; }
 a { color: var(--mark); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: .8rem 0; }
 .note { border-left: 4px solid var(--mark); padding: .4rem .9rem; background: var(--card); }
-.headline { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); margin: 1rem 0; }
+.headline { display: grid; gap: .8rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); }
 .headline div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
 .headline div:last-child { grid-column: 1 / -1; }
 dt { color: var(--soft); font-size: .9rem; } dd { margin: .2rem 0 0; font-weight: 600; font-size: 1.15rem; }
