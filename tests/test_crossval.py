@@ -153,3 +153,12 @@ def test_a_fold_runs_what_is_stale_with_the_parameters_of_the_run(run_dir, monke
     monkeypatch.setattr(course, "reasons_to_run", lambda *a: [])
     course.run_fold(plan.notebooks, place, chosen)
     assert len(ran) == 2, "a fold that is done is passed over"
+
+
+def test_folds_run_on_a_dask_scheduler(run_dir, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(course, "reasons_to_run", lambda *a: [])
+    plan, said = course.plan_course(str(run_dir), {}), []
+    with distributed.LocalCluster(1, processes=False, dashboard_address=None) as cluster:
+        course.run_folds(plan, crossval.make_folds(run_dir, 3), 1, cluster.scheduler_address, said.append)
+    assert sorted(line.split(":")[0] for line in said) == [f"fold {k}_of_3" for k in (1, 2, 3)]
