@@ -33,6 +33,7 @@ appendix/suv
 appendix/runs
 appendix/workers
 appendix/course
+appendix/crossval
 appendix/report
 appendix/exchange
 appendix/predict

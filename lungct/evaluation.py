@@ -7,10 +7,13 @@ __all__ = ['CORNERS_MM', 'FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENT
            'MAX_UNDEFINED', 'CORNERS_GRID', 'RULES', 'CARD_REST', 'CARD', 'iou_matrix', 'match_detections', 'Scored',
            'score_scans', 'froc', 'sensitivity_at', 'average_precision', 'resamples', 'Estimate', 'not_estimable',
            'summarise', 'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior',
-           'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference', 'operating_threshold',
-           'sensitivity_by', 'size_groups', 'median_distance', 'annotation_agreement', 'patient_probabilities',
-           'subtype_scores', 'averaged_classes', 'subtype_estimates', 'chance_range', 'occlusion_map', 'headline',
-           'metric_lines', 'model_card', 'as_plain']
+           'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
+           'network_minus_others', 'compare_detections', 'operating_threshold', 'share_by', 'lesions_found',
+           'size_groups', 'scan_groups', 'localisation', 'localisation_estimates', 'annotation_agreement',
+           'patient_probabilities', 'subtype_scores', 'averaged_classes', 'subtype_estimates', 'compare_subtypes',
+           'chance_range', 'acquisition_features', 'shuffled_training', 'with_temperature', 'fit_temperature',
+           'calibration_table', 'occlusion_map', 'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions',
+           'false_alarms', 'headline', 'metric_lines', 'model_card', 'as_plain']
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +22,11 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize_scalar
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score
 
-from . import volumes
+from . import labels, volumes
 
 # %% ../nbs/06_evaluate.ipynb #720a9559
 CORNERS_MM = ["x0_mm", "y0_mm", "z0_mm", "x1_mm", "y1_mm", "z1_mm"]
@@ -407,6 +411,37 @@ def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ou
             return not_estimable(estimate.reason, estimate.n)
     return summarise((drawn[metric] - others[metric]).to_numpy(), ours.n, bounds=(-1.0, 1.0))
 
+
+def network_minus_others(group: str, metrics: Mapping[str, Estimate], drawn: Mapping[str, pd.DataFrame],
+                         names: Sequence[str]) -> dict[str, Estimate]:
+    """Paired differences of the network to every other model in `drawn`: <group>/network_minus_<other>/<metric>."""
+    others = [name for name in drawn if not name.startswith("network")] if "network" in drawn else []
+    return {f"{group}/network_minus_{other}/{name}": paired_difference(
+        drawn["network"], drawn[other], name, metrics[f"{group}/network/{name}"], metrics[f"{group}/{other}/{name}"])
+        for other in others for name in names}
+
+# %% ../nbs/06_evaluate.ipynb #640ce853
+def compare_detections(proposals: Mapping[str, pd.DataFrame], lesions: pd.DataFrame, scans: pd.DataFrame,
+                       n: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
+    """Detection metrics of several proposers on the same scans and resamples, and what the network adds to the others.
+
+    Parameters
+    ----------
+    proposals
+        For each name a table as of `detection_table`; lesions and scans are as in `score_scans`.
+
+    Returns
+    -------
+    Estimates by "detection/<name>/<metric>"; resamples and `score_rules` by name.
+    """
+    scored = {name: score_rules(table, lesions, scans) for name, table in proposals.items()}
+    metrics, drawn = {}, {}
+    for name, rules in scored.items():
+        found, drawn[name] = estimate_all(lambda w, rules=rules: detection_scores(rules, w), rules["centre"].patients,
+                                          n, seed)
+        metrics |= {f"detection/{name}/{metric}": estimate for metric, estimate in found.items()}
+    return metrics | network_minus_others("detection", metrics, drawn, ("sensitivity_at_1", "cpm")), drawn, scored
+
 # %% ../nbs/06_evaluate.ipynb #b30744df
 def operating_threshold(validation: Scored, fp_per_scan: float = 1.0) -> float | None:
     """Lowest score that keeps within `fp_per_scan` false positives per scan; None without detections or scans."""
@@ -415,27 +450,41 @@ def operating_threshold(validation: Scored, fp_per_scan: float = 1.0) -> float |
     return float(threshold[within[-1]]) if within.size else None
 
 
-def sensitivity_by(scored: Scored, lesions: pd.DataFrame, groups: pd.Series, threshold: float, n: int = 1000,
-                   seed: int = 0) -> pd.DataFrame:
-    """Lesions found at a score threshold, group by group, with the estimate where enough patients have such a lesion.
+def share_by(right: pd.Series, patients: pd.Series, groups: pd.Series, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Share of right answers group by group, with the estimate where enough patients stand behind it.
 
     Parameters
     ----------
-    lesions
-        Columns lesion_id, stack_id, patient_id: the lesions of the scans in `scored`.
-    groups
-        One group name a lesion, in the order of `lesions`; categories keep their order.
+    right, patients, groups
+        One entry a thing counted: whether it went well, whose it is, its group. An unknown group is called "unknown";
+        categories keep their order.
+
+    Returns
+    -------
+    Columns group, patients, counted, right (facts) and estimate.
     """
-    found = set(scored.table.loc[scored.hit & (scored.score >= threshold), "lesion_id"])
+    table = pd.DataFrame({"right": np.asarray(right, float), "all": 1.0, "patient": np.asarray(patients)})
     rows = []
-    for name, part in lesions.groupby(groups, observed=True, sort=True):
-        hit = part["lesion_id"].isin(found)
-        per_patient = pd.DataFrame({"hit": hit, "all": 1}).groupby(part["patient_id"]).sum()
-        hits, total = per_patient["hit"].to_numpy(float), per_patient["all"].to_numpy(float)
-        estimate = bootstrap_interval(lambda w, h=hits, t=total: (w @ h) / (w @ t), per_patient.index, n, seed)
-        rows.append({"group": str(name), "patients": len(per_patient), "lesions": len(part), "found": int(hit.sum()),
-                     "estimate": estimate})
-    return pd.DataFrame(rows, columns=["group", "patients", "lesions", "found", "estimate"])
+    for name, part in table.groupby(_named(groups), observed=True, sort=True):
+        each = part.groupby("patient")[["right", "all"]].sum()
+        counts = each.to_numpy()
+        estimate = bootstrap_interval(lambda w, t=counts: (w @ t)[0] / (w @ t)[1], each.index, n, seed)
+        rows.append((str(name), len(each), len(part), int(part["right"].sum()), estimate))
+    return pd.DataFrame(rows, columns=["group", "patients", "counted", "right", "estimate"])
+
+# %% ../nbs/06_evaluate.ipynb #edc6386f
+def _named(groups):
+    """Group names by position; what is missing is named, so that it stays counted."""
+    groups = pd.Series(groups).reset_index(drop=True)
+    if isinstance(groups.dtype, pd.CategoricalDtype):
+        return groups.cat.add_categories(["unknown"]).fillna("unknown")
+    return groups.astype("str").fillna("unknown")
+
+
+def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float) -> np.ndarray:
+    """For each row of `lesions` (column lesion_id) whether a detection at or above the threshold hit it."""
+    found = scored.table.loc[scored.hit & (scored.score >= threshold), "lesion_id"]
+    return lesions["lesion_id"].isin(set(found)).to_numpy()
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
@@ -445,13 +494,53 @@ def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) 
              f"over {cuts_mm[-1]:g} mm"]
     return pd.cut(longest, [-np.inf, *cuts_mm, np.inf], labels=names)
 
+# %% ../nbs/06_evaluate.ipynb #5374c3c8
+def scan_groups(cohort: pd.DataFrame) -> pd.DataFrame:
+    """Groups of each scan, indexed by stack_id: vendor, slice thickness and sex, null where the header is silent.
+
+    Parameters
+    ----------
+    cohort
+        Columns stack_id and, as far as known, manufacturer, slice_thickness_mm and sex.
+    """
+    unknown = pd.Series(np.nan, index=cohort.index, dtype=object)
+    thickness = pd.to_numeric(cohort.get("slice_thickness_mm", unknown)).astype(float)
+    names = ["up to 2 mm", "2 to 4 mm", "over 4 mm"]
+    sex = cohort.get("sex", unknown).map({"F": "women", "M": "men"})
+    vendor = labels.vendor_names(cohort.get("manufacturer", unknown.fillna("unknown")))
+    groups = {"vendor": vendor, "slice thickness": pd.cut(thickness, [-np.inf, 2, 4, np.inf], labels=names), "sex": sex}
+    return pd.DataFrame(groups).set_axis(cohort["stack_id"])
+
 # %% ../nbs/06_evaluate.ipynb #2752a3ed
-def median_distance(scored: Scored, threshold: float, weights: np.ndarray | None = None) -> float:
-    """Median distance in mm between the centres of lesions and of the boxes that found them; NaN when none was."""
-    w = np.ones(len(scored.patients), int) if weights is None else np.asarray(weights, int)
-    found = scored.hit & (scored.score >= threshold)
-    copies = np.repeat(scored.table["distance_mm"].to_numpy(float)[found], w[scored.patient[found]])
-    return float(np.median(copies)) if len(copies) else np.nan
+def localisation(pairs: pd.DataFrame, patients: Sequence[str], weights: np.ndarray | None = None) -> dict[str, float]:
+    """How well two boxes of one tumour agree; NaN without pairs.
+
+    Parameters
+    ----------
+    pairs
+        One row a pair: patient_id, iou, distance_mm (between the centres).
+    patients
+        The patients in the order of `weights`; pairs of others do not count.
+    """
+    w = np.ones(len(patients), int) if weights is None else np.asarray(weights, int)
+    copies = pairs["patient_id"].map(dict(zip(patients, w, strict=True))).fillna(0).to_numpy(int)
+    if not copies.sum():
+        return dict.fromkeys(("mean_iou", "iou_at_least_0.5", "median_distance_mm"), np.nan)
+    iou, distance = (np.repeat(pairs[name].to_numpy(float), copies) for name in ("iou", "distance_mm"))
+    return {"mean_iou": float(iou.mean()), "iou_at_least_0.5": float((iou >= 0.5).mean()),
+            "median_distance_mm": float(np.median(distance))}
+
+# %% ../nbs/06_evaluate.ipynb #1b9c95cc
+def localisation_estimates(pairs: pd.DataFrame, patients: Sequence[str], n: int = 1000,
+                           seed: int = 0) -> dict[str, Estimate]:
+    """`localisation` with intervals over the patients that have a pair."""
+    people = [name for name in patients if name in set(pairs["patient_id"])]
+    if len(people) < MIN_PATIENTS:
+        few = not_estimable(f"at least {MIN_PATIENTS} patients needed", len(people))
+        return dict.fromkeys(localisation(pairs, people), few)
+    values = resampled(lambda w: localisation(pairs, people, w), people, n, seed)
+    shape = {"median_distance_mm": {"bounds": None, "unit": "mm"}}
+    return {name: summarise(values[name].to_numpy(), len(people), **shape.get(name, {})) for name in values}
 
 # %% ../nbs/06_evaluate.ipynb #721298d8
 def annotation_agreement(lesions: pd.DataFrame, stacks: pd.DataFrame, min_iou: float = 0.1) -> pd.DataFrame:
@@ -500,7 +589,7 @@ def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> 
 # %% ../nbs/06_evaluate.ipynb #3126ea86
 def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
                    averaged: Sequence[int] | None = None) -> dict[str, float]:
-    """Balanced accuracy, Brier score, macro AUC and the AUC of each class (auc_0, auc_1, ...), over patients.
+    """Balanced accuracy, Brier score, macro AUC, and of each class k auc_k, sensitivity_k, specificity_k.
 
     Parameters
     ----------
@@ -521,7 +610,7 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
     brier = brier_score_loss(y, p, labels=list(classes), scale_by_half=False) if len(y) else np.nan
     macro = np.mean([auc[k] for k in averaged]) if averaged else np.nan
     return {"balanced_accuracy": _balanced_accuracy(y, p, averaged), "brier": float(brier), "auc_macro": float(macro),
-            **{f"auc_{k}": float(value) for k, value in enumerate(auc)}}
+            **{f"auc_{k}": float(value) for k, value in enumerate(auc)}, **_rates(y, p)}
 
 # %% ../nbs/06_evaluate.ipynb #e46f9651
 def _aucs(y, p):
@@ -541,6 +630,18 @@ def _balanced_accuracy(y, p, averaged):
     table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))[averaged]
     return float(np.mean(table[range(len(averaged)), averaged] / table.sum(axis=1)))
 
+# %% ../nbs/06_evaluate.ipynb #d385cab3
+def _rates(y, p):
+    """Sensitivity and specificity of each class, NaN where nobody is inside, or outside."""
+    table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1])) if len(y) else np.zeros((p.shape[1],) * 2)
+    true, called, hit = table.sum(1), table.sum(0), np.diag(table)
+    outside = table.sum() - true
+    nothing = np.full(len(true), np.nan)
+    sensitivity = np.divide(hit, true, out=nothing.copy(), where=true > 0)
+    specificity = np.divide(outside - called + hit, outside, out=nothing.copy(), where=outside > 0)
+    rates = {"sensitivity": sensitivity, "specificity": specificity}
+    return {f"{name}_{k}": float(value) for name, values in rates.items() for k, value in enumerate(values)}
+
 # %% ../nbs/06_evaluate.ipynb #606a6718
 def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
     """Classes with at least `MIN_EACH_CLASS` patients, over which means are taken."""
@@ -559,32 +660,63 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
     """
     truth = np.asarray(truth)
     counts = np.bincount(truth, minlength=len(classes))
-    names = {f"auc_{k}": f"auc_{name}" for k, name in enumerate(classes)}
-    units = {name: min(counts[k], len(truth) - counts[k]) for k, name in enumerate(names)}
     estimates = {}
     for column in values:
-        reason = _too_few(column, counts, classes)
-        units_here = max(1, units.get(column, len(truth)))
+        metric, _, k = column.rpartition("_")
+        k = int(k) if k.isdecimal() else None
+        reason, units_here = _too_few(column, counts, classes), len(truth)
+        if k is not None:
+            units_here = max(1, min(_sides(metric, int(counts[k]), len(truth))))
         bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
         made = not_estimable(reason) if reason else summarise(values[column].to_numpy(), units_here, bounds)
-        estimates[names.get(column, column)] = replace(made, n=len(truth))
+        estimates[column if k is None else f"{metric}_{classes[k]}"] = replace(made, n=len(truth))
     return estimates
 
 # %% ../nbs/06_evaluate.ipynb #83328670
-def _too_few(metric, counts, classes):
+def _sides(metric, inside, patients):
+    """The numbers of patients on which a metric of one class rests."""
+    return {"sensitivity": (inside,), "specificity": (patients - inside,)}.get(metric, (inside, patients - inside))
+
+
+def _too_few(column, counts, classes):
     """Why a subtype metric is withheld, or None."""
-    patients = int(counts.sum())
+    patients, (metric, _, k) = int(counts.sum()), column.rpartition("_")
     if patients < MIN_PATIENTS:
         return f"at least {MIN_PATIENTS} patients needed"
-    if metric in ("auc_macro", "balanced_accuracy"):
+    if column in ("auc_macro", "balanced_accuracy"):
         few = (counts >= MIN_EACH_CLASS).sum() < 2
         has = ", ".join(f"{name} has {count}" for name, count in zip(classes, counts, strict=True))
         return f"two classes with at least {MIN_EACH_CLASS} patients needed, {has}" if few else None
-    if metric.startswith("auc_"):
-        inside = int(counts[int(metric.removeprefix("auc_"))])
-        if min(inside, patients - inside) < MIN_PER_CLASS:
+    if k.isdecimal():
+        inside = int(counts[int(k)])
+        if min(_sides(metric, inside, patients)) < MIN_PER_CLASS:
             return f"{inside} in the class, {patients - inside} outside, at least {MIN_PER_CLASS} patients each needed"
     return None
+
+# %% ../nbs/06_evaluate.ipynb #a6ddce7a
+def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, classes: Sequence[str],
+                     patients: Sequence[str], n: int = 1000, seed: int = 0) -> tuple[dict, dict]:
+    """Subtype metrics of several models on the same patients and resamples, and what the network adds to the others.
+
+    Parameters
+    ----------
+    answers
+        For each name the probabilities (patients, classes).
+    truth
+        (patients,) class index.
+
+    Returns
+    -------
+    Estimates by "subtype/<name>/<metric>"; resamples by name.
+    """
+    averaged, metrics, drawn = averaged_classes(truth, len(classes)), {}, {}
+    for name, given in answers.items():
+        drawn[name] = resampled(lambda w, p=given: subtype_scores(truth, p, w, averaged), patients, n, seed, truth)
+        constant = bool(len(given)) and not np.ptp(given, axis=0).any()
+        made = subtype_estimates(drawn[name], truth, classes, constant)
+        metrics |= {f"subtype/{name}/{metric}": estimate for metric, estimate in made.items()}
+    names = ("balanced_accuracy", "auc_macro")
+    return metrics | network_minus_others("subtype", metrics, drawn, names), drawn
 
 # %% ../nbs/06_evaluate.ipynb #2419b3bb
 def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed: int = 0) -> Estimate:
@@ -599,6 +731,82 @@ def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed
     low, high = np.percentile(values, [2.5, 97.5])
     return Estimate(*(round(float(x), 6) for x in (values.mean(), low, high)), len(truth), True, None)
 
+# %% ../nbs/06_evaluate.ipynb #eabf064b
+def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
+    """What the scanner's settings say, one row a patient (index): numbers of the median scan, words of the first one.
+
+    Words that fewer than three patients share are pooled. Nothing of the picture enters.
+    """
+    numbers = [c for c in ("slice_thickness_mm", "slices", "has_pet") if c in cohort]
+    each = cohort.sort_values("stack_id").astype(dict.fromkeys(numbers, "float64")).groupby("patient_id")
+    parts = [each[numbers].median()]
+    for name in (c for c in ("manufacturer", "kernel") if c in cohort):
+        words = each[name].first().astype("str").str.upper().str.strip().fillna("UNKNOWN")
+        pooled = words.where(words.map(words.value_counts()) >= 3, "RARE")
+        parts.append(pd.get_dummies(pooled, prefix=name, dtype=float))
+    return pd.concat(parts, axis=1)
+
+
+def shuffled_training(features: pd.DataFrame, labelled: pd.DataFrame, columns: Sequence[str], lots: int = 50,
+                      seed: int = 0) -> list[pd.DataFrame]:
+    """Answers of the tabular model (`labels.baseline_probabilities`) after the training labels were dealt by lot."""
+    rng, training, classes = np.random.default_rng(seed), labelled["role"] == "train", labels.class_names(labelled)
+    target = labelled[training].drop_duplicates("patient_id").set_index("patient_id")["target"]
+    answers, dealt = [], labelled.copy()
+    for _ in range(lots):
+        lot = pd.Series(rng.permutation(target.to_numpy()), index=target.index)
+        dealt.loc[training, "target"] = labelled.loc[training, "patient_id"].map(lot)
+        dealt.loc[training, "subtype"] = dealt.loc[training, "target"].map(dict(enumerate(classes)))
+        answers.append(labels.baseline_probabilities(features, dealt, columns))
+    return answers
+
+# %% ../nbs/06_evaluate.ipynb #761a3a8c
+def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (patients, classes) after dividing their logarithms by `temperature`; rows sum to 1."""
+    logits = np.log(np.asarray(probability, float).clip(1e-12)) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
+    """The temperature (0.05 to 20) under which the true classes (patients,) are most likely; None for few patients."""
+    truth = np.asarray(truth)
+    if len(truth) < MIN_PATIENTS:
+        return None
+
+    def loss(log_temperature):
+        given = with_temperature(probability, np.exp(log_temperature))
+        return -np.log(given[np.arange(len(truth)), truth].clip(1e-300)).mean()
+
+    return round(float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)), 4)
+
+# %% ../nbs/06_evaluate.ipynb #e68d97e6
+def calibration_table(truth: np.ndarray, probability: np.ndarray, patients: Sequence[str], bins: int = 5, n: int = 1000,
+                      seed: int = 0) -> pd.DataFrame:
+    """How often what was said with some probability came true, for all classes together.
+
+    Parameters
+    ----------
+    truth, probability
+        (patients,) class index and (patients, classes).
+    bins
+        Bins hold about equally many probabilities.
+
+    Returns
+    -------
+    One row a bin that is not empty: predicted (mean probability), patients, observed (an estimate over patients).
+    """
+    p = np.asarray(probability, float)
+    true, edges = np.eye(p.shape[1])[truth], np.quantile(p, np.linspace(0, 1, bins + 1)) if p.size else np.zeros(2)
+    place, rows = np.searchsorted(edges[1:-1], p), []
+    for k in np.unique(place):
+        inside = place == k
+        own = inside.any(1)
+        counts = np.stack([(inside * true)[own].sum(1), inside[own].sum(1)], axis=1)
+        share = bootstrap_interval(lambda w, c=counts: (w @ c)[0] / (w @ c)[1], np.asarray(patients)[own], n, seed)
+        rows.append((float(p[inside].mean()), int(own.sum()), share))
+    return pd.DataFrame(rows, columns=["predicted", "patients", "observed"])
+
 # %% ../nbs/06_evaluate.ipynb #afcd3c9b
 def occlusion_map(score: Callable[[np.ndarray], np.ndarray], ct_hu: np.ndarray, z: int, cube: int = 8, stride: int = 4,
                   fill_hu: float = -850.0, batch: int = 16) -> np.ndarray:
@@ -607,24 +815,25 @@ def occlusion_map(score: Callable[[np.ndarray], np.ndarray], ct_hu: np.ndarray, 
     Parameters
     ----------
     score
-        Takes (n, z, y, x) HU and returns (n,) scores; `ct_hu` is one volume (z, y, x).
+        Takes (n, z, y, x) HU and returns (n,) or (n, heads) scores; `ct_hu` is one volume (z, y, x).
     cube, stride
         Side of the cube, painted with `fill_hu` (lung), and distance between its positions, in voxels.
 
     Returns
     -------
-    (y, x): positive where the score needs what is there; NaN where no cube came.
+    (y, x) or (heads, y, x): positive where the score needs what is there; NaN where no cube came.
     """
     z0 = int(np.clip(z - cube // 2, 0, max(0, ct_hu.shape[0] - cube)))
     places = [(y, x) for y in range(0, ct_hu.shape[1] - cube + 1, stride)
               for x in range(0, ct_hu.shape[2] - cube + 1, stride)]
-    before, total, times = float(score(ct_hu[None])[0]), np.zeros(ct_hu.shape[1:]), np.zeros(ct_hu.shape[1:])
+    before = np.asarray(score(ct_hu[None])[0], float)
+    total, times = np.zeros((*before.shape, *ct_hu.shape[1:])), np.zeros(ct_hu.shape[1:])
     for start in range(0, len(places), batch):
         some = places[start:start + batch]
         for after, (y, x) in zip(score(_painted(ct_hu, z0, some, cube, fill_hu)), some, strict=True):
-            total[y:y + cube, x:x + cube] += before - float(after)
+            total[..., y:y + cube, x:x + cube] += np.asarray(before - after, float)[..., None, None]
             times[y:y + cube, x:x + cube] += 1
-    return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
+    return np.divide(total, times, out=np.full_like(total, np.nan), where=np.broadcast_to(times > 0, total.shape))
 
 # %% ../nbs/06_evaluate.ipynb #c821df0b
 def _painted(ct_hu, z0, places, cube, fill_hu):
@@ -633,6 +842,103 @@ def _painted(ct_hu, z0, places, cube, fill_hu):
     for volume, (y, x) in zip(copies, places, strict=True):
         volume[z0:z0 + cube, y:y + cube, x:x + cube] = fill_hu
     return copies
+
+# %% ../nbs/06_evaluate.ipynb #6a60168c
+def activation_map(network, inputs, score: Callable, layer: str) -> np.ndarray:
+    """Where the features of a layer speak for a score: HiResCAM, without its negative part.
+
+    Parameters
+    ----------
+    network
+        A Keras model on the TensorFlow backend.
+    inputs
+        One volume as the network takes it, (1, z, y, x, channels).
+    score
+        Takes the network's outputs and returns one number to be explained.
+    layer
+        Name of a layer with output (1, s, s, s, channels).
+
+    Returns
+    -------
+    (s, s, s), not negative; the unit is that of the score.
+    """
+    import keras
+    import tensorflow
+
+    inner = keras.Model(network.inputs, [network.get_layer(layer).output, network.output])
+    inputs = tensorflow.convert_to_tensor(inputs)
+    with tensorflow.GradientTape() as tape:
+        tape.watch(inputs)                       # or a network without weights would leave no trace
+        features, outputs = inner(inputs, training=False)
+        value = score(outputs)
+    slope = tape.gradient(value, features)
+    return np.maximum(np.asarray(slope * features, "float32")[0].sum(-1), 0)
+
+# %% ../nbs/06_evaluate.ipynb #8c3d3d88
+def place_in_chest(corners_mm: np.ndarray, centre_mm: np.ndarray, level_mm: float = 40.0) -> list[str]:
+    """Side and level of boxes as the patient would say it, such as "left upper".
+
+    Parameters
+    ----------
+    corners_mm
+        (n, 6) boxes in LPS mm: x grows to the patient's left, z to the head.
+    centre_mm
+        (n, 3) centre of the lungs; above or below it by `level_mm` is upper or lower.
+    """
+    gap = np.asarray(corners_mm, float).reshape(-1, 2, 3).mean(1) - np.asarray(centre_mm, float)
+    level = np.select([gap[:, 2] > level_mm, gap[:, 2] < -level_mm], ["upper", "lower"], "middle")
+    return [f"{'left' if x > 0 else 'right'} {name}" for x, name in zip(gap[:, 0], level, strict=True)]
+
+
+def box_gaps(boxes_mm: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance in mm from the centre of each box to the surface of each other box, 0 inside; (boxes, others)."""
+    centres = np.asarray(boxes_mm, float).reshape(-1, 1, 2, 3).mean(2)
+    low, high = np.split(np.asarray(others, float).reshape(1, -1, 6), 2, axis=2)
+    return np.linalg.norm(np.maximum(np.maximum(low - centres, centres - high), 0), axis=-1)
+
+# %% ../nbs/06_evaluate.ipynb #948a909f
+def missed_lesions(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """The lesions without a hit at `threshold`, largest first, with columns size_mm, score (best chance) and reason.
+
+    Parameters
+    ----------
+    lesions
+        The lesions of the scans in `scored`: lesion_id, stack_id and `CORNERS_MM`.
+    """
+    missed = lesions[~lesions_found(scored, lesions, threshold)].copy()
+    missed["size_mm"] = np.maximum(missed["x1_mm"] - missed["x0_mm"], missed["y1_mm"] - missed["y0_mm"])
+    boxes = dict(list(scored.table.groupby("stack_id")))
+    told = [_why_missed(row, boxes.get(row.stack_id, scored.table.iloc[:0]), threshold) for row in missed.itertuples()]
+    missed[["score", "reason"]] = pd.DataFrame(told, columns=["score", "reason"], index=missed.index)
+    return missed.sort_values(["size_mm", "lesion_id"], ascending=[False, True], ignore_index=True)
+
+# %% ../nbs/06_evaluate.ipynb #6338ab7b
+def _why_missed(lesion, boxes, threshold):
+    """Score of the box that came nearest, and in words how near it came."""
+    box, corners = [getattr(lesion, name) for name in CORNERS_MM], boxes[CORNERS_MM].to_numpy(float)
+    weak, sure = boxes[boxes["lesion_id"] == lesion.lesion_id], (boxes["score"] >= threshold).to_numpy()
+    if len(weak):
+        best = weak["score"].max()
+        return best, f"its best box scores {best:.2f}, below the threshold {threshold:.2f}"
+    iou, gaps = iou_matrix(corners, [box])[:, 0], box_gaps(corners, [box])[:, 0]
+    if (iou[sure] > 0).any():
+        best = np.flatnonzero(sure)[iou[sure].argmax()]
+        return boxes["score"].iloc[best], f"a box overlaps it (IoU {iou[best]:.2f}) but is centred elsewhere"
+    if sure.any():
+        return np.nan, f"nearest box above the threshold is {gaps[sure].min():.0f} mm away"
+    return np.nan, "no box above the threshold in this scan"
+
+# %% ../nbs/06_evaluate.ipynb #817b5ca7
+def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """The false positives at `threshold`, surest first, with columns size_mm and reason."""
+    alarms = scored.table[scored.false & (scored.score >= threshold)].copy()
+    alarms["size_mm"] = np.maximum(alarms["x1_mm"] - alarms["x0_mm"], alarms["y1_mm"] - alarms["y0_mm"])
+    truth = {name: part[CORNERS_MM].to_numpy(float) for name, part in lesions.groupby("stack_id")}
+    gaps = [box_gaps([[getattr(row, name) for name in CORNERS_MM]], truth.get(row.stack_id, np.zeros((0, 6)))).ravel()
+            for row in alarms.itertuples()]
+    alarms["reason"] = [f"centre {gap.min():.0f} mm from the nearest lesion" if len(gap) else "no lesion annotated here"
+                        for gap in gaps]
+    return alarms.reset_index(drop=True)
 
 # %% ../nbs/06_evaluate.ipynb #b003de81
 def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool,
@@ -710,7 +1016,8 @@ CARD_REST = """
 {metrics}
 
 A hit is a box whose centre lies in the lesion's box, or whose IoU with it reaches the number in the metric's name. The
-rows "validation" are optimistic: the training was stopped by them. "shuffled_labels" is the range of chance.
+rows "validation" are optimistic: the training was stopped by them. "shuffled_labels" and "shuffled_training" are ranges
+of chance. "network_calibrated" is the network after a temperature that was fitted on the validation patients.
 
 ## Limits
 - All patients behind the collection have cancer: nothing is known about healthy people, nor about screening.

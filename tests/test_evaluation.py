@@ -5,10 +5,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV, calibration_curve
+from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score, roc_auc_score
 
 from lungct import evaluation as ev
-from lungct import runs
+from lungct import labels, runs
 
 PATIENTS = [f"P{i:02}" for i in range(12)]
 
@@ -286,12 +290,32 @@ def test_threshold_comes_from_validation(hand):
     assert ev.operating_threshold(nothing) is None
 
 
-def test_sensitivity_by_group_counts_even_where_it_cannot_estimate(hand):
+def test_shares_by_group_count_even_where_they_cannot_estimate(hand):
     lesions = boxes([("one", 0, 1), ("one", 50, 1), ("two", 0, 1)]).assign(patient_id=["P1", "P1", "P2"])
-    table = ev.sensitivity_by(hand, lesions, pd.Series(["left", "right", "left"]), threshold=0.5)
-    facts = table[["group", "patients", "lesions", "found"]].to_numpy().tolist()
-    assert facts == [["left", 2, 2, 2], ["right", 1, 1, 0]]
+    found = ev.lesions_found(hand, lesions, threshold=0.5)
+    assert found.tolist() == [True, False, True]
+    table = ev.share_by(found, lesions["patient_id"], pd.Series(["left", None, "left"], index=[7, 8, 9]))
+    facts = table[["group", "patients", "counted", "right"]].to_numpy().tolist()
+    assert facts == [["left", 2, 2, 2], ["unknown", 1, 1, 0]]           # what has no group stays counted
     assert not any(e.estimable for e in table["estimate"])
+
+
+def test_shares_by_group_have_patient_intervals():
+    patients = np.repeat(PATIENTS, 2)
+    right = np.repeat(np.arange(12) < 9, 2)
+    table = ev.share_by(right, patients, pd.Categorical(["z"] * 24, ["z", "a"]), n=400)
+    by_patient = ev.bootstrap_interval(lambda w: w @ right[::2] / w.sum(), PATIENTS, 400)
+    assert table["estimate"].tolist() == [by_patient]                    # two copies of a patient are no evidence
+
+
+def test_scan_groups_say_what_the_headers_say():
+    cohort = pd.DataFrame({"stack_id": ["a", "b", "c"], "manufacturer": ["GE MEDICAL SYSTEMS", "Siemens", None],
+                           "slice_thickness_mm": [2.0, 2.5, np.nan], "sex": ["F", "M", None]})
+    groups = ev.scan_groups(cohort).astype("object").fillna("?")
+    assert groups.loc["a"].tolist() == ["GE", "up to 2 mm", "women"]
+    assert groups.loc["b"].tolist() == ["SIEMENS", "2 to 4 mm", "men"]
+    assert groups.loc["c"].tolist() == ["UNKNOWN", "?", "?"]
+    assert ev.scan_groups(cohort[["stack_id"]]).isna().to_numpy()[:, 1:].all()
 
 
 def test_agreement_pairs_within_one_frame_of_reference_only():
@@ -329,6 +353,10 @@ def test_subtype_scores_agree_with_scikit_learn_on_copied_patients(seed, classes
     assert np.isclose(made["auc_macro"], np.mean(auc))
     squared = ((probability - np.eye(classes)[truth]) ** 2).sum(1)
     assert np.isclose(made["brier"], np.average(squared, weights=weights))
+    for k in range(classes):
+        inside, said = truth[rows] == k, called[rows] == k
+        assert np.isclose(made[f"sensitivity_{k}"], recall_score(inside, said))
+        assert np.isclose(made[f"specificity_{k}"], recall_score(~inside, ~said))
 
 
 def subtype_table(counts, seed=0):
@@ -362,6 +390,8 @@ def test_rules_for_subtypes():
     made = ev.subtype_estimates(values, truth, ["A", "G"])
     assert made["auc_A"].reason == "8 in the class, 4 outside, at least 5 patients each needed"
     assert made["balanced_accuracy"].estimable and made["brier"].estimable and made["balanced_accuracy"].n == 12
+    assert made["sensitivity_A"].estimable and not made["specificity_A"].estimable      # 8 inside, 4 outside
+    assert not made["sensitivity_G"].estimable and made["specificity_G"].estimable
     truth, values = subtype_table([10, 2])
     assert ev.subtype_estimates(values, truth, ["A", "G"])["balanced_accuracy"].reason == (
         "two classes with at least 3 patients needed, A has 10, G has 2")
@@ -373,7 +403,8 @@ def test_rules_for_subtypes():
 def test_no_patients_no_subtype_numbers():
     values = ev.resampled(lambda w: ev.subtype_scores(np.zeros(0, int), np.zeros((0, 2)), w), [], 10)
     made = ev.subtype_estimates(values, np.zeros(0, int), ["A", "G"])
-    assert set(made) == {"balanced_accuracy", "brier", "auc_macro", "auc_A", "auc_G"}
+    each = {f"{name}_{c}" for name in ("auc", "sensitivity", "specificity") for c in "AG"}
+    assert set(made) == {"balanced_accuracy", "brier", "auc_macro", *each}
     assert not any(e.estimable for e in made.values())
 
 
@@ -382,6 +413,145 @@ def test_chance_is_chance():
     made = ev.chance_range(truth, np.eye(4)[truth], n=150)           # a perfect network, with the labels dealt out anew
     assert abs(made.value - 0.25) < 0.03 and made.low < 0.25 < made.high < 0.7
     assert not ev.chance_range(truth[:4], np.eye(4)[truth[:4]]).estimable
+
+
+# calibration and baselines ----------------------------------------------------------------------------------------
+
+class Given(ClassifierMixin, BaseEstimator):
+    """A fitted classifier whose answers are its inputs, for scikit-learn."""
+
+    def __init__(self, classes_=None):
+        self.classes_ = classes_
+
+    def fit(self, X, y):
+        return self
+
+    def predict(self, X):
+        return X.argmax(1)
+
+    def decision_function(self, X):
+        return X
+
+    def predict_proba(self, X):
+        return softmax(X, axis=1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_temperature_agrees_with_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    truth = np.r_[np.arange(3), rng.integers(0, 3, 60)]
+    logits = rng.normal(0, 3, (63, 3)) + 2 * np.eye(3)[truth]
+    theirs = CalibratedClassifierCV(FrozenEstimator(Given(np.arange(3))), method="temperature").fit(logits, truth)
+    ours = ev.fit_temperature(softmax(logits, axis=1), truth)
+    beta = theirs.calibrated_classifiers_[0].calibrators[0].beta_
+    assert np.isclose(ours, 1 / beta, rtol=0.02)
+    made = ev.with_temperature(softmax(logits, axis=1), ours)
+    assert np.allclose(made, theirs.predict_proba(logits), atol=0.01)
+    assert np.array_equal(made.argmax(1), logits.argmax(1)) and np.allclose(made.sum(1), 1)
+
+
+def test_few_validation_patients_give_no_temperature():
+    assert ev.fit_temperature(np.full((9, 2), 0.5), np.zeros(9, int)) is None
+    certain = np.tile([1.0, 0.0], (10, 1))                        # certain and wrong: no infinity comes out
+    assert ev.fit_temperature(certain, np.ones(10, int)) == pytest.approx(20, rel=0.01)
+
+
+def test_calibration_agrees_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    probability, truth = rng.dirichlet(np.ones(3), 80), rng.integers(0, 3, 80)
+    table = ev.calibration_table(truth, probability, [f"P{i}" for i in range(80)], n=50)
+    observed, predicted = calibration_curve(np.eye(3)[truth].ravel(), probability.ravel(), n_bins=5,
+                                            strategy="quantile")
+    assert np.allclose(table["predicted"], predicted)
+    assert np.allclose([e.value for e in table["observed"]], observed, atol=1e-6)
+    few = ev.calibration_table(truth[:9], probability[:9], [f"P{i}" for i in range(9)], n=50)
+    assert len(few) and not any(e.estimable for e in few["observed"])
+    assert ev.calibration_table(np.zeros(0, int), np.zeros((0, 3)), []).empty
+
+
+def confounded_cohort(patients=40):
+    """Two scans a patient; the scanner tells the subtype, the tumour's place does not."""
+    rng = np.random.default_rng(0)
+    target = np.arange(patients) % 2
+    rows = pd.DataFrame({"patient_id": [f"P{i:02}" for i in range(patients)], "target": target,
+                         "subtype": np.array(["A", "G"])[target],
+                         "role": np.where(np.arange(patients) < 24, "train", "test"),
+                         "manufacturer": np.where(target, "GE", "SIEMENS"), "kernel": "x", "slices": 30,
+                         "slice_thickness_mm": 1 + 4.0 * target, "has_pet": pd.array([True, pd.NA] * (patients // 2))})
+    cohort = pd.concat([rows.assign(stack_id=rows["patient_id"] + f"_{k}") for k in "ab"], ignore_index=True)
+    features = pd.DataFrame({"subtype": rows["subtype"].to_numpy(), "size": rng.normal(size=patients)},
+                            index=rows["patient_id"])
+    return cohort, features
+
+
+def test_acquisition_alone_is_found_out_when_it_tells_the_subtype():
+    cohort, _ = confounded_cohort()
+    settings_of = ev.acquisition_features(cohort)
+    assert len(settings_of) == 40 and "subtype" not in settings_of and "target" not in settings_of
+    made = labels.baseline_probabilities(settings_of, cohort, list(settings_of))
+    test = cohort[cohort["role"] == "test"].drop_duplicates("patient_id")
+    assert (made.loc[test["patient_id"], "p_G"].to_numpy() > 0.5).tolist() == (test["subtype"] == "G").tolist()
+
+
+def test_a_model_trained_on_shuffled_labels_knows_nothing():
+    cohort, features = confounded_cohort()
+    features["size"] = features["subtype"].map({"A": 0.0, "G": 1.0})           # a feature that tells all
+    honest = labels.baseline_probabilities(features, cohort, ["size"])
+    answers = ev.shuffled_training(features, cohort, ["size"], lots=30)
+    test = cohort[cohort["role"] == "test"].drop_duplicates("patient_id")
+    truth = test["target"].to_numpy()
+
+    def score(table):
+        return ev.subtype_scores(truth, table.loc[test["patient_id"], ["p_A", "p_G"]].to_numpy())["balanced_accuracy"]
+
+    assert score(honest) == 1
+    assert abs(np.mean([score(table) for table in answers]) - 0.5) < 0.25
+    assert len({score(table) for table in answers}) > 1 and cohort["role"].eq("train").any()
+
+
+def test_models_are_compared_on_the_same_resamples():
+    truth = np.repeat([0, 1], 8)
+    right, wrong = np.eye(2)[truth], np.eye(2)[1 - truth]
+    answers = {"network": right, "tabular": wrong, "network_calibrated": right, "majority": np.full((16, 2), 0.5)}
+    made, drawn = ev.compare_subtypes(answers, truth, ["A", "G"], [f"P{i}" for i in range(16)], n=50)
+    difference = made["subtype/network_minus_tabular/balanced_accuracy"]
+    assert difference.value == 1 and "subtype/network_minus_network_calibrated/auc_macro" not in made
+    assert str(made["subtype/majority/balanced_accuracy"]) == "0.50 [0.50, 0.50]"
+    alone, _ = ev.compare_subtypes({"tabular": wrong}, truth, ["A", "G"], [f"P{i}" for i in range(16)], n=50)
+    assert not any("minus" in name for name in alone) and set(drawn) == set(answers)
+
+
+# errors -----------------------------------------------------------------------------------------------------------
+
+def test_each_missed_lesion_has_a_reason_that_can_be_measured():
+    truth = boxes([("one", 0, 1), ("one", 100, 1), ("one", 200, 1), ("two", 0, 1), ("three", 0, 1)])
+    truth.loc[2, "x1_mm"] = 240.0
+    found = boxes([("one", 1, 0.2), ("one", 108, 0.9), ("one", 150, 0.8), ("two", 40, 0.9), ("three", 90, 0.1)])
+    scored = ev.score_scans(found.drop(columns="lesion_id"), truth,
+                            scans(("one", "P1"), ("two", "P2"), ("three", "P3")))
+    missed = ev.missed_lesions(scored, truth, threshold=0.5).set_index("lesion_id")
+    assert missed.index[0] == "L2" and missed.loc["L2", "size_mm"] == 40            # the largest first
+    assert missed.loc["L0", "reason"] == "its best box scores 0.20, below the threshold 0.50"
+    assert missed.loc["L1", "reason"] == "a box overlaps it (IoU 0.11) but is centred elsewhere"
+    assert missed.loc["L2", "reason"] == "nearest box above the threshold is 45 mm away"
+    assert missed.loc["L3", "reason"] == "nearest box above the threshold is 35 mm away"
+    assert missed.loc["L4", "reason"] == "no box above the threshold in this scan"
+    assert ev.missed_lesions(scored, truth.iloc[:0], 0.5).empty
+
+
+def test_each_false_alarm_says_how_far_it_is_from_a_lesion():
+    truth = boxes([("one", 0, 1)])
+    found = boxes([("one", 2, 0.9), ("one", 30, 0.7), ("two", 0, 0.8), ("two", 0, 0.1)]).drop(columns="lesion_id")
+    scored = ev.score_scans(found, truth, scans(("one", "P1"), ("two", "P2")))
+    alarms = ev.false_alarms(scored, truth, threshold=0.5)
+    assert alarms[["score", "reason"]].to_numpy().tolist() == [
+        [0.8, "no lesion annotated here"], [0.7, "centre 25 mm from the nearest lesion"]]
+
+
+def test_place_is_the_patients_left_and_right():
+    corners = [[-60, 0, 90, -40, 10, 110], [40, 0, -110, 60, 10, -90], [40, 0, -10, 60, 10, 10]]
+    assert ev.place_in_chest(corners, [0, 0, 0]) == ["right upper", "left lower", "left middle"]
+    assert ev.place_in_chest(np.zeros((0, 6)), np.zeros((0, 3))) == []
 
 
 # the artifact -----------------------------------------------------------------------------------------------------
@@ -429,9 +599,51 @@ def test_a_withheld_model_withholds_the_difference():
     assert none.value == 0 and none.low < 0 < none.high
 
 
-def test_median_distance(hand):
-    assert ev.median_distance(hand, 0.4) == 1.0 and ev.median_distance(hand, 0.7) == 1.5
-    assert ev.median_distance(hand, 0.4, np.array([0, 3])) == 2.0 and np.isnan(ev.median_distance(hand, 0.95))
+def test_localisation_counts_pairs_as_often_as_their_patient():
+    pairs = pd.DataFrame({"patient_id": ["P", "P", "Q"], "iou": [0.4, 0.6, 1.0], "distance_mm": [5.0, 3.0, 1.0]})
+    assert ev.localisation(pairs, ["P", "Q"]) == pytest.approx(
+        {"mean_iou": 2 / 3, "iou_at_least_0.5": 2 / 3, "median_distance_mm": 3})
+    assert ev.localisation(pairs, ["P", "Q"], np.array([1, 3]))["median_distance_mm"] == 1
+    assert np.isnan(ev.localisation(pairs, ["P", "Q"], np.array([0, 0]))["mean_iou"])
+    few = ev.localisation_estimates(pairs, ["P", "Q", "R"])
+    assert not any(e.estimable for e in few.values()) and few["mean_iou"].n == 2
+    many = pd.concat([pairs.assign(patient_id=name) for name in PATIENTS])
+    made = ev.localisation_estimates(many, PATIENTS, n=50)
+    assert made["median_distance_mm"].unit == "mm" and made["median_distance_mm"].high == 3
+
+
+def random_cohort(seed):
+    """Boxes of any shape in three dimensions, some near lesions, with tied scores."""
+    rng = np.random.default_rng(seed)
+    stacks = scans(*[(f"s{i}", f"p{i // 2}") for i in range(int(rng.integers(2, 9)))])
+    low, side = rng.uniform(0, 80, (12, 3)), rng.uniform(4, 40, (12, 3))
+    truth = pd.DataFrame(np.hstack([low, low + side]), columns=ev.CORNERS_MM)
+    truth = truth.assign(stack_id=rng.choice(stacks["stack_id"], 12), lesion_id=[f"L{i}" for i in range(12)])
+    near = truth.iloc[rng.integers(0, 12, 40)][ev.CORNERS_MM].to_numpy() + rng.normal(0, 6, (40, 6))
+    near[:, 3:] = np.maximum(near[:, 3:], near[:, :3] + 1)
+    found = pd.DataFrame(near, columns=ev.CORNERS_MM)
+    return found.assign(stack_id=rng.choice(stacks["stack_id"], 40), score=rng.integers(1, 30, 40) / 30), truth, stacks
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("min_iou", [None, 0.1, 0.5])
+def test_random_boxes_agree_with_brute_force_and_scikit_learn(seed, min_iou):
+    found, truth, stacks = random_cohort(seed)
+    scored = ev.score_scans(found, truth, stacks, min_iou)
+    for false, sensitivity, threshold in zip(*ev.froc(scored), strict=True):
+        hits, wrong, _ = brute_force(found, truth, stacks, min_iou, threshold)
+        assert np.isclose(false, wrong / len(stacks)) and np.isclose(sensitivity, hits / len(truth))
+    # the seven points of LUNA16 from the plain definition: the best sensitivity that any threshold affords
+    thresholds = [np.inf, *sorted(set(found["score"]))]
+    counts = [brute_force(found, truth, stacks, min_iou, t)[:2] for t in thresholds]
+    cpm = np.mean([max(hits for hits, wrong in counts if wrong / len(stacks) <= limit) / len(truth)
+                   for limit in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)])
+    assert np.isclose(ev.sensitivity_at(ev.froc(scored)).mean(), cpm)
+    # scikit-learn knows nothing of lesions that nobody found: they are the share that is left of the area
+    listed = [hit for hit, _ in sorted(zip(scored.hit, -scored.score, strict=True), key=lambda pair: pair[1])]
+    if any(listed):
+        area = average_precision_score(scored.hit, scored.score) * sum(listed) / len(truth)
+        assert np.isclose(ev.average_precision(scored), area)
 
 
 def test_prediction_table_keeps_unknown_subtypes_empty():
@@ -459,6 +671,17 @@ def test_occlusion_lights_up_what_the_score_needs():
     volume = np.zeros((16, 16, 16), "float32")
     seen = ev.occlusion_map(lambda v: v[:, 4:8, 8:12, 8:12].mean(axis=(1, 2, 3)), volume, z=6, cube=4, stride=4)
     assert np.unravel_index(np.nanargmax(seen), seen.shape) == (8, 8) and seen[0, 0] == 0
+
+
+def test_occlusion_of_two_heads_is_two_maps():
+    volume = np.random.default_rng(0).normal(size=(8, 8, 8)).astype("float32")
+
+    def heads(v):
+        return np.stack([v[:, :, 0:4].mean(axis=(1, 2, 3)), v.mean(axis=(1, 2, 3))], axis=1)
+
+    both = ev.occlusion_map(heads, volume, z=4, cube=4, stride=4)
+    alone = ev.occlusion_map(lambda v: heads(v)[:, 0], volume, z=4, cube=4, stride=4)
+    assert both.shape == (2, 8, 8) and np.allclose(both[0], alone)
 
 
 def sentence(low, high, phantoms=True):

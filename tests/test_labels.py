@@ -842,3 +842,9 @@ def test_lungct_run_stops_at_an_error_in_one_line_unless_it_is_named(one_subtype
     assert roles == runs.load_json(tmp_path / "roles.json")["roles"]
     with pytest.raises(runs.InputError, match=r"roles.json was frozen with fractions \[0.6, 0.2, 0.2\]"):
         course.run_course(course.plan_course(str(tmp_path), given | {"test_fraction": "0.3"}), course.Progress())
+
+
+def test_headers_without_any_manufacturer_are_called_unknown():
+    for silent in (pd.Series([None, None], dtype="str"), pd.Series([np.nan, ""], dtype=object)):
+        assert lab.vendor_names(silent).tolist() == ["UNKNOWN", "UNKNOWN"]
+    assert lab.vendor_names(pd.Series(["GE MEDICAL", None])).tolist() == ["GE", "UNKNOWN"]

@@ -29,6 +29,14 @@ def test_tagged_figures_take_the_heading_above_them(tmp_path):
     assert report.tagged_figures(nbformat.read(path, as_version=4)) == [("Slices in mm", PIXEL)]
 
 
+def test_a_figure_may_say_more_than_its_heading(tmp_path):
+    cell = figure_cell(["report"])
+    cell.source = "# figure: one slice\nplot()"
+    path = notebook(tmp_path, [nbformat.v4.new_markdown_cell("## Slices"), cell])
+    figures = report.tagged_figures(nbformat.read(path, as_version=4))
+    assert figures == [("Slices: one slice", PIXEL)] and 'alt="Slices: one slice"' in report.figures_html(figures)
+
+
 def test_chapter_has_alternative_texts_and_no_scripts(tmp_path):
     path = notebook(tmp_path, [nbformat.v4.new_markdown_cell('## Slices "in" mm'), figure_cell(),
                                nbformat.v4.new_code_cell("x = 1  # <script>alert(1)</script>")])
@@ -73,3 +81,73 @@ def test_too_few_patients_are_said_in_words(patients, words):
                            "role": ["train"] * patients + ["unused"]})
     assert words in report.too_few_html({"metrics": {"cpm": {"estimable": False}}}, labels)
     assert report.too_few_html({"metrics": {"cpm": {"estimable": True}}}, labels) == ""
+
+
+def estimate(value, reason=None):
+    return {"estimable": reason is None, "value": value, "low": 0.1, "high": 0.9, "n": 12, "unit": "", "reason": reason}
+
+
+def test_models_stand_side_by_side_and_missing_numbers_say_so():
+    metrics = {"subtype/majority/auc": estimate(0.5), "subtype/tabular/auc": estimate(0.7),
+               "subtype/shuffled_labels/auc": estimate(None, "too few"), "subtype/network/auc": estimate(0.8),
+               "other/network/auc": estimate(0.3)}
+    html = report.compare_html(metrics, "subtype", {"auc": "AUC", "brier": "Brier score"}, "All")
+    order = [html.index(word) for word in ("<td>network", "<td>tabular", "<td>majority", "<td>shuffled labels")]
+    assert order == sorted(order) and "0.80 [0.10, 0.90]" in html and "Brier" not in html and "0.30" not in html
+    assert html.count("not estimable") == 1 and report.compare_html({}, "subtype", {"auc": "AUC"}, "All") == ""
+    assert "1 of 5 numbers are withheld" in report.reasons_html(metrics) and "too few" in report.reasons_html(metrics)
+
+
+def test_the_headline_sets_the_patients_apart():
+    html = report.headline_html({"headline": [
+        {"label": "<CPM>", "text": "0.81 [0.56, 0.99] (12 phantom test patients)"},
+        {"label": "AUC", "text": "not estimable: at least 10 patients needed"}]})
+    assert "<dd>0.81 [0.56, 0.99]<small> (12 phantom test patients)</small></dd>" in html
+    assert "&lt;CPM&gt;" in html and "<dd>not estimable: at least 10 patients needed<small></small></dd>" in html
+
+
+def test_errors_are_listed_with_what_can_be_checked():
+    errors = pd.DataFrame({"error": ["missed"] * 3 + ["false alarm"], "patient_id": "P", "stack_id": list("abcd"),
+                           "size_mm": 12.5, "slice_thickness_mm": 5.0, "place": "left upper",
+                           "score": [0.1, None, 0.3, 0.4], "reason": "<b>near</b>"})
+    html = report.errors_html(errors, first=2)
+    assert html.count("<tr>") == 1 + 2 + 1 and "in all: 3 missed, 1 false alarm" in html
+    assert "nan" not in html and "<b>" not in html and "left upper" in html
+    assert report.errors_html(errors.iloc[:0]) == "<p>No errors.</p>"
+
+
+def test_groups_keep_facts_beside_what_cannot_be_estimated():
+    row = {"by": "sex", "group": "women", "patients": 4, "counted": 8, "right": 7, "estimate": estimate(None, "few")}
+    html = report.groups_html([row], "lesions", "Found")
+    assert "women" in html and ">7</td>" in html and "not estimable" in html and report.groups_html([], "x", "y") == ""
+
+
+def test_the_model_card_becomes_a_page_and_stays_text():
+    table = "| a | b |\n|---|---|\n| <script>x</script> | 2 |\n"
+    body = report.card_html(f"# Model card\n\n**Not for clinical use.**\n\n{table}")
+    assert "<h2>Model card" in body and "<strong>Not for clinical use.</strong>" in body
+    assert "<script" not in body and '<th scope="col">' in body and 'role="region"' in body
+
+
+def test_nothing_from_outside_stays_in_a_chapter(tmp_path):
+    text = ("![away](https://example.invalid/a.png)\n\n"
+            "<iframe src='https://example.invalid'></iframe><link href='x.css'>")
+    body = report.chapter_html(notebook(tmp_path, [nbformat.v4.new_markdown_cell(text), figure_cell()]))
+    assert "example.invalid" not in body and "<link" not in body and body.count("<img") == 1
+
+
+def test_sections_are_linked_and_empty_ones_left_out():
+    html = report.sections_html({"Where it fails": "<p>x</p>", "Nothing": "", "May I believe it?": "<p>y</p>"})
+    assert re.findall(r'href="#([^"]+)"', html) == re.findall(r'h2 id="([^"]+)"', html) == [
+        "where-it-fails", "may-i-believe-it"]
+
+
+def test_cross_validation_has_a_page(tmp_path):
+    merged = {"headline": [{"label": "CPM", "text": "0.8 (15 phantom test patients)"}], "data": "phantoms",
+              "metrics": {"subtype/network/auc_macro": estimate(0.8)},
+              "folds": [{"fold": 1, "patients": 3, "subtype/network/auc_macro": None},
+                        {"fold": 2, "patients": 4, "subtype/network/auc_macro": 0.75}]}
+    runs.save_json(merged, tmp_path / "crossval" / "metrics.json")
+    page = report.build_crossval(tmp_path).read_text(encoding="utf-8")
+    assert "in 2 folds" in page and "say nothing about patients" in page and "0.80 [0.10, 0.90]" in page
+    assert page.count("not estimable") == 1 and ">0.75</td>" in page and "subtype: auc macro" in page
