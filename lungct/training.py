@@ -129,6 +129,10 @@ def gather(cohort, labels: pd.DataFrame, role: str) -> Examples:
     return Examples(cohort.ct_hu[rows], boxes, picked["target"].to_numpy(int), picked["patient_id"].to_numpy(str),
                     stacks[rows], None if cohort.pet_suv is None else cohort.pet_suv[rows])
 
+
+def _has_pet(pet_suv: np.ndarray) -> np.ndarray:
+    return ~np.isnan(pet_suv).all(axis=(1, 2, 3))
+
 # %% ../nbs/05_train_3d_cnn.ipynb #2f01536b
 WINDOWS_HU = ((-1000.0, 400.0), (-160.0, 240.0))  # lung and bone; soft tissue. Lower edge -> 0, upper edge -> 1
 WINDOW_SUV = 10.0  # SUV 0 -> 0, from here on -> 1; tumours that take up sugar lie between 2.5 and 20
@@ -153,10 +157,6 @@ def _known(pet_suv):
     suv = ops.convert_to_tensor(pet_suv, dtype="float32")
     known = ops.logical_not(ops.isnan(suv))
     return ops.where(known, suv, ops.zeros_like(suv)), ops.cast(known, "float32")
-
-
-def _has_pet(pet_suv: np.ndarray) -> np.ndarray:
-    return ~np.isnan(pet_suv).all(axis=(1, 2, 3))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #de6a765e
 def layer_costs(network: keras.Model) -> pd.DataFrame:
@@ -764,29 +764,6 @@ def _on_device(batch: Examples, train: Examples, rows: np.ndarray, held):
     return ops.stack([held[int(row)] if kept else ops.convert_to_tensor(volume)
                       for volume, row, kept in zip(batch.ct_hu, rows, same, strict=True)])
 
-# %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
-def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 8) -> dict[str, float]:
-    """Seconds a step: "making" a batch alone, "bare" train_on_batch, "loop" of both. `network` is not changed."""
-    trainer = _trainer(keras.models.clone_model(network), settings, len(set(train.patient_id)))
-
-    def feed():
-        return islice(_batches(trainer, train, settings, 1), steps)
-
-    def seconds(batches: Iterable, step: Callable) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            step(batch)
-        return (time.perf_counter() - start) / len(made)
-
-    def step(batch):
-        trainer.train_on_batch(*batch[1:])
-
-    made = [*feed()]
-    step(made[0])  # the first call traces the graph
-    rounds = [{"making": seconds(feed(), len), "bare": seconds(made, step), "loop": seconds(_ahead(feed()), step)}
-              for _ in range(3)]
-    return {name: min(each[name] for each in rounds) for name in rounds[0]}
-
 # %% ../nbs/05_train_3d_cnn.ipynb #460d15a4
 def _targets(network: keras.Model, boxes: Sequence, target: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     wanted = {}
@@ -837,6 +814,29 @@ def _found(outputs: Mapping, examples: Examples) -> float:
 # %% ../nbs/05_train_3d_cnn.ipynb #9b52ec66
 def _one_each(examples: Examples) -> Examples:
     return examples.take(np.sort(np.unique(examples.patient_id, return_index=True)[1]))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
+def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 8) -> dict[str, float]:
+    """Seconds a step: "making" a batch alone, "bare" train_on_batch, "loop" of both. `network` is not changed."""
+    trainer = _trainer(keras.models.clone_model(network), settings, len(set(train.patient_id)))
+
+    def feed():
+        return islice(_batches(trainer, train, settings, 1), steps)
+
+    def seconds(batches: Iterable, step: Callable) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        return (time.perf_counter() - start) / len(made)
+
+    def step(batch):
+        trainer.train_on_batch(*batch[1:])
+
+    made = [*feed()]
+    step(made[0])  # the first call traces the graph
+    rounds = [{"making": seconds(feed(), len), "bare": seconds(made, step), "loop": seconds(_ahead(feed()), step)}
+              for _ in range(3)]
+    return {name: min(each[name] for each in rounds) for name in rounds[0]}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8ec7ead2
 def _key(network: keras.Model, train: Examples, validation: Examples | None, settings: Settings) -> str:
