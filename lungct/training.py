@@ -487,7 +487,8 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
     def each(low, high):
         return rng.uniform(low, high, (len(volumes), 1, 1, 1)).astype("float32")
 
-    noise = each(0, noise_hu) * rng.standard_normal(tuple(volumes.shape), dtype="float32")
+    level, noise = each(0, noise_hu), rng.standard_normal(tuple(volumes.shape), dtype="float32")
+    noise *= level
     return volumes * each(1 - gain, 1 + gain) + each(-offset_hu, offset_hu) + noise
 
 # %% ../nbs/05_train_3d_cnn.ipynb #34efdd84

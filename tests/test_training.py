@@ -541,6 +541,27 @@ def test_volumes_held_on_the_device_give_the_same_batches():
         assert all(np.array_equal(one[2][name], two[2][name]) for name in one[2])
 
 
+def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
+    net, few = network(), toys(4)
+    need = int(training.memory_estimate(net, quick(), few).sum())
+    assert training._hold(net, quick(), few) is None or training._has_gpu()  # on a CPU they are where they should be
+    monkeypatch.setattr(training, "_has_gpu", lambda: True)
+    for free, held in ((2 * need, True), (need, False), (None, False)):
+        monkeypatch.setattr(training, "free_memory", lambda free=free: free)
+        assert (training._hold(net, quick(), few) is not None) == held
+
+
+@pytest.mark.parametrize(("backend", "module"), [
+    ("torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (7, 9)))),
+    ("jax", SimpleNamespace(local_devices=lambda: [SimpleNamespace(
+        memory_stats=lambda: {"bytes_limit": 9, "bytes_in_use": 2})]))])
+def test_a_gpu_tells_its_own_free_memory(monkeypatch, backend, module):
+    monkeypatch.setattr(training.keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(training.keras.distribution, "list_devices", lambda: ["cuda:0"])
+    monkeypatch.setitem(sys.modules, backend, module)
+    assert training.free_memory() == 7
+
+
 def test_input_cost_leaves_the_network_alone():
     net = network()
     before = net.get_weights()
