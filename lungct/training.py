@@ -311,6 +311,13 @@ def reproducible(seed: int) -> None:
         import torch
         torch.use_deterministic_algorithms(True, warn_only=True)
 
+
+def _has_gpu() -> bool:
+    if keras.backend.backend() == "torch":
+        import torch
+        return torch.cuda.is_available()
+    return any(name.lower().startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
+
 # %% ../nbs/05_train_3d_cnn.ipynb #1e92786b
 def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (k, 6) in grid voxels to heat (s, s, s, 1) and box (s, s, s, 7) float32 targets, s = size // stride.
@@ -487,9 +494,15 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
     def each(low, high):
         return rng.uniform(low, high, (len(volumes), 1, 1, 1)).astype("float32")
 
-    level, noise = each(0, noise_hu), rng.standard_normal(tuple(volumes.shape), dtype="float32")
-    noise *= level
+    noise = each(0, noise_hu) * _grain(tuple(volumes.shape), rng)
     return volumes * each(1 - gain, 1 + gain) + each(-offset_hu, offset_hu) + noise
+
+
+def _grain(shape: tuple, rng: np.random.Generator):
+    # a million normal numbers are the dearest part of a batch: a GPU draws its own, from a seed that is drawn here
+    if _has_gpu():
+        return keras.random.normal(shape, seed=int(rng.integers(2**31)))
+    return rng.standard_normal(shape, dtype="float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #34efdd84
 def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, donor_box: np.ndarray,
@@ -540,7 +553,7 @@ def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, sha
             volumes[i], boxes[i] = transplant(volumes[i], boxes[i], train.ct_hu[donor], box, centre, factor)
     return Examples(np.stack(volumes), boxes, batch.target, batch.patient_id, batch.stack_id, suv and np.stack(suv))
 
-
+# %% ../nbs/05_train_3d_cnn.ipynb #75b66588
 def _lowest_near(volume: np.ndarray, reach: int = 2) -> np.ndarray:
     # minimum over 5 x 5 x 5 voxels, cut at the border; slices of int16 are many times faster than scipy's filter
     for axis in range(3):
@@ -631,14 +644,14 @@ LOWER = "lower batch_size, filters, or grid_size of chapter 3"
 
 def memory_estimate(network: keras.Model, settings: Settings, train: Examples | None = None) -> pd.Series:
     """Bytes at the peak of a training step, by what they are for; "cohort" counts the volumes of `train`."""
-    outputs = [_layer_bytes(layer) for layer in network.layers]
+    outputs = [4 * int(np.prod(layer.output.shape[1:])) for layer in network.layers]
     size, channels = network.input.shape[1], network.input.shape[-1]
     batch = 4 * size**3 * (channels + 1) + 4 * 8 * (size // STRIDE) ** 3
     cohort = 0 if train is None else sum(x.nbytes for x in (train.ct_hu, train.pet_suv) if x is not None)
     return pd.Series({
         "weights, gradients, moments": 5 * 4 * network.count_params(), "backend": LAYER_BYTES * _weighted(network),
-        "layer outputs": settings.batch_size * sum(outputs),
-        "gradients and work space": settings.batch_size * WORK * max(4 * int(np.prod(layer.output.shape[1:])) for layer in network.layers),
+        "layer outputs": settings.batch_size * sum(map(_kept_bytes, network.layers, outputs)),
+        "gradients and work space": settings.batch_size * WORK * max(outputs),
         "batches": 2 * settings.batch_size * batch, "cohort": cohort}, dtype="int64")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8b4ee054
@@ -646,11 +659,11 @@ WORK = 3              # gradients and laid-out copies of the largest output that
 LAYER_BYTES = 10**7   # compiled code and buffers the backend keeps for a layer with weights, measured on a CPU
 
 
-def _layer_bytes(layer: layers.Layer) -> int:
+def _kept_bytes(layer: layers.Layer, output: int) -> int:
     # inputs and sums are only passed on; a normalisation keeps the normalised values beside its output
     if isinstance(layer, (layers.InputLayer, layers.Add, layers.Dropout)):
         return 0
-    return 4 * int(np.prod(layer.output.shape[1:])) * (2 if isinstance(layer, layers.LayerNormalization) else 1)
+    return output * (2 if isinstance(layer, layers.LayerNormalization) else 1)
 
 
 def _weighted(network: keras.Model) -> int:
@@ -672,13 +685,6 @@ def free_memory() -> int | None:
     from tensorflow.python.client import device_lib  # the one place where TensorFlow tells a card's limit
     limit = next(d.memory_limit for d in device_lib.list_local_devices() if d.device_type == "GPU")
     return limit - tensorflow.config.experimental.get_memory_info("GPU:0")["current"]
-
-
-def _has_gpu() -> bool:
-    if keras.backend.backend() == "torch":
-        import torch
-        return torch.cuda.is_available()
-    return any(name.lower().startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
 
 # %% ../nbs/05_train_3d_cnn.ipynb #1336dc06
 def check_memory(network: keras.Model, settings: Settings, train: Examples | None = None) -> None:

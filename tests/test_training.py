@@ -551,6 +551,13 @@ def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
         assert (training._hold(net, quick(), few) is not None) == held
 
 
+def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
+    monkeypatch.setattr(training, "_has_gpu", lambda: True)
+    one, two, other = (np.asarray(training._grain((40, 50), np.random.default_rng(seed))) for seed in (0, 0, 1))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+    assert abs(one.mean()) < 0.1 and abs(one.std() - 1) < 0.1
+
+
 @pytest.mark.parametrize(("backend", "module"), [
     ("torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (7, 9)))),
     ("jax", SimpleNamespace(local_devices=lambda: [SimpleNamespace(
