@@ -54,7 +54,9 @@ ALLOWED = {
     "folds": (2, 100), "repeats": (1, 100),
     "epochs": (1, 1_000_000), "batch_size": (1, 100_000), "learning_rate": (1e-9, 10.0), "patience": (1, 1_000_000),
     "filters": [range(8, 4097, 8)], "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
-    "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000), "bootstrap_samples": (10, 1_000_000),
+    "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000),
+    "learning_curve_epochs": (0, 1_000_000), "pet": re.compile("True|False"), "tensorboard": re.compile("True|False"),
+    "bootstrap_samples": (10, 1_000_000),
 }
 
 # %% ../nbs/appendix/runs.ipynb #5551bcf2

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import minimum_filter
 
 from lungct import runs, training
 from lungct.training import Examples, Settings
@@ -34,9 +37,18 @@ def toys(n=4, size=SIZE, targets=(0, 1), seed=0):
     return Examples(hu.astype("int16"), boxes, np.array([targets[i % len(targets)] for i in range(n)]), names, names)
 
 
-def network(classes=("A", "G"), size=SIZE, seed=0, filters=(8,)):
+def glowing(examples, without=()):
+    """The same volumes with a PET in which the boxes shine; none for the rows `without`."""
+    suv = np.full(examples.ct_hu.shape, 0.5, "float32")
+    for volume, ((z0, y0, x0, z1, y1, x1),) in zip(suv, examples.boxes_zyx, strict=True):
+        volume[int(z0) : int(z1), int(y0) : int(y1), int(x0) : int(x1)] = 8
+    suv[list(without)] = np.nan
+    return replace(examples, pet_suv=suv)
+
+
+def network(classes=("A", "G"), size=SIZE, seed=0, filters=(8,), **options):
     training.reproducible(seed)
-    return training.build_network(size, classes, filters)
+    return training.build_network(size, classes, filters, **options)
 
 
 def quick(**changes):
@@ -49,7 +61,8 @@ def quick(**changes):
 def test_gather_takes_annotated_volumes_of_the_role_in_the_order_of_the_cohort():
     table = pd.DataFrame({"stack_id": ["s3", "s1", "s2", "s4"]})
     boxes = [np.full((i, 6), i) for i in range(4)]
-    cohort = SimpleNamespace(table=table, ct_hu=np.arange(4).reshape(4, 1, 1, 1), boxes_zyx=boxes)
+    cohort = SimpleNamespace(table=table, ct_hu=np.arange(4).reshape(4, 1, 1, 1), boxes_zyx=boxes,
+                             pet_suv=None)
     labels = pd.DataFrame({"stack_id": ["s1", "s2", "s3", "s4"], "patient_id": ["a", "b", "c", "d"],
                            "target": [0, 1, 1, 0], "lesions": [1, 0, 2, 1],
                            "role": ["train", "train", "train", "test"]})
@@ -58,7 +71,51 @@ def test_gather_takes_annotated_volumes_of_the_role_in_the_order_of_the_cohort()
     assert got.patient_id.tolist() == ["c", "a"] and got.target.tolist() == [1, 0]
     assert got.ct_hu.ravel().tolist() == [0, 1] and [len(b) for b in got.boxes_zyx] == [0, 1]
     nobody = training.gather(cohort, labels, "validation")
-    assert len(nobody) == 0 and nobody.target.dtype == int
+    assert len(nobody) == 0 and nobody.target.dtype == int and got.pet_suv is None
+    cohort.pet_suv = 10.0 * cohort.ct_hu
+    assert training.gather(cohort, labels, "train").pet_suv.ravel().tolist() == [0, 10]
+
+
+def test_unused_volumes_teach_nothing_and_two_reconstructions_are_one_patient():
+    roles = ["train", "unused", "train", "train", "validation"]
+    labels = pd.DataFrame({"stack_id": list("abcde"), "patient_id": list("pppqr"), "target": [0, -1, 0, 1, 0],
+                           "lesions": [1, 1, 1, 1, 1], "role": roles})
+    cohort = SimpleNamespace(table=labels[["stack_id"]], ct_hu=np.zeros((5, 1, 1, 1)), boxes_zyx=[np.ones((1, 6))] * 5,
+                             pet_suv=None)
+    train = training.gather(cohort, labels, "train")
+    assert train.stack_id.tolist() == ["a", "c", "d"]  # b is annotated, but chapter 4 set it aside
+    draws = training.sample_patients(train, 1000, np.random.default_rng(0), balance=0)
+    assert (train.patient_id[draws] == "p").sum() == 500  # two volumes of p weigh as much as the one of q
+    assert set(train.stack_id[draws]) == {"a", "c", "d"}
+    assert training._one_each(train).stack_id.tolist() == ["a", "d"]  # and p is validated once
+
+
+def test_plain_arrays_become_examples_and_a_history():
+    own = training.make_examples(toys(4).ct_hu, [b.tolist() for b in toys(4).boxes_zyx])
+    assert own.target.tolist() == [-1] * 4 and len(set(own.patient_id)) == 4
+    history = training.fit(network([]), own, settings=quick(epochs=2))
+    assert history.epoch.tolist() == [1, 2] and np.isfinite(history.to_numpy()).all()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"ct_hu": np.zeros((2, 4, 4, 5))}, r"ct_hu has shape \(2, 4, 4, 5\), expected \(n, s, s, s\)"),
+    ({"boxes_zyx": [[]]}, "boxes_zyx has 1 entries for 2 volumes"), ({"target": [0]}, "target has 1 entries"),
+    ({"boxes_zyx": [[], [3, 1, 1, 2, 2, 2]]}, "a box of volume_1 is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to 4"),
+    ({"boxes_zyx": [[[0, 0, 0, 2, 2, 5]], []]}, "a box of volume_0 is no"),
+    ({"pet_suv": np.zeros((1, 4, 4, 4))}, "they must be on one grid")])
+def test_arrays_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(runs.InputError, match=message):
+        training.make_examples(**({"ct_hu": np.zeros((2, 4, 4, 4)), "boxes_zyx": [[], []]} | changes))
+
+
+def test_fewer_patients_lie_within_more_and_keep_the_subtypes():
+    names = np.repeat([f"p{i:02d}" for i in range(20)], 2)
+    target = np.repeat([0] * 15 + [1] * 5, 2)
+    many = Examples(np.zeros((40, 1, 1, 1)), [np.zeros((0, 6))] * 40, target, names, names)
+    few, more = (training.some_patients(many, count, seed=3) for count in (4, 8))
+    assert len(few) == 8 and len(more) == 16 and set(few.patient_id) < set(more.patient_id)
+    assert [(e.target == 1).sum() // 2 for e in (few, more)] == [1, 2]
+    assert set(training.some_patients(many, 8, seed=4).patient_id) != set(more.patient_id)
 
 
 def test_normalise_maps_each_window_to_the_unit_interval():
@@ -66,6 +123,82 @@ def test_normalise_maps_each_window_to_the_unit_interval():
     assert got.shape == (7, 2) and got.dtype == np.float32
     assert np.allclose(got[:, 0], [0, 0, 0.6, 1040 / 1400, 1240 / 1400, 1, 1])
     assert np.allclose(got[:, 1], [0, 0, 0, 0.5, 1, 1, 1])
+
+
+# ---- PET
+
+
+def test_pet_has_two_channels_and_absence_is_not_zero_uptake():
+    got = np.asarray(training.normalise(np.full(4, -1000), np.array([5, 99, 0, np.nan])))
+    assert got[:, 2:].tolist() == [[0.5, 1], [1, 1], [0, 1], [0, 0]] and not got[:, :2].any()
+    net, few = network(pet=True), glowing(toys(2), without=[1])
+    shown, withheld = training.predict(net, few.ct_hu, pet_suv=few.pet_suv), training.predict(net, few.ct_hu)
+    assert np.array_equal(shown[1].heat, withheld[1].heat) and not np.array_equal(shown[0].heat, withheld[0].heat)
+    cold = training.predict(net, few.ct_hu, pet_suv=np.zeros_like(few.pet_suv))
+    assert not np.array_equal(cold[1].heat, withheld[1].heat)
+
+
+def test_a_network_for_ct_does_not_look_at_the_pet():
+    net, few = network(), glowing(toys(2))
+    one, two = training.predict(net, few.ct_hu)[0], training.predict(net, few.ct_hu, pet_suv=few.pet_suv)[0]
+    assert np.array_equal(one.heat, two.heat) and not training.takes_pet(net)
+    assert training.examples_hash(few) != training.examples_hash(toys(2))
+
+
+def test_pet_moves_with_the_voxels_and_is_not_disturbed():
+    few = glowing(toys(4), without=[2])
+    plain = training.augment(few.ct_hu, few.boxes_zyx, np.random.default_rng(5))
+    hu, boxes, suv = training.augment(few.ct_hu, few.boxes_zyx, np.random.default_rng(5), pet_suv=few.pet_suv)
+    assert np.array_equal(np.asarray(plain[0]), np.asarray(hu))  # CT is what it is without PET, to the last bit
+    assert np.isnan(np.asarray(suv)[2]).all()
+    like_hu = np.where(np.isnan(few.pet_suv), 0, few.pet_suv) * 100 - 1000
+    calm = dict.fromkeys(("gain", "offset_hu", "noise_hu"), 0)
+    asked, _ = training.augment(like_hu, boxes, np.random.default_rng(5), **calm)
+    known = ~np.isnan(np.asarray(suv))
+    inside = known & (np.asarray(asked) > -960)  # away from the edge, where the unknown weighs nothing
+    assert np.allclose(np.asarray(suv)[inside], (np.asarray(asked)[inside] + 1000) / 100, atol=0.3)
+    assert inside.sum() > 1000 and np.nanmax(np.asarray(suv)) <= 8.001
+
+
+def test_a_guest_brings_its_uptake_along():
+    train = glowing(toys(4, targets=(0,)), without=[3])
+    got = training._with_guests(train, train, np.random.default_rng(0), share=1.0)
+    for row in range(3):
+        z, y, x = ((got.boxes_zyx[row][1, :3] + got.boxes_zyx[row][1, 3:]) / 2).astype(int)
+        assert got.pet_suv[row, z, y, x] > 4
+    assert np.isnan(got.pet_suv[3]).all() and len(got.boxes_zyx[3]) == 2
+    dark = glowing(toys(4, targets=(0,)), without=[1, 2, 3])
+    lonely = training._with_guests(dark.take([0]), dark.take([1, 2, 3]), np.random.default_rng(0), share=1.0)
+    assert len(lonely.boxes_zyx[0]) == 1  # nobody with a PET to give
+
+
+def test_pet_is_withheld_from_some_volumes():
+    seen = np.asarray(training._withhold(np.ones((400, 1, 1, 2), "float32"), np.random.default_rng(0), 0.25))
+    assert 0.18 < np.isnan(seen).all(axis=(1, 2, 3)).mean() < 0.32
+    assert (np.isnan(seen).any(axis=3) == np.isnan(seen).all(axis=3)).all()
+
+
+def test_a_lesion_that_only_the_pet_shows_is_learned_and_survives_the_file(tmp_path):
+    few = toys(4)
+    few.ct_hu[:] = -800
+    few, net = glowing(few), network(filters=(16, 32), pet=True)
+    history = training.fit(net, few, few, Settings(epochs=60, batch_size=4, learning_rate=0.01, augmented=False))
+    assert history.val_found.max() == 1
+    facts = saved(net, tmp_path) and json.loads((tmp_path / "model.json").read_text())
+    assert facts["inputs"] == ["ct", "pet"]
+    loaded, _ = training.load_model(tmp_path)
+    one, two = (training.predict(model, few.ct_hu, pet_suv=few.pet_suv)[0] for model in (net, loaded))
+    assert np.array_equal(one.heat, two.heat)
+    (tmp_path / "model.json").write_text(json.dumps(facts | {"inputs": ["ct"]}))
+    with pytest.raises(runs.InputError, match=r"has 4 input channels, its side-car names the inputs \['ct'\]"):
+        training.load_model(tmp_path)
+
+
+def give_up_after(epoch):
+    def report(row):
+        if row["epoch"] == epoch:
+            raise RuntimeError("stopped")
+    return report
 
 
 # ---- targets and decoding
@@ -247,6 +380,11 @@ def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
 
+def test_lowest_near_is_the_minimum_filter():
+    volume = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype("int16")
+    assert np.array_equal(training._lowest_near(volume), minimum_filter(volume, 5))
+
+
 # ---- sampling
 
 
@@ -295,6 +433,182 @@ def test_one_volume_does_not_change_another_in_its_batch():
     together = training.predict(net, batch.ct_hu, batch_size=2)[0]
     alone = training.predict(net, batch.ct_hu[:1], batch_size=2)[0]
     assert np.allclose(together.heat, alone.heat, atol=1e-6)
+
+
+# ---- memory
+
+
+def parts(size=32, filters=(8, 16), batch_size=4, **options):
+    return training.memory_estimate(network(size=size, filters=filters, **options), quick(batch_size=batch_size))
+
+
+def test_memory_grows_with_batch_filters_grid_and_inputs():
+    base = parts()
+    assert base["weights, gradients, moments"] == 5 * 4 * network(size=32, filters=(8, 16)).count_params()
+    for more in (parts(batch_size=5), parts(filters=(16, 32)), parts(size=64), parts(pet=True)):
+        assert more.sum() > base.sum()
+    fixed = ["weights, gradients, moments", "backend"]
+    assert (parts(batch_size=8).drop(fixed) == 2 * base.drop(fixed)).all()
+    held = training.memory_estimate(network(), quick(), toys(4))["cohort"]
+    assert held == 4 * SIZE**3 * 2
+    assert training.memory_estimate(network(), quick(), glowing(toys(4)))["cohort"] == 3 * held
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_training as t
+def told(name):
+    return 1024 * int(Path("/proc/self/status").read_text().split(name)[1].split()[0])
+def train(size, filters):
+    net, few = t.network(size=size, filters=filters), t.toys(4, size)
+    before = told("VmRSS:")
+    t.training.fit(net, few, settings=t.quick(epochs=1, batch_size=4))
+    return t.training.memory_estimate(net, t.quick(batch_size=4)).sum() / (told("VmHWM:") - before)
+train(16, (8,))  # what TensorFlow itself takes when it starts is not a step's
+print(train(48, (16, 32)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_estimate_is_what_a_step_really_takes():
+    child = subprocess.run([sys.executable, "-c", MEASURE, os.path.dirname(__file__)], capture_output=True, text=True)
+    assert 0.7 < float(child.stdout.split()[-1]) < 1.4, child.stderr[-2000:]
+
+
+def test_what_does_not_fit_names_what_to_lower(monkeypatch):
+    net = network()
+    each = training.memory_estimate(net, quick(batch_size=1))
+    fixed = each["weights, gradients, moments"] + each["backend"]
+    monkeypatch.setattr(training, "free_memory", lambda: int(fixed + 2.5 * (each.sum() - fixed)))
+    with pytest.raises(runs.InputError, match=r"batch_size 3 needs about 0.\d+ GB .* lower batch_size to 2$"):
+        training.fit(net, toys(4), settings=quick(batch_size=3))
+    training.check_memory(net, quick(batch_size=2))  # what it advises does fit
+    monkeypatch.setattr(training, "free_memory", lambda: 1000)
+    with pytest.raises(runs.InputError, match="lower filters, or grid_size of chapter 3"):
+        training.check_memory(net, quick(batch_size=1))
+    monkeypatch.setattr(training, "free_memory", lambda: None)
+    training.check_memory(net, quick(batch_size=10**9))  # nobody knows, so nobody is stopped
+
+
+def test_a_device_that_runs_out_of_memory_names_what_to_lower(monkeypatch):
+    class ResourceExhaustedError(Exception):
+        pass
+
+    for error in (ResourceExhaustedError("OOM when allocating"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        def fail(*args, error=error, **kwargs):
+            raise error
+        monkeypatch.setattr(training.keras.Model, "train_on_batch", fail)
+        with pytest.raises(runs.InputError, match="memory at batch_size 2: lower batch_size, filters, or grid_size"):
+            training.fit(network(), toys(4), settings=quick())
+    with pytest.raises(KeyError), training._memory_in_words(quick()):
+        raise KeyError("something else is not renamed")
+
+
+# ---- the input
+
+
+def test_the_next_batch_is_made_while_the_device_works():
+    second = threading.Event()
+
+    def made():
+        yield 1
+        second.set()
+        yield 2
+
+    feed = training._ahead(made())
+    assert next(feed) == 1 and second.wait(5)  # it was made although nobody has asked for it yet
+    assert list(feed) == [2] and list(training._ahead(iter([]))) == []
+
+
+def test_an_error_while_a_batch_is_made_reaches_the_caller():
+    def made():
+        yield 1
+        raise ValueError("bad volume")
+
+    with pytest.raises(ValueError, match="bad volume"):
+        list(training._ahead(made()))
+
+
+def test_volumes_held_on_the_device_give_the_same_batches():
+    few, net = glowing(toys(4), without=[1]), network(pet=True)
+    held = training.ops.convert_to_tensor(few.ct_hu)
+    for one, two in zip(*(training._batches(net, few, quick(), 1, h) for h in (None, held)), strict=True):
+        assert one[0].tolist() == two[0].tolist()
+        assert np.array_equal(np.asarray(one[1]), np.asarray(two[1]))
+        assert all(np.array_equal(one[2][name], two[2][name]) for name in one[2])
+
+
+def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
+    net, few = network(), toys(4)
+    need = int(training.memory_estimate(net, quick(), few).sum())
+    assert training._hold(net, quick(), few) is None or training._has_gpu()  # on a CPU they are where they should be
+    monkeypatch.setattr(training, "_has_gpu", lambda: True)
+    for free, held in ((2 * need, True), (need, False), (None, False)):
+        monkeypatch.setattr(training, "free_memory", lambda free=free: free)
+        assert (training._hold(net, quick(), few) is not None) == held
+
+
+def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
+    monkeypatch.setattr(training, "_has_gpu", lambda: True)
+    one, two, other = (np.asarray(training._grain((40, 50), np.random.default_rng(seed))) for seed in (0, 0, 1))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+    assert abs(one.mean()) < 0.1 and abs(one.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(("backend", "module"), [
+    ("torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (7, 9)))),
+    ("jax", SimpleNamespace(local_devices=lambda: [SimpleNamespace(
+        memory_stats=lambda: {"bytes_limit": 9, "bytes_in_use": 2})]))])
+def test_a_gpu_tells_its_own_free_memory(monkeypatch, backend, module):
+    monkeypatch.setattr(training.keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(training.keras.distribution, "list_devices", lambda: ["cuda:0"])
+    monkeypatch.setitem(sys.modules, backend, module)
+    assert training.free_memory() == 7
+
+
+def test_input_cost_leaves_the_network_alone():
+    net = network()
+    before = net.get_weights()
+    cost = training.input_cost(net, toys(4), quick(), steps=2)
+    assert all(seconds > 0 for seconds in cost.values()) and set(cost) == {"making", "bare", "loop"}
+    assert all(np.array_equal(a, b) for a, b in zip(before, net.get_weights(), strict=True))
+
+
+# ---- TensorBoard
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+    log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    log.Reload()
+    return {tag: [(event.step, float(make_ndarray(event.tensor_proto))) for event in log.Tensors(tag)]
+            for tag in log.Tags()["tensors"]}
+
+
+def test_tensorboard_log_goes_on_without_doubled_or_missing_steps(tmp_path):
+    few, log = glowing(toys(4), without=[1]), tmp_path / "log"
+    whole = training.fit(network(pet=True), few, few, quick())
+    with pytest.raises(RuntimeError):
+        training.fit(network(pet=True), few, few, quick(), tmp_path / "states", give_up_after(2), log)
+    newest = max((tmp_path / "states").glob("*.npz"))
+    newest.unlink()  # so that epoch 2, which is in the log, is run again
+    history = training.fit(network(pet=True), few, few, quick(), tmp_path / "states", log_dir=log)
+    pd.testing.assert_frame_equal(whole, history, check_exact=True)
+    told = scalars(log)
+    assert set(told) == {f"training/{n}" for n in ("loss", "heat_loss", "box_loss", "subtype_loss")} | {
+        f"validation/{n}" for n in ("loss", "heat_loss", "box_loss", "subtype_loss", "found")}
+    assert [step for step, _ in told["training/loss"]] == [1, 2, 3]
+    assert np.allclose([value for _, value in told["validation/loss"]], history.val_loss)
+
+
+def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    training._board(tmp_path, [{"epoch": 1, "loss": 2.0}])({"epoch": 2, "loss": 1.0})
+    assert caplog.text.count("the package tensorboard is not installed") == 1 and not list(tmp_path.iterdir())
 
 
 # ---- the loop
