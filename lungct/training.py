@@ -7,10 +7,12 @@ __all__ = ['log', 'WINDOWS_HU', 'STRIDE', 'PRECISIONS', 'LOSSES', 'MODEL_SCHEMA'
            'layer_costs', 'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'parse_filters', 'reproducible',
            'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes',
            'draw_edges', 'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients', 'Settings',
-           'examples_hash', 'fit', 'best_epoch', 'Prediction', 'predict', 'save_model', 'load_model']
+           'examples_hash', 'fit', 'best_epoch', 'retreat', 'on_devices', 'Prediction', 'predict', 'save_model',
+           'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
+import io
 import json
 import logging
 import os
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -244,15 +246,18 @@ def _check_precision(precision: str) -> None:
         raise runs.InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9f16bf5a
-def reproducible(seed: int) -> None:
-    """Seed Python, NumPy and the backend, and ask the backend for deterministic operations."""
+def reproducible(seed: int, exact: bool = True) -> None:
+    """Seed Python, NumPy and the backend; `exact` asks for operations that give the same bits every time.
+
+    TensorFlow has no XLA with such operations: `exact=False` lets it use both again.
+    """
     keras.utils.set_random_seed(seed)
     if keras.backend.backend() == "tensorflow":
-        import tensorflow
-        tensorflow.config.experimental.enable_op_determinism()
+        from tensorflow.python.framework import config  # the way back has no public name
+        config.enable_op_determinism() if exact else config.disable_op_determinism()
     elif keras.backend.backend() == "torch":
         import torch
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(exact, warn_only=True)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #1e92786b
 def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
@@ -502,6 +507,8 @@ class Settings:
     augmented: bool = True
     transplants: float = 0.5        # share of volumes that get a lesion of another patient
     seed: int = 0
+    jit_compile: bool = False       # XLA, or torch.compile; never on a CPU
+    stands_for: str = ""            # after a crash: what was asked for, see `retreat`
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "learning_rate", "patience"):
@@ -524,16 +531,33 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
     warm = max(1, steps // 10)
     rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate / 20, max(1, steps - warm), alpha=0.01,
                                                   warmup_target=settings.learning_rate, warmup_steps=warm)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm)
-    trainer = keras.Model(network.input, network.output)
+    optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
+        rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm)
+    trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output)
     losses = {name: LOSSES[name] for name in network.output}
-    trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=False)
+    trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=_compiled(settings))
     optimizer.build(trainer.trainable_variables)
     return trainer
 
 # %% ../nbs/05_train_3d_cnn.ipynb #2b77ec26
 def _weights(network: keras.Model, settings: Settings) -> dict[str, float]:
     return {name: settings.subtype_weight if name == "subtype" else 1.0 for name in network.output}
+
+# %% ../nbs/05_train_3d_cnn.ipynb #40db56ed
+def _compiled(settings: Settings) -> bool:
+    if keras.backend.backend() == "jax":
+        return True  # without it each operation would be compiled and called by itself
+    return settings.jit_compile and bool(_devices(accelerators=True))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #9d824acc
+def _devices(accelerators: bool = False) -> list[str]:
+    # the accelerators, or else the CPU, which counts as several when the backend is told so
+    if keras.backend.backend() == "torch":
+        import torch
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu:0"]
+    else:
+        names = keras.distribution.list_devices()
+    return [name for name in names if not (accelerators and name.startswith("cpu"))]
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d696d4cc
 def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int) -> dict[str, float]:
@@ -607,8 +631,25 @@ def _key(network: keras.Model, train: Examples, validation: Examples | None, set
     data = [examples_hash(examples) for examples in (train, validation) if examples is not None]
     start = [hashlib.blake2b(weight.tobytes(), digest_size=8).hexdigest() for weight in network.get_weights()]
     versions = [keras.backend.backend(), runs.package_versions()]
-    facts = [asdict(settings), network.get_config(), start, data, code, versions]
+    wanted = {name: value for name, value in asdict(settings).items() if name not in ("jit_compile", "stands_for")}
+    way = settings.stands_for or _way(_precision(network), settings.jit_compile)
+    facts = [wanted, way, _without_dtypes(network.get_config()), start, data, code, versions]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+# %% ../nbs/05_train_3d_cnn.ipynb #e5b5dd65
+def _way(precision: str, jit_compile: bool) -> str:
+    return precision + (" with XLA" if jit_compile else "")
+
+
+def _precision(network: keras.Model) -> str:
+    policies = [layer.dtype_policy.name for layer in network.layers]
+    return next((name for name in policies if name != "float32"), "float32")
+
+
+def _without_dtypes(config):
+    if isinstance(config, dict):
+        return {name: _without_dtypes(value) for name, value in config.items() if name != "dtype"}
+    return [_without_dtypes(item) for item in config] if isinstance(config, list | tuple) else config
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ba8c5148
 def examples_hash(examples: Examples) -> str:
@@ -625,28 +666,45 @@ def _save_state(folder: Path, key: str, trainer: keras.Model, best: Sequence[np.
     arrays = {f"{group}_{i}": ops.convert_to_numpy(value)
               for group, values in groups.items() for i, value in enumerate(values)}
     arrays["history"] = np.frombuffer(json.dumps(history).encode(), "uint8")
+    np.savez(state := io.BytesIO(), **arrays)
     with runs.atomic(folder / f"{key}-{len(history):05d}.npz") as part, part.open("wb") as stream:
-        np.savez(stream, **arrays)
+        stream.write(state.getbuffer())
+        stream.write(_checksum(state.getbuffer()))
     for old in sorted(folder.glob(f"{'?' * 12}-?????.npz")):
         if old.name < f"{key}-{len(history) - 1:05d}" or not old.name.startswith(key):
             old.unlink()  # this state and the one before are kept, those of other settings go
+    for scrap in folder.glob(f".{'?' * 12}-?????.npz.*.part"):
+        scrap.unlink()  # of a process that was killed while it wrote
+
+
+def _checksum(state: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(state, digest_size=16).digest()
 
 # %% ../nbs/05_train_3d_cnn.ipynb #a6dcbc96
 def _load_state(folder: Path, key: str, trainer: keras.Model) -> tuple[list[dict], list[np.ndarray]] | None:
     for path in sorted(folder.glob(f"{key}-*.npz"), reverse=True):
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-                history = json.loads(arrays.pop("history").tobytes())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("checkpoint %s cannot be read (%s), trying the one before", path, error)
+        arrays = _read_state(path)
+        if arrays is None:
+            log.warning("checkpoint %s cannot be read: it is damaged, so the one before is tried", path)
             continue
+        history = json.loads(arrays.pop("history").tobytes())
         for group, variables in (("model", trainer.variables), ("optimizer", trainer.optimizer.variables)):
             for i, variable in enumerate(variables):
                 variable.assign(arrays[f"{group}_{i}"])
         best = [arrays[f"best_{i}"] for i in range(sum(name.startswith("best_") for name in arrays))]
         return history, best
     return None
+
+
+def _read_state(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if _checksum(content[:-16]) != content[-16:]:
+        return None
+    with np.load(io.BytesIO(content[:-16]), allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #22888d32
 def fit(network: keras.Model, train: Examples, validation: Examples | None = None, settings: Settings | None = None,
@@ -666,12 +724,14 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Raises
     ------
-    InputError without training volumes; FloatingPointError when the loss is no number, naming the volumes.
+    InputError without training volumes, or for a batch that the devices cannot share; FloatingPointError when the loss
+    is no number, naming the volumes.
     """
     if not len(train):
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     settings = settings or Settings()
-    reproducible(settings.seed)
+    _check_devices(settings)
+    reproducible(settings.seed, exact=not _compiled(settings))
     watched = _one_each(validation) if validation is not None and len(validation) else None
     return _run(network, train, watched, settings, Path(folder) if folder else None, report or (lambda row: None))
 
@@ -684,6 +744,9 @@ def _run(network, train, watched, settings, folder, report) -> pd.DataFrame:
         epoch = len(history) + 1
         row = {"epoch": epoch} | _epoch(trainer, train, settings, epoch)
         history.append(row | (_validate(trainer, watched, settings) if watched else {}))
+        if not np.isfinite(history[-1].get("val_loss", 0)):
+            raise FloatingPointError(f"validation loss is {history[-1]['val_loss']} after epoch {epoch}, though the "
+                                     "training losses before it were finite: lower learning_rate")
         if best_epoch(history) == epoch:
             best = network.get_weights()
         if folder:
@@ -692,6 +755,14 @@ def _run(network, train, watched, settings, folder, report) -> pd.DataFrame:
         report(history[-1])
     network.set_weights(best)
     return pd.DataFrame(history)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #12888571
+def _check_devices(settings: Settings) -> None:
+    if settings.batch_size % _sharing():
+        raise runs.InputError(f"batch_size {settings.batch_size} cannot be shared evenly by {_sharing()} devices: "
+                              "change batch_size or devices")
+    if settings.jit_compile and not _compiled(settings):
+        log.warning("jit_compile stays off: on a CPU, XLA makes 3D convolutions several times slower")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d9824fe7
 def best_epoch(history: Sequence[Mapping]) -> int:
@@ -702,6 +773,85 @@ def best_epoch(history: Sequence[Mapping]) -> int:
 # %% ../nbs/05_train_3d_cnn.ipynb #d1456c38
 def _stalled(history: Sequence[Mapping], patience: int) -> bool:
     return bool(history) and len(history) - best_epoch(history) >= patience
+
+# %% ../nbs/05_train_3d_cnn.ipynb #48230f05
+def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]:
+    """Precision, and what to give `Settings`, for the attempt after so many crashes.
+
+    The first attempt is as asked, the second has XLA off, the third is in float32 as well. All of them share their
+    checkpoints.
+    """
+    changes = {"jit_compile": jit_compile and not crashes}
+    if crashes:
+        changes["stands_for"] = _way(precision, jit_compile)
+    return ("float32" if crashes > 1 else precision), changes
+
+# %% ../nbs/05_train_3d_cnn.ipynb #3bca1b6f
+@contextmanager
+def on_devices(count: int = 1) -> Iterator[None]:
+    """Share each batch among `count` devices (0: all) for networks that are built and trained in this block.
+
+    Raises InputError when there are fewer, or when the backend is torch, which knows one device a process.
+    """
+    names = _devices()
+    count = count or len(names)
+    if not 1 <= count <= len(names):
+        raise runs.InputError(f"devices is {count}, but {keras.backend.backend()} sees {len(names)} here "
+                              f"({', '.join(names)}): give fewer, or 0 for all")
+    if count > 1 and keras.backend.backend() == "torch":
+        raise runs.InputError("devices is above 1, but Keras on torch uses one device a process: give 1, or set "
+                              "KERAS_BACKEND to tensorflow or jax")
+    with _shared(names[:count]) if count > 1 else nullcontext():
+        yield
+
+
+def _shared(names: Sequence[str]):
+    if keras.backend.backend() == "jax":
+        return keras.distribution.DataParallel(devices=list(names)).scope()
+    import tensorflow
+    return tensorflow.distribute.MirroredStrategy(list(names)).scope()
+
+# %% ../nbs/05_train_3d_cnn.ipynb #d5f42ae5
+def _sharing() -> int:
+    # how many devices share a batch here
+    if keras.backend.backend() == "jax":
+        distribution = keras.distribution.distribution()
+        return distribution.device_mesh.devices.size if distribution else 1
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow
+        return tensorflow.distribute.get_strategy().num_replicas_in_sync
+    return 1
+
+# %% ../nbs/05_train_3d_cnn.ipynb #760aa1d3
+class _Shared(keras.Model):
+    # one copy a device under tf.distribute; each takes its part of the batch
+    def train_step(self, data):
+        return super().train_step(_part(data))
+
+    def predict_step(self, data):
+        return super().predict_step(_part(data))
+
+
+def _part(data):
+    import tensorflow
+    here = tensorflow.distribute.get_replica_context()
+
+    def cut(batch):
+        share = batch.shape[0] // here.num_replicas_in_sync
+        return batch[here.replica_id_in_sync_group * share:][:share]
+    return tensorflow.nest.map_structure(cut, data)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #84a6980b
+class _SharedAdamW(keras.optimizers.AdamW):
+    def _clip_gradients(self, grads):
+        import tensorflow
+        here = tensorflow.distribute.get_replica_context()
+        whole = here.all_reduce(tensorflow.distribute.ReduceOp.SUM, list(grads))
+        return [grad / here.num_replicas_in_sync for grad in super()._clip_gradients(whole)]  # they are added once more
+
+
+def _strategic() -> bool:
+    return keras.backend.backend() == "tensorflow" and _sharing() > 1
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ccae93d7
 @dataclass(frozen=True)
@@ -739,7 +889,8 @@ MODEL_SCHEMA = 1
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57694245
 def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequence[str], spacing_mm: float,
-               training_hash: str, settings: Settings, validation: Mapping) -> dict:
+               training_hash: str, settings: Settings, validation: Mapping,
+               crashes: Sequence[str] = ()) -> dict:
     """Write model.keras (the same bytes for the same network) and its side-car model.json; returns the side-car.
 
     Parameters
@@ -748,6 +899,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     spacing_mm : grid spacing of the training volumes.
     training_hash : of the training examples, from `examples_hash`.
     validation : losses and figures of the kept epoch; may be empty.
+    crashes : one line for each attempt of this training that killed its process.
     """
     path = Path(folder) / "model.keras"
     with runs.atomic(path) as part:
@@ -759,7 +911,8 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
         "schema": MODEL_SCHEMA, "file": path.name, "model_hash": runs.hash_file(path), "classes": list(classes),
         "grid": {"size": network.input.shape[1], "spacing_mm": spacing_mm}, "windows_hu": [list(w) for w in WINDOWS_HU],
         "stride": STRIDE, "training_hash": training_hash, "settings": asdict(settings), "validation": dict(validation),
-        "packages": runs.package_versions(), "backend": keras.backend.backend(),
+        "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
+        "crashes": list(crashes),
     }
     runs.save_json(facts, path.with_suffix(".json"))
     return facts
