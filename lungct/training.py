@@ -158,8 +158,9 @@ class Place(layers.Layer):
     """Appends the position to a map (n, s, s, s, c): three channels z y x from -1 to 1."""
 
     def call(self, x):
-        axis = (ops.arange(x.shape[1], dtype=x.dtype) + 0.5) * (2 / x.shape[1]) - 1
+        axis = (ops.arange(x.shape[1], dtype="float32") + 0.5) * (2 / x.shape[1]) - 1
         grid = ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)[None]
+        grid = ops.cast(grid, x.dtype)  # TensorFlow counts in no half precision
         return ops.concatenate([x, ops.broadcast_to(grid, (*ops.shape(x)[:4], 3))], axis=-1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #e514792e
@@ -532,8 +533,8 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
     rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate / 20, max(1, steps - warm), alpha=0.01,
                                                   warmup_target=settings.learning_rate, warmup_steps=warm)
     optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
-        rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm)
-    trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output)
+        rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
+    trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output, name="trainer")
     losses = {name: LOSSES[name] for name in network.output}
     trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=_compiled(settings))
     optimizer.build(trainer.trainable_variables)
@@ -594,7 +595,8 @@ def _targets(network: keras.Model, boxes: Sequence, target: np.ndarray, settings
 def _validate(trainer: keras.Model, examples: Examples, settings: Settings) -> dict[str, float]:
     outputs = _forward(trainer, examples.ct_hu, settings.batch_size)
     wanted = _targets(trainer, examples.boxes_zyx, examples.target, settings)
-    each = {name: ops.convert_to_numpy(LOSSES[name](wanted[name], outputs[name])) for name in wanted}
+    pairs = {name: map(ops.convert_to_tensor, (wanted[name], outputs[name])) for name in wanted}
+    each = {name: ops.convert_to_numpy(LOSSES[name](*pair)) for name, pair in pairs.items()}
     if "subtype" in each:
         each["subtype"] = each["subtype"][examples.target >= 0]  # the mean is over volumes that have a subtype
     means = {name: float(values.mean()) if len(values) else 0.0 for name, values in each.items()}
@@ -837,9 +839,11 @@ def _part(data):
     here = tensorflow.distribute.get_replica_context()
 
     def cut(batch):
+        if batch is None:
+            return None  # there are no sample weights
         share = batch.shape[0] // here.num_replicas_in_sync
         return batch[here.replica_id_in_sync_group * share:][:share]
-    return tensorflow.nest.map_structure(cut, data)
+    return keras.tree.map_structure(cut, data)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #84a6980b
 class _SharedAdamW(keras.optimizers.AdamW):
@@ -931,20 +935,30 @@ def load_model(path: str | os.PathLike, size: int | None = None,
                spacing_mm: float | None = None) -> tuple[keras.Model, dict]:
     """Load model.keras with its side-car; `path` is the file or its folder.
 
-    Raises InputError when a file is missing, the two do not belong together, the code's windows have changed, or the
-    grid differs from the `size` and `spacing_mm` that the caller is going to feed.
+    Raises InputError when a file is missing, the two do not belong together, the model holds a program, the code's
+    windows have changed, or the grid differs from the `size` and `spacing_mm` that the caller is going to feed.
     """
     path = Path(path) / "model.keras" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise runs.InputError(f"model {path} does not exist: train one with chapter 5, or give the right path")
     facts = _side_car(path)
     _compare(path, facts, {"size": size, "spacing_mm": spacing_mm})
-    network = keras.saving.load_model(path, compile=False, safe_mode=True)
+    network = _load_safely(path)
     opinions = network.output["subtype"].shape[-1] if "subtype" in network.output else 0
     if opinions and opinions != len(facts["classes"]):
         raise runs.InputError(f"model {path} tells {opinions} subtypes apart, its side-car names {facts['classes']}: "
                               f"{TOGETHER}")
     return network, facts
+
+# %% ../nbs/05_train_3d_cnn.ipynb #87515974
+def _load_safely(path: Path) -> keras.Model:
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError) as error:
+        if "safe_mode" not in str(error) and "lambda" not in str(error).lower():
+            raise
+        raise runs.InputError(f"model {path} holds a program (a Lambda layer), which is not run: whoever made the "
+                              "model could do anything with it; build the network from named layers") from None
 
 # %% ../nbs/05_train_3d_cnn.ipynb #b25b0e35
 TOGETHER = "a model and its side-car belong together, so copy both again from where they were trained"
