@@ -93,7 +93,7 @@ def loss(seen: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torc
 
 def tensors(batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A batch of arrays with channels last to volumes and targets with channels second, in the same memory order."""
-    moved = {name: torch.from_numpy(values) for name, values in batch.items()}
+    moved = {name: torch.from_numpy(values.copy()) for name, values in batch.items()}
     moved = {name: t.permute(0, 4, 1, 2, 3).contiguous(memory_format=LAST) if t.ndim == 5 else t
              for name, t in moved.items()}
     return moved.pop("seen"), moved
@@ -121,9 +121,8 @@ def monai_network(name: str, classes: int = 4) -> nn.Module:
     """Another network, from MONAI: one prediction a volume."""
     from monai.networks import nets
 
-    if name == "DenseNet121":
-        return nets.DenseNet121(spatial_dims=3, in_channels=2, out_channels=classes)
-    return nets.UNet(spatial_dims=3, in_channels=2, out_channels=classes, channels=(16, 32, 64), strides=(2, 2))
+    own = {"DenseNet121": {}, "UNet": {"channels": (16, 32, 64), "strides": (2, 2)}}[name]
+    return getattr(nets, name)(spatial_dims=3, in_channels=2, out_channels=classes, **own)
 
 
 def monai_loss(seen: torch.Tensor, wanted: dict[str, torch.Tensor]) -> torch.Tensor:

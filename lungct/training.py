@@ -7,7 +7,7 @@ __all__ = ['log', 'WINDOWS_HU', 'STRIDE', 'PRECISIONS', 'LOSSES', 'MODEL_SCHEMA'
            'layer_costs', 'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'parse_filters', 'reproducible',
            'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes',
            'draw_edges', 'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients', 'Settings',
-           'examples_hash', 'fit', 'best_epoch', 'retreat', 'on_devices', 'Prediction', 'predict', 'save_model',
+           'examples_hash', 'fit', 'best_epoch', 'on_devices', 'retreat', 'Prediction', 'predict', 'save_model',
            'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
@@ -776,18 +776,6 @@ def best_epoch(history: Sequence[Mapping]) -> int:
 def _stalled(history: Sequence[Mapping], patience: int) -> bool:
     return bool(history) and len(history) - best_epoch(history) >= patience
 
-# %% ../nbs/05_train_3d_cnn.ipynb #48230f05
-def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]:
-    """Precision, and what to give `Settings`, for the attempt after so many crashes.
-
-    The first attempt is as asked, the second has XLA off, the third is in float32 as well. All of them share their
-    checkpoints.
-    """
-    changes = {"jit_compile": jit_compile and not crashes}
-    if crashes:
-        changes["stands_for"] = _way(precision, jit_compile)
-    return ("float32" if crashes > 1 else precision), changes
-
 # %% ../nbs/05_train_3d_cnn.ipynb #3bca1b6f
 @contextmanager
 def on_devices(count: int = 1) -> Iterator[None]:
@@ -856,6 +844,18 @@ class _SharedAdamW(keras.optimizers.AdamW):
 
 def _strategic() -> bool:
     return keras.backend.backend() == "tensorflow" and _sharing() > 1
+
+# %% ../nbs/05_train_3d_cnn.ipynb #48230f05
+def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]:
+    """Precision, and what to give `Settings`, for the attempt after so many crashes.
+
+    The first attempt is as asked, the second has XLA off, the third is in float32 as well. All of them share their
+    checkpoints.
+    """
+    changes = {"jit_compile": jit_compile and not crashes}
+    if crashes:
+        changes["stands_for"] = _way(precision, jit_compile)
+    return ("float32" if crashes > 1 else precision), changes
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ccae93d7
 @dataclass(frozen=True)
