@@ -119,9 +119,9 @@ def stepper(network: nn.Module, batch: dict, loss_of, half: bool):
 
 def monai_network(name: str, classes: int = 4) -> nn.Module:
     """Another network, from MONAI: one prediction a volume."""
+    own = {"DenseNet121": {}, "UNet": {"channels": (16, 32, 64), "strides": (2, 2)}}[name]
     from monai.networks import nets
 
-    own = {"DenseNet121": {}, "UNet": {"channels": (16, 32, 64), "strides": (2, 2)}}[name]
     return getattr(nets, name)(spatial_dims=3, in_channels=2, out_channels=classes, **own)
 
 

@@ -534,6 +534,8 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
                                                   warmup_target=settings.learning_rate, warmup_steps=warm)
     optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
         rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
+    if _precision(network) == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # or small gradients would be rounded to zero
     trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output, name="trainer")
     losses = {name: LOSSES[name] for name in network.output}
     trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=_compiled(settings))
@@ -664,7 +666,7 @@ def examples_hash(examples: Examples) -> str:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d0b9974a
 def _save_state(folder: Path, key: str, trainer: keras.Model, best: Sequence[np.ndarray], history: list[dict]) -> None:
-    groups = {"model": trainer.variables, "optimizer": trainer.optimizer.variables, "best": best}
+    groups = {**_changing(trainer), "best": best}
     arrays = {f"{group}_{i}": ops.convert_to_numpy(value)
               for group, values in groups.items() for i, value in enumerate(values)}
     arrays["history"] = np.frombuffer(json.dumps(history).encode(), "uint8")
@@ -679,6 +681,13 @@ def _save_state(folder: Path, key: str, trainer: keras.Model, best: Sequence[np.
         scrap.unlink()  # of a process that was killed while it wrote
 
 
+def _changing(trainer: keras.Model) -> dict[str, list]:
+    optimizer = trainer.optimizer
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    scale = [variable for variable in optimizer.variables if not any(variable is other for other in inner.variables)]
+    return {"model": trainer.variables, "optimizer": inner.variables, "scale": scale}
+
+
 def _checksum(state: bytes | memoryview) -> bytes:
     return hashlib.blake2b(state, digest_size=16).digest()
 
@@ -690,9 +699,10 @@ def _load_state(folder: Path, key: str, trainer: keras.Model) -> tuple[list[dict
             log.warning("checkpoint %s cannot be read: it is damaged, so the one before is tried", path)
             continue
         history = json.loads(arrays.pop("history").tobytes())
-        for group, variables in (("model", trainer.variables), ("optimizer", trainer.optimizer.variables)):
+        for group, variables in _changing(trainer).items():
             for i, variable in enumerate(variables):
-                variable.assign(arrays[f"{group}_{i}"])
+                if group != "scale" or f"scale_{i}" in arrays:  # only mixed_float16 has one
+                    variable.assign(arrays[f"{group}_{i}"])
         best = [arrays[f"best_{i}"] for i in range(sum(name.startswith("best_") for name in arrays))]
         return history, best
     return None

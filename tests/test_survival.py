@@ -140,6 +140,26 @@ def test_a_retreat_shares_its_checkpoints_and_another_wish_does_not():
     assert len({asked, *others}) == len(others) + 1
 
 
+def test_moments_of_half_precision_go_on_in_float32(tmp_path):
+    trainers = []
+    for precision in ("mixed_float16", "float32"):
+        training.reproducible(0)
+        trainers.append(training._trainer(training.build_network(16, "AG", (8,), precision=precision), toys.quick(), 4))
+    half, whole = trainers
+    assert isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
+    for at, variable in enumerate(half.optimizer.inner_optimizer.variables):
+        variable.assign(np.full(variable.shape, at + 2))
+    training._save_state(tmp_path, "k" * 12, half, [], [{"epoch": 1}])
+    assert training._load_state(tmp_path, "k" * 12, whole) == ([{"epoch": 1}], [])
+    moments = [np.unique(np.asarray(variable)).tolist() for variable in whole.optimizer.variables]
+    assert moments == [[at + 2] for at in range(len(moments))]
+    half.optimizer.dynamic_scale.assign(7.0)
+    training._save_state(tmp_path, "k" * 12, half, [], [{"epoch": 1}])
+    half.optimizer.dynamic_scale.assign(1.0)
+    training._load_state(tmp_path, "k" * 12, half)
+    assert float(half.optimizer.dynamic_scale.numpy()) == 7.0
+
+
 def test_what_was_asked_for_plainly_is_tried_again_as_it_was():
     assert [training.retreat("float32", False, n)[0] for n in range(3)] == ["float32"] * 3
     assert {key(**training.retreat("float32", False, n)[1]) for n in range(3)} == {key()}
