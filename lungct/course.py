@@ -272,7 +272,7 @@ def run_on(notebook: Path, executed: Path, parameters: Mapping, progress: Progre
         except DeviceDied as death:
             if not known:
                 raise
-            said = str(death).splitlines()[0].removesuffix(f" without a word: {OFTEN}")
+            said = str(death).splitlines()[0].removesuffix(f" without a word: {OFTEN}")[:300]
             crashes.append(said + (f", with {RESTARTS[len(crashes) - 1]}" if crashes else ""))
             if len(crashes) > len(RESTARTS):
                 raise ChapterFailed("\n".join([f"{executed.stem} died {len(crashes)} times, so it is not started "

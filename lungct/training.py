@@ -495,7 +495,6 @@ def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, ba
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes a training, apart from the network and the data."""
-
     epochs: int = 90
     batch_size: int = 4
     learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down

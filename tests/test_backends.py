@@ -34,32 +34,27 @@ print("said", json.dumps({"backend": training.keras.backend.backend(), "loss": h
                           "subtype": [p.probabilities.tolist() for p in first],
                           "later": [float(p.heat.max()) for p in last]}))
 """
-# where one device and two devices come to from the same start; those two are stopped in between and called again
+# one device makes three epochs; two take up its state after the second, and make the third
 SHARED = PRELUDE + """
-from contextlib import suppress
-settings = t.quick(epochs=3, batch_size=4, learning_rate=0.01, transplants=0)
-def run(devices, folder=None, stop=0):
-    def report(row):
-        if row["epoch"] == stop:
-            raise EOFError
+settings = t.quick(epochs=3, batch_size=2, learning_rate=0.01, transplants=0)
+folder = training.Path(sys.argv[1])
+def run(devices):
     with training.on_devices(devices):
         training.reproducible(0)
-        network = training.build_network(16, "AG", (8,), dropout=0)
-        history = training.fit(network, few, few, settings, folder, report)
-        return history, network.get_weights(), training._sharing()
+        network, seen = training.build_network(16, "AG", (8,), dropout=0), []
+        history = training.fit(network, few, few, settings, folder, lambda row: seen.append(row["epoch"]))
+        return history.iloc[-1][["loss", "val_loss"]].tolist(), network.get_weights(), training._sharing(), seen
 one = run(1)
-with suppress(EOFError):
-    run(2, sys.argv[1], 2)
-two = run(2, sys.argv[1])
-apart = max(float(np.abs(a - b).max()) for a, b in zip(one[1], two[1], strict=True))
+max(folder.glob("*.npz")).unlink()
+two = run(2)
 try:
     with training.on_devices(0):
         training.fit(t.network(), few, None, t.quick(batch_size=3))
 except training.runs.InputError as error:
     refused = str(error)
-print("said", json.dumps({"loss": [h.loss.tolist() for h, *_ in (one, two)],
-                          "val_loss": [h.val_loss.tolist() for h, *_ in (one, two)], "apart": apart,
-                          "devices": [one[2], two[2]], "refused": refused}))
+apart = max(float(np.abs(a - b).max()) for a, b in zip(one[1], two[1], strict=True))
+print("said", json.dumps({"losses": [one[0], two[0]], "apart": apart, "devices": [one[2], two[2]], "made": two[3],
+                          "refused": refused}))
 """
 LOGICAL = """
 import tensorflow as tf
@@ -113,10 +108,9 @@ def test_another_backend_takes_the_same_step(backend, reference, tmp_path):
 def test_two_devices_share_a_batch_and_end_where_one_does(backend, tmp_path):
     start = LOGICAL if backend == "tensorflow" else ""
     said = child(backend, start + SHARED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert said["devices"] == [1, 2]
-    assert np.allclose(*said["loss"], rtol=1e-3) and np.allclose(*said["val_loss"], rtol=1e-3)
-    assert said["loss"][0][0] != said["loss"][0][2]
-    assert said["apart"] < 5e-3
+    assert said["devices"] == [1, 2] and said["made"] == [3]
+    assert np.allclose(*said["losses"], rtol=1e-4)
+    assert said["apart"] < 1e-3, "two steps of Adam, each of 0.01 at most"
     assert "batch_size 3 cannot be shared evenly by 2 devices" in said["refused"]
 
 

@@ -121,6 +121,7 @@ def test_contenders_are_timed_in_turn_and_a_missing_one_is_named(tmp_path, monke
     assert "| MONAI none |  | float32 | died |" in text
 
 
+@pytest.mark.skipif(not TORCH, reason="without torch, the test above has it among the contenders")
 def test_the_bare_step_of_keras_learns():
     import train
 
