@@ -51,7 +51,7 @@ ALLOWED = {
     "max_gap": (0, 1000), "min_overlap": (1e-6, 1.0), "grid_size": range(8, 1025, 8), "grid_spacing_mm": (0.1, 100.0),
     "scheduler": re.compile(r"((tcp|tls|ucx|inproc)://.+)?"), "class_e": ("keep", "merge", "set aside"),
     "validation_fraction": (0.01, 0.9), "test_fraction": (0.01, 0.9), "promised_width": (0.001, 1.0),
-    "folds": (2, 100), "repeats": (1, 100),
+    "folds": (2, 100), "repeats": (1, 100), "devices": (0, 1024),
     "epochs": (1, 1_000_000), "batch_size": (1, 100_000), "learning_rate": (1e-9, 10.0), "patience": (1, 1_000_000),
     "filters": [range(8, 4097, 8)], "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
     "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000),

@@ -9,10 +9,11 @@ __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'LOSSES', 
            'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss',
            'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients',
            'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'input_cost', 'examples_hash', 'fit',
-           'best_epoch', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
+           'best_epoch', 'on_devices', 'retreat', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
+import io
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -207,8 +208,9 @@ class Place(layers.Layer):
     """Appends the position to a map (n, s, s, s, c): three channels z y x from -1 to 1."""
 
     def call(self, x):
-        axis = (ops.arange(x.shape[1], dtype=x.dtype) + 0.5) * (2 / x.shape[1]) - 1
+        axis = (ops.arange(x.shape[1], dtype="float32") + 0.5) * (2 / x.shape[1]) - 1
         grid = ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)[None]
+        grid = ops.cast(grid, x.dtype)  # TensorFlow counts in no half precision
         return ops.concatenate([x, ops.broadcast_to(grid, (*ops.shape(x)[:4], 3))], axis=-1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #e514792e
@@ -301,15 +303,18 @@ def _check_precision(precision: str) -> None:
         raise runs.InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9f16bf5a
-def reproducible(seed: int) -> None:
-    """Seed Python, NumPy and the backend, and ask the backend for deterministic operations."""
+def reproducible(seed: int, exact: bool = True) -> None:
+    """Seed Python, NumPy and the backend; `exact` asks for operations that give the same bits every time.
+
+    TensorFlow has no XLA with such operations: `exact=False` lets it use both again.
+    """
     keras.utils.set_random_seed(seed)
     if keras.backend.backend() == "tensorflow":
-        import tensorflow
-        tensorflow.config.experimental.enable_op_determinism()
+        from tensorflow.python.framework import config  # the way back has no public name
+        config.enable_op_determinism() if exact else config.disable_op_determinism()
     elif keras.backend.backend() == "torch":
         import torch
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(exact, warn_only=True)
 
 
 def _has_gpu() -> bool:
@@ -317,6 +322,7 @@ def _has_gpu() -> bool:
         import torch
         return torch.cuda.is_available()
     return any(name.lower().startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
+
 
 # %% ../nbs/05_train_3d_cnn.ipynb #1e92786b
 def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
@@ -590,7 +596,6 @@ def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, ba
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes a training, apart from the network and the data."""
-
     epochs: int = 90
     batch_size: int = 4
     learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down
@@ -604,6 +609,8 @@ class Settings:
     transplants: float = 0.5        # share of volumes that get a lesion of another patient
     pet_dropout: float = 0.25       # share of augmented volumes whose PET is withheld
     seed: int = 0
+    jit_compile: bool = False       # XLA, or torch.compile; never on a CPU
+    stands_for: str = ""            # after a crash: what was asked for, see `retreat`
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "learning_rate", "patience"):
@@ -626,10 +633,13 @@ def _trainer(network: keras.Model, settings: Settings, patients: int) -> keras.M
     warm = max(1, steps // 10)
     rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate / 20, max(1, steps - warm), alpha=0.01,
                                                   warmup_target=settings.learning_rate, warmup_steps=warm)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm)
-    trainer = keras.Model(network.input, network.output)
+    optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
+        rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
+    if _precision(network) == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # or small gradients would be rounded to zero
+    trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output, name="trainer")
     losses = {name: LOSSES[name] for name in network.output}
-    trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=False)
+    trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=_compiled(settings))
     optimizer.build(trainer.trainable_variables)
     return trainer
 
@@ -713,6 +723,22 @@ def _memory_in_words(settings: Settings) -> Iterator[None]:
             raise
         raise runs.InputError(f"the device ran out of memory at batch_size {settings.batch_size}: {LOWER}") from error
 
+# %% ../nbs/05_train_3d_cnn.ipynb #40db56ed
+def _compiled(settings: Settings) -> bool:
+    if keras.backend.backend() == "jax":
+        return True  # without it each operation would be compiled and called by itself
+    return settings.jit_compile and bool(_devices(accelerators=True))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #9d824acc
+def _devices(accelerators: bool = False) -> list[str]:
+    # the accelerators, or else the CPU, which counts as several when the backend is told so
+    if keras.backend.backend() == "torch":
+        import torch
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu:0"]
+    else:
+        names = keras.distribution.list_devices()
+    return [name for name in names if not (accelerators and name.startswith("cpu"))]
+
 # %% ../nbs/05_train_3d_cnn.ipynb #d696d4cc
 def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int, held=None) -> dict[str, float]:
     steps = []
@@ -759,7 +785,7 @@ def _ahead(made: Iterator) -> Iterator:
 # %% ../nbs/05_train_3d_cnn.ipynb #d960a4c9
 def _hold(network: keras.Model, settings: Settings, train: Examples):
     # the volumes as a tensor on the GPU, when there is one and the training leaves room for them; else None
-    free = free_memory() if _has_gpu() else None
+    free = free_memory() if _has_gpu() and _sharing() == 1 else None
     fits = free is not None and memory_estimate(network, settings, train).sum() < 0.8 * free
     return ops.convert_to_tensor(train.ct_hu) if fits else None
 
@@ -785,7 +811,8 @@ def _targets(network: keras.Model, boxes: Sequence, target: np.ndarray, settings
 def _validate(trainer: keras.Model, examples: Examples, settings: Settings) -> dict[str, float]:
     outputs = _forward(trainer, examples.ct_hu, settings.batch_size, examples.pet_suv)
     wanted = _targets(trainer, examples.boxes_zyx, examples.target, settings)
-    each = {name: ops.convert_to_numpy(LOSSES[name](wanted[name], outputs[name])) for name in wanted}
+    pairs = {name: map(ops.convert_to_tensor, (wanted[name], outputs[name])) for name in wanted}
+    each = {name: ops.convert_to_numpy(LOSSES[name](*pair)) for name, pair in pairs.items()}
     if "subtype" in each:
         each["subtype"] = each["subtype"][examples.target >= 0]  # the mean is over volumes that have a subtype
     means = {name: float(values.mean()) if len(values) else 0.0 for name, values in each.items()}
@@ -851,8 +878,25 @@ def _key(network: keras.Model, train: Examples, validation: Examples | None, set
     data = [examples_hash(examples) for examples in (train, validation) if examples is not None]
     start = [hashlib.blake2b(weight.tobytes(), digest_size=8).hexdigest() for weight in network.get_weights()]
     versions = [keras.backend.backend(), runs.package_versions()]
-    facts = [asdict(settings), network.get_config(), start, data, code, versions]
+    wanted = {name: value for name, value in asdict(settings).items() if name not in ("jit_compile", "stands_for")}
+    way = settings.stands_for or _way(_precision(network), settings.jit_compile)
+    facts = [wanted, way, _without_dtypes(network.get_config()), start, data, code, versions]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+# %% ../nbs/05_train_3d_cnn.ipynb #e5b5dd65
+def _way(precision: str, jit_compile: bool) -> str:
+    return precision + (" with XLA" if jit_compile else "")
+
+
+def _precision(network: keras.Model) -> str:
+    policies = [layer.dtype_policy.name for layer in network.layers]
+    return next((name for name in policies if name != "float32"), "float32")
+
+
+def _without_dtypes(config):
+    if isinstance(config, dict):
+        return {name: _without_dtypes(value) for name, value in config.items() if name != "dtype"}
+    return [_without_dtypes(item) for item in config] if isinstance(config, list | tuple) else config
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ba8c5148
 def examples_hash(examples: Examples) -> str:
@@ -866,32 +910,57 @@ def examples_hash(examples: Examples) -> str:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d0b9974a
 def _save_state(folder: Path, key: str, trainer: keras.Model, best: Sequence[np.ndarray], history: list[dict]) -> None:
-    groups = {"model": trainer.variables, "optimizer": trainer.optimizer.variables, "best": best}
+    groups = {**_changing(trainer), "best": best}
     arrays = {f"{group}_{i}": ops.convert_to_numpy(value)
               for group, values in groups.items() for i, value in enumerate(values)}
     arrays["history"] = np.frombuffer(json.dumps(history).encode(), "uint8")
+    np.savez(state := io.BytesIO(), **arrays)
     with runs.atomic(folder / f"{key}-{len(history):05d}.npz") as part, part.open("wb") as stream:
-        np.savez(stream, **arrays)
+        stream.write(state.getbuffer())
+        stream.write(_checksum(state.getbuffer()))
     for old in sorted(folder.glob(f"{'?' * 12}-?????.npz")):
         if old.name < f"{key}-{len(history) - 1:05d}" or not old.name.startswith(key):
             old.unlink()  # this state and the one before are kept, those of other settings go
+    for scrap in folder.glob(f".{'?' * 12}-?????.npz.*.part"):
+        scrap.unlink()  # of a process that was killed while it wrote
+
+
+def _changing(trainer: keras.Model) -> dict[str, list]:
+    optimizer = trainer.optimizer
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    scale = [variable for variable in optimizer.variables if not any(variable is other for other in inner.variables)]
+    return {"model": trainer.variables, "optimizer": inner.variables, "scale": scale}
+
+
+def _checksum(state: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(state, digest_size=16).digest()
 
 # %% ../nbs/05_train_3d_cnn.ipynb #a6dcbc96
 def _load_state(folder: Path, key: str, trainer: keras.Model) -> tuple[list[dict], list[np.ndarray]] | None:
     for path in sorted(folder.glob(f"{key}-*.npz"), reverse=True):
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-                history = json.loads(arrays.pop("history").tobytes())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("checkpoint %s cannot be read (%s), trying the one before", path, error)
+        arrays = _read_state(path)
+        if arrays is None:
+            log.warning("checkpoint %s cannot be read: it is damaged, so the one before is tried", path)
             continue
-        for group, variables in (("model", trainer.variables), ("optimizer", trainer.optimizer.variables)):
+        history = json.loads(arrays.pop("history").tobytes())
+        for group, variables in _changing(trainer).items():
             for i, variable in enumerate(variables):
-                variable.assign(arrays[f"{group}_{i}"])
+                if group != "scale" or f"scale_{i}" in arrays:  # only mixed_float16 has one
+                    variable.assign(arrays[f"{group}_{i}"])
         best = [arrays[f"best_{i}"] for i in range(sum(name.startswith("best_") for name in arrays))]
         return history, best
     return None
+
+
+def _read_state(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if _checksum(content[:-16]) != content[-16:]:
+        return None
+    with np.load(io.BytesIO(content[:-16]), allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #22888d32
 def fit(network: keras.Model, train: Examples, validation: Examples | None = None, settings: Settings | None = None,
@@ -913,13 +982,15 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Raises
     ------
-    InputError without training volumes or memory; FloatingPointError when the loss is no number, naming the volumes.
+    InputError without training volumes or memory, or for a batch that the devices cannot share; FloatingPointError
+    when the loss is no number, naming the volumes.
     """
     if not len(train):
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     settings = settings or Settings()
+    _check_devices(settings)
     check_memory(network, settings, train)
-    reproducible(settings.seed)
+    reproducible(settings.seed, exact=not _compiled(settings))
     watched = _one_each(validation) if validation is not None and len(validation) else None
     return _run(network, train, watched, settings, Path(folder) if folder else None, report or (lambda row: None),
                 log_dir)
@@ -934,6 +1005,9 @@ def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.
         epoch = len(history) + 1
         row = {"epoch": epoch} | _epoch(trainer, train, settings, epoch, held)
         history.append(row | (_validate(trainer, watched, settings) if watched else {}))
+        if not np.isfinite(history[-1].get("val_loss", 0)):
+            raise FloatingPointError(f"validation loss is {history[-1]['val_loss']} after epoch {epoch}, though the "
+                                     "training losses before it were finite: lower learning_rate")
         if best_epoch(history) == epoch:
             best = network.get_weights()
         if folder:
@@ -944,6 +1018,14 @@ def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.
     network.set_weights(best)
     return pd.DataFrame(history)
 
+# %% ../nbs/05_train_3d_cnn.ipynb #12888571
+def _check_devices(settings: Settings) -> None:
+    if settings.batch_size % _sharing():
+        raise runs.InputError(f"batch_size {settings.batch_size} cannot be shared evenly by {_sharing()} devices: "
+                              "change batch_size or devices")
+    if settings.jit_compile and not _compiled(settings):
+        log.warning("jit_compile stays off: on a CPU, XLA makes 3D convolutions several times slower")
+
 # %% ../nbs/05_train_3d_cnn.ipynb #d9824fe7
 def best_epoch(history: Sequence[Mapping]) -> int:
     """Number of the epoch whose weights are kept: the lowest validation loss, or the last epoch without validation."""
@@ -953,6 +1035,75 @@ def best_epoch(history: Sequence[Mapping]) -> int:
 # %% ../nbs/05_train_3d_cnn.ipynb #d1456c38
 def _stalled(history: Sequence[Mapping], patience: int) -> bool:
     return bool(history) and len(history) - best_epoch(history) >= patience
+
+# %% ../nbs/05_train_3d_cnn.ipynb #3bca1b6f
+@contextmanager
+def on_devices(count: int = 1) -> Iterator[None]:
+    """Share each batch among `count` devices (0: all) for networks that are built and trained in this block.
+
+    Raises InputError when there are fewer, or when the backend is torch, which knows one device a process.
+    """
+    names = _devices()
+    count = count or len(names)
+    if not 1 <= count <= len(names):
+        raise runs.InputError(f"devices is {count}, but {keras.backend.backend()} sees {len(names)} here "
+                              f"({', '.join(names)}): give fewer, or 0 for all")
+    if count > 1 and keras.backend.backend() == "torch":
+        raise runs.InputError("devices is above 1, but Keras on torch uses one device a process: give 1, or set "
+                              "KERAS_BACKEND to tensorflow or jax")
+    with _shared(names[:count]) if count > 1 else nullcontext():
+        yield
+
+
+def _shared(names: Sequence[str]):
+    if keras.backend.backend() == "jax":
+        return keras.distribution.DataParallel(devices=list(names)).scope()
+    import tensorflow
+    return tensorflow.distribute.MirroredStrategy(list(names)).scope()
+
+# %% ../nbs/05_train_3d_cnn.ipynb #d5f42ae5
+def _sharing() -> int:
+    # how many devices share a batch here
+    if keras.backend.backend() == "jax":
+        distribution = keras.distribution.distribution()
+        return distribution.device_mesh.devices.size if distribution else 1
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow
+        return tensorflow.distribute.get_strategy().num_replicas_in_sync
+    return 1
+
+# %% ../nbs/05_train_3d_cnn.ipynb #760aa1d3
+class _Shared(keras.Model):
+    # one copy a device under tf.distribute; each takes its part of the batch
+    def train_step(self, data):
+        return super().train_step(_part(data))
+
+    def predict_step(self, data):
+        return super().predict_step(_part(data))
+
+
+def _part(data):
+    import tensorflow
+    here = tensorflow.distribute.get_replica_context()
+
+    def cut(batch):
+        if batch is None:
+            return None  # there are no sample weights
+        share = batch.shape[0] // here.num_replicas_in_sync
+        return batch[here.replica_id_in_sync_group * share:][:share]
+    return keras.tree.map_structure(cut, data)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #84a6980b
+class _SharedAdamW(keras.optimizers.AdamW):
+    def _clip_gradients(self, grads):
+        import tensorflow
+        here = tensorflow.distribute.get_replica_context()
+        whole = here.all_reduce(tensorflow.distribute.ReduceOp.SUM, list(grads))
+        return [grad / here.num_replicas_in_sync for grad in super()._clip_gradients(whole)]  # they are added once more
+
+
+def _strategic() -> bool:
+    return keras.backend.backend() == "tensorflow" and _sharing() > 1
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4a1ed6e6
 def _board(log_dir: str | os.PathLike | None, history: Sequence[Mapping]) -> Callable[[Mapping], None]:
@@ -977,6 +1128,18 @@ def _board(log_dir: str | os.PathLike | None, history: Sequence[Mapping]) -> Cal
     for row in history:
         write(row)
     return write
+
+# %% ../nbs/05_train_3d_cnn.ipynb #48230f05
+def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]:
+    """Precision, and what to give `Settings`, for the attempt after so many crashes.
+
+    The first attempt is as asked, the second has XLA off, the third is in float32 as well. All of them share their
+    checkpoints.
+    """
+    changes = {"jit_compile": jit_compile and not crashes}
+    if crashes:
+        changes["stands_for"] = _way(precision, jit_compile)
+    return ("float32" if crashes > 1 else precision), changes
 
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:
@@ -1031,7 +1194,8 @@ MODEL_SCHEMA = 1
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57694245
 def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequence[str], spacing_mm: float,
-               training_hash: str, settings: Settings, validation: Mapping) -> dict:
+               training_hash: str, settings: Settings, validation: Mapping,
+               crashes: Sequence[str] = ()) -> dict:
     """Write model.keras (the same bytes for the same network) and its side-car model.json; returns the side-car.
 
     Parameters
@@ -1040,6 +1204,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     spacing_mm : grid spacing of the training volumes.
     training_hash : of the training examples, from `examples_hash`.
     validation : losses and figures of the kept epoch; may be empty.
+    crashes : one line for each attempt of this training that killed its process.
     """
     path = Path(folder) / "model.keras"
     with runs.atomic(path) as part:
@@ -1052,7 +1217,8 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
         "grid": {"size": network.input.shape[1], "spacing_mm": spacing_mm}, "windows_hu": [list(w) for w in WINDOWS_HU],
         "stride": STRIDE, "training_hash": training_hash, "settings": asdict(settings), "validation": dict(validation),
         "inputs": ["ct", "pet"] if takes_pet(network) else ["ct"], "window_suv": WINDOW_SUV,
-        "packages": runs.package_versions(), "backend": keras.backend.backend(),
+        "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
+        "crashes": list(crashes),
     }
     runs.save_json(facts, path.with_suffix(".json"))
     return facts
@@ -1071,15 +1237,15 @@ def load_model(path: str | os.PathLike, size: int | None = None,
                spacing_mm: float | None = None) -> tuple[keras.Model, dict]:
     """Load model.keras with its side-car; `path` is the file or its folder.
 
-    Raises InputError when a file is missing, the two do not belong together, the code's windows have changed, or the
-    grid differs from the `size` and `spacing_mm` that the caller is going to feed.
+    Raises InputError when a file is missing, the two do not belong together, the model holds a program, the code's
+    windows have changed, or the grid differs from the `size` and `spacing_mm` that the caller is going to feed.
     """
     path = Path(path) / "model.keras" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise runs.InputError(f"model {path} does not exist: train one with chapter 5, or give the right path")
     facts = _side_car(path)
     _compare(path, facts, {"size": size, "spacing_mm": spacing_mm})
-    network = keras.saving.load_model(path, compile=False, safe_mode=True)
+    network = _load_safely(path)
     if ("pet" in facts["inputs"]) != takes_pet(network):
         raise runs.InputError(f"model {path} has {network.input.shape[-1]} input channels, its side-car names the "
                               f"inputs {facts['inputs']}: {TOGETHER}")
@@ -1088,6 +1254,16 @@ def load_model(path: str | os.PathLike, size: int | None = None,
         raise runs.InputError(f"model {path} tells {opinions} subtypes apart, its side-car names {facts['classes']}: "
                               f"{TOGETHER}")
     return network, facts
+
+# %% ../nbs/05_train_3d_cnn.ipynb #87515974
+def _load_safely(path: Path) -> keras.Model:
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError) as error:
+        if "safe_mode" not in str(error) and "lambda" not in str(error).lower():
+            raise
+        raise runs.InputError(f"model {path} holds a program (a Lambda layer), which is not run: whoever made the "
+                              "model could do anything with it; build the network from named layers") from None
 
 # %% ../nbs/05_train_3d_cnn.ipynb #b25b0e35
 TOGETHER = "a model and its side-car belong together, so copy both again from where they were trained"

@@ -1,9 +1,13 @@
-"""The benchmark of the accelerator runs where nothing but keras, numpy and a backend is installed."""
+"""The benchmarks of training: on an accelerator with next to nothing installed, and on this processor against peers."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 BARE = """
@@ -35,3 +39,102 @@ def test_training_steps_are_measured_without_tables(tmp_path):
     assert text.startswith("# Results\n") and "## Training steps: CPU, Keras" in text
     size, precision, jit, rate, *_ = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
     assert (size, precision, jit) == ("16^3", "float32", "False") and float(rate) > 0
+
+
+sys.path.insert(0, str(SCRIPT.parent))
+TORCH = importlib.util.find_spec("torch") is not None
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=pytest.mark.skipif(
+    importlib.util.find_spec(name) is None, reason=f"no {name}")) for name in ("jax", "torch")])
+def test_training_steps_are_measured_on_another_backend(backend):
+    quiet = os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(SCRIPT), "--sizes", "16", "--batch", "2", "--steps", "2", "--precisions", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"on {backend}" in done.stdout
+    assert float(done.stdout.splitlines()[-2].split("|")[4]) > 0, done.stdout
+
+
+@pytest.mark.skipif(not TORCH, reason="no torch: pip install -e '.[bench]'")
+def test_the_network_in_plain_torch_is_that_of_chapter_5():
+    import torch
+    import torch_network
+    import train
+
+    from lungct import training
+
+    training.reproducible(0)
+    batch = train.example_batch(16, 2)
+    ours = training.build_network(16, train.CLASSES, (8, 16), dropout=0)
+    theirs = torch_network.Network(len(train.CLASSES), (8, 16), dropout=0, at_end=True)
+    assert ours.count_params() == sum(values.numel() for values in theirs.parameters())
+    take_over(ours, theirs)
+    volumes, wanted = torch_network.tensors(batch)
+    expected = ours.predict_on_batch(batch["seen"])
+    with torch.no_grad():
+        got = theirs.eval()(volumes)
+        loss = torch_network.loss(got, wanted).item()
+    for name, values in expected.items():
+        moved = got[name].permute(0, 2, 3, 4, 1) if got[name].ndim == 5 else got[name]
+        assert np.allclose(values, moved.numpy(), atol=1e-4), name
+    terms = [np.asarray(training.LOSSES[name](batch[name], expected[name])) for name in training.LOSSES]
+    assert loss == pytest.approx(np.sum(terms, axis=0).mean(), rel=1e-4)
+
+
+def take_over(ours, theirs):
+    """Give the torch network the weights of the Keras network, layer by layer in the order of their names."""
+    levels = len(theirs.downs)
+    names = {f"down{i}": block for i, block in enumerate(theirs.downs)}
+    names |= {f"level{i}": block for i, block in enumerate(theirs.levels)}
+    names |= {f"up{levels - 2 - i}": block for i, block in enumerate(theirs.ups)} | {"bottom": theirs.bottom}
+    pairs = {name: block.conv for name, block in names.items()}
+    pairs |= {f"{name}_norm": block.norm for name, block in names.items()}
+    pairs |= {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
+    pairs |= {name: getattr(theirs, name) for name in ("heat", "box", "opinion", "subtype")}
+    for name, module in pairs.items():
+        kernel, bias = map(np.asarray, ours.get_layer(name).get_weights())
+        order = (4, 3, 0, 1, 2) if kernel.ndim == 5 else (1, 0) if kernel.ndim == 2 else (0,)
+        module.weight.data.copy_(torch_from(kernel.transpose(order)))
+        module.bias.data.copy_(torch_from(bias))
+
+
+def torch_from(values):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+@pytest.mark.slow
+def test_contenders_are_timed_in_turn_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    import train
+
+    ours = train.TORCH if TORCH else train.KERAS  # one of them, for a process that starts costs seconds
+    monkeypatch.setattr(train, "CONTENDERS", {
+        (ours, "float32"): (train.SAME, ""), ("MONAI none", "float32"): ("", ""),  # it dies: there is no such network
+        ("MONAI UNet", "float32"): ("another", "no_such_package")})
+    found = train.speeds(16, 2, 1, tmp_path, rounds=2)
+    assert found[ours, "float32"] > 0
+    assert found["MONAI none", "float32"] == 0 and found["MONAI UNet", "float32"] is None
+    text = train.step_table(16, 2, found | {(train.TORCH, "float32"): found[ours, "float32"]})
+    assert "| MONAI UNet | another | float32 | not installed |" in text
+    assert "| MONAI none |  | float32 | died |" in text
+
+
+@pytest.mark.skipif(not TORCH, reason="without torch, the test above has it among the contenders")
+def test_the_bare_step_of_keras_learns():
+    import train
+
+    step = train.keras_step(train.example_batch(16, 2), half=True)
+    first = step()
+    assert min(step() for _ in range(5)) < first
+
+
+def test_goals_name_what_was_reached():
+    import train
+
+    speeds = dict.fromkeys(train.CONTENDERS, 30.0) | {(train.TORCH, "float32"): 10.0}
+    text = train.goals({64: speeds}, 93.4, 3.2)
+    assert "step at 64^3 in float32, times plain torch: goal 1.5 or more, reached 3.00" in text
+    assert "in bfloat16, times plain torch: goal 1.5 or more, reached 1.00" in text
+    assert "goal 90 or more, reached 93.4" in text and "goal below 5, reached 3.2" in text

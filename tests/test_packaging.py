@@ -37,7 +37,7 @@ def test_constraints_hold_versions_only():
 
 
 def test_the_extras_are_there():
-    assert set(PROJECT["optional-dependencies"]) == {"dev", "codecs", "docs", "bench", "gpu", "tensorboard"}
+    assert set(PROJECT["optional-dependencies"]) == {"dev", "codecs", "docs", "bench", "gpu", "jax", "tensorboard"}
     assert set(PROJECT["optional-dependencies"]["codecs"]) <= set(PROJECT["optional-dependencies"]["dev"])
     assert not any("libjpeg-libjpeg" in text for text in PROJECT["optional-dependencies"]["codecs"])  # GPL
     assert PROJECT["optional-dependencies"]["gpu"] == ["tensorflow[and-cuda]"]

@@ -1,0 +1,131 @@
+"""The network, loss and step of chapter 5 as one writes them in plain torch, channels last."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LAST = torch.channels_last_3d
+
+
+def place(x: torch.Tensor) -> torch.Tensor:
+    """Maps (n, c, s, s, s) with the position appended: three channels from -1 to 1."""
+    side = x.shape[-1]
+    axis = (torch.arange(side, dtype=x.dtype) + 0.5) * (2 / side) - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    return torch.cat([x, grid.expand(len(x), -1, -1, -1, -1)], dim=1)
+
+
+class Block(nn.Module):
+    """Convolution, layer norm over the channels of each place, ReLU."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1, at_end: bool = False):
+        super().__init__()
+        self.at_end = at_end and stride == 2
+        self.conv = nn.Conv3d(channels, width, 3, stride, padding=0 if self.at_end else 1)
+        self.norm = nn.LayerNorm(width, eps=1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(F.pad(x, (0, 1) * 3) if self.at_end else x)
+        x = self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        return F.relu(x, inplace=True)
+
+
+class Network(nn.Module):
+    """Encoder-decoder with heat, box and subtype heads, for volumes with two channels.
+
+    `at_end` pads strided convolutions at the end alone, as TensorFlow does, which makes the outputs comparable to the
+    last digits; without it they are padded on both sides, as torch users do.
+    """
+
+    def __init__(self, classes: int = 4, filters: tuple[int, ...] = (16, 32, 64), dropout: float = 0.3,
+                 at_end: bool = False):
+        super().__init__()
+        widths = (2, *filters)
+        self.downs = nn.ModuleList(Block(a, b, 2, at_end) for a, b in pairwise(widths))
+        self.levels = nn.ModuleList(Block(width, width) for width in filters)
+        self.bottom = Block(filters[-1] + 3, filters[-1])
+        upwards = filters[::-1]
+        self.mixes = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in pairwise(upwards))
+        self.ups = nn.ModuleList(Block(width, width) for width in upwards[1:])
+        self.heat, self.box = nn.Conv3d(filters[0], 1, 1), nn.Conv3d(filters[0], 6, 1)
+        nn.init.constant_(self.heat.bias, -4.6)
+        self.opinion, self.subtype = nn.Linear(sum(filters) + 6, 64), nn.Linear(64, classes)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen = []
+        for down, level in zip(self.downs, self.levels, strict=True):
+            seen.append(x := level(down(x)))
+        decoded = [x := self.bottom(place(x))]
+        for mix, up, skip in zip(self.mixes, self.ups, seen[-2::-1], strict=True):
+            decoded.append(x := up(F.interpolate(mix(x), scale_factor=2) + skip))
+        with torch.autocast("cpu", enabled=False):
+            decoded = [maps.float() for maps in decoded]
+            heat, box = torch.sigmoid(self.heat(decoded[-1])), self.box(decoded[-1])
+            evidence = self.dropout(pooled(heat, box, [*decoded[:-1], place(decoded[-1])]))
+            subtype = self.subtype(self.dropout(F.relu(self.opinion(evidence))))
+            return {"heat": heat, "box": box, "subtype": torch.softmax(subtype, dim=1)}
+
+
+def pooled(heat: torch.Tensor, box: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
+    """Means of maps and of the box size, weighted by the squared heat."""
+    weight, parts = heat.detach() ** 2, []
+    for x in (*maps, box[:, 3:].detach()):
+        factor = weight.shape[-1] // x.shape[-1]
+        share = F.avg_pool3d(weight, factor) if factor > 1 else weight
+        parts.append((share * x).sum((2, 3, 4)) / (share.sum((2, 3, 4)) + 1e-6))
+    return torch.cat(parts, dim=1)
+
+
+def loss(seen: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Focal loss of the heat, absolute error of the boxes, cross-entropy of the subtype: mean over the batch."""
+    p, true, axes = seen["heat"].clamp(1e-6, 1 - 1e-6), wanted["heat"], (1, 2, 3, 4)
+    centre = (true >= 1).float()
+    focal = centre * (1 - p) ** 2 * p.log() + (1 - centre) * (1 - true) ** 4 * p ** 2 * (1 - p).log()
+    heat = -focal.sum(axes) / centre.sum(axes).clamp(min=1)
+    weight = wanted["box"][:, 6:]
+    box = (weight * (wanted["box"][:, :6] - seen["box"]).abs()).sum(axes) / (6 * weight.sum(axes).clamp(min=1e-6))
+    subtype = -(wanted["subtype"] * seen["subtype"].clamp(1e-7, 1).log()).sum(1)
+    return (heat + box + subtype).mean()
+
+
+def tensors(batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A batch of arrays with channels last to volumes and targets with channels second, in the same memory order."""
+    moved = {name: torch.from_numpy(values.copy()) for name, values in batch.items()}
+    moved = {name: t.permute(0, 4, 1, 2, 3).contiguous(memory_format=LAST) if t.ndim == 5 else t
+             for name, t in moved.items()}
+    return moved.pop("seen"), moved
+
+
+def stepper(network: nn.Module, batch: dict, loss_of, half: bool):
+    """A function that makes one training step and returns its loss."""
+    volumes, wanted = tensors(batch)
+    network = network.to(memory_format=LAST).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = loss_of(network(volumes), wanted)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+def monai_network(name: str, classes: int = 4) -> nn.Module:
+    """Another network, from MONAI: one prediction a volume."""
+    own = {"DenseNet121": {}, "UNet": {"channels": (16, 32, 64), "strides": (2, 2)}}[name]
+    from monai.networks import nets
+
+    return getattr(nets, name)(spatial_dims=3, in_channels=2, out_channels=classes, **own)
+
+
+def monai_loss(seen: torch.Tensor, wanted: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of the subtype; of a map its mean over all places is taken."""
+    seen = seen.float().mean((2, 3, 4)) if seen.ndim == 5 else seen.float()
+    return -(wanted["subtype"] * torch.log_softmax(seen, dim=1)).sum(1).mean()

@@ -1,0 +1,125 @@
+"""One code on every backend: the same network, losses that agree, models that travel, a batch shared by devices."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import test_training as toys
+
+from lungct import training
+
+HERE = os.path.dirname(__file__)
+PRELUDE = f"""
+import json, os, sys
+sys.path.insert(0, {HERE!r})
+import numpy as np
+import test_training as t
+from lungct import training
+one_step = t.quick(epochs=1, batch_size=4, augmented=False, transplants=0)
+few = t.toys(4)
+"""
+STEP = PRELUDE + """
+folder, out = sys.argv[1:]
+network, facts = training.load_model(folder)
+first = training.predict(network, few.ct_hu)
+history = training.fit(network, few, few, one_step)
+t.saved(network, training.Path(out))
+last = training.predict(network, few.ct_hu)
+print("said", json.dumps({"backend": training.keras.backend.backend(), "loss": history.loss[0],
+                          "val_loss": history.val_loss[0], "heat": [float(p.heat.max()) for p in first],
+                          "subtype": [p.probabilities.tolist() for p in first],
+                          "later": [float(p.heat.max()) for p in last]}))
+"""
+# one device makes three epochs; two take up its state after the second, and make the third
+SHARED = PRELUDE + """
+settings = t.quick(epochs=3, batch_size=2, learning_rate=0.01, transplants=0)
+folder = training.Path(sys.argv[1])
+def run(devices):
+    with training.on_devices(devices):
+        training.reproducible(0)
+        network, seen = training.build_network(16, "AG", (8,), dropout=0), []
+        history = training.fit(network, few, few, settings, folder, lambda row: seen.append(row["epoch"]))
+        return history.iloc[-1][["loss", "val_loss"]].tolist(), network.get_weights(), training._sharing(), seen
+one = run(1)
+max(folder.glob("*.npz")).unlink()
+two = run(2)
+try:
+    with training.on_devices(0):
+        training.fit(t.network(), few, None, t.quick(batch_size=3))
+except training.runs.InputError as error:
+    refused = str(error)
+apart = max(float(np.abs(a - b).max()) for a, b in zip(one[1], two[1], strict=True))
+print("said", json.dumps({"losses": [one[0], two[0]], "apart": apart, "devices": [one[2], two[2]], "made": two[3],
+                          "refused": refused}))
+"""
+LOGICAL = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+
+
+def child(backend, code, *arguments, **environment):
+    quiet = {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | quiet | environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("said ")).removeprefix("said "))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A model without dropout, and what one step of training on it comes to in this process."""
+    folder = tmp_path_factory.mktemp("start")
+    training.reproducible(0)
+    network = training.build_network(16, "AG", (8, 16), dropout=0)
+    toys.saved(network, folder)
+    few = toys.toys(4)
+    first = training.predict(network, few.ct_hu)
+    settings = toys.quick(epochs=1, batch_size=4, augmented=False, transplants=0)
+    return folder, first, training.fit(network, few, few, settings).iloc[0]
+
+
+def installed(backend, extra):
+    absent = importlib.util.find_spec(backend) is None
+    return pytest.param(backend, marks=pytest.mark.skipif(absent, reason=f"no {backend}: pip install -e '.[{extra}]'"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [installed("jax", "jax"), installed("torch", "bench")])
+def test_another_backend_takes_the_same_step(backend, reference, tmp_path):
+    folder, first, row = reference
+    said = child(backend, STEP, folder, tmp_path)
+    assert said["backend"] == backend
+    assert np.allclose(said["heat"], [p.heat.max() for p in first], atol=1e-5)  # a model of TensorFlow, elsewhere
+    assert np.allclose(said["subtype"], [p.probabilities for p in first], atol=1e-5)
+    assert said["loss"] == pytest.approx(row.loss, rel=1e-4)
+    assert said["val_loss"] == pytest.approx(row.val_loss, rel=1e-3) and abs(row.val_loss - row.loss) > 1e-3
+    back, _ = training.load_model(tmp_path)  # and a model of the other backend here
+    assert np.allclose(said["later"], [p.heat.max() for p in training.predict(back, toys.toys(4).ct_hu)], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", installed("jax", "jax")])
+def test_two_devices_share_a_batch_and_end_where_one_does(backend, tmp_path):
+    start = LOGICAL if backend == "tensorflow" else ""
+    said = child(backend, start + SHARED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert said["devices"] == [1, 2] and said["made"] == [3]
+    assert np.allclose(*said["losses"], rtol=1e-4)
+    assert said["apart"] < 1e-3, "two steps of Adam, each of 0.01 at most"
+    assert "batch_size 3 cannot be shared evenly by 2 devices" in said["refused"]
+
+
+def test_more_devices_than_there_are_is_the_users_to_mend():
+    with pytest.raises(training.runs.InputError, match=r"devices is 64, but tensorflow sees \d+ here \(.*give fewer"), \
+            training.on_devices(64):
+        pass
+
+
+def test_no_device_to_share_with_changes_nothing():
+    with training.on_devices(1):
+        assert training._sharing() == 1
