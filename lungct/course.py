@@ -544,7 +544,7 @@ def run_fold(notebooks: Path, place: Path, parameters: Mapping[str, Mapping], th
         notebook, executed = notebooks / f"{name}.ipynb", place / "notebooks" / f"{name}.ipynb"
         if reasons_to_run(place, name, notebook, parameters[name]):
             with _untouched_by_mistakes(place, [place / name / runs.MANIFEST, executed]):
-                run_chapter(notebook, executed, parameters[name], Quiet())
+                run_on(notebook, executed, parameters[name], Quiet())
     return place.name
 
 # %% ../nbs/appendix/course.ipynb #2e5cdf8c

@@ -1220,6 +1220,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
         "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
         "crashes": list(crashes),
     }
+    facts["side_car_hash"] = _hash_of(facts)
     runs.save_json(facts, path.with_suffix(".json"))
     return facts
 
@@ -1253,6 +1254,9 @@ def load_model(path: str | os.PathLike, size: int | None = None,
     if opinions and opinions != len(facts["classes"]):
         raise runs.InputError(f"model {path} tells {opinions} subtypes apart, its side-car names {facts['classes']}: "
                               f"{TOGETHER}")
+    if facts["side_car_hash"] != _hash_of(facts):
+        raise runs.InputError(f"side-car {path.with_suffix('.json')} is not what was saved with the model, its hash "
+                              f"does not fit its content: {TOGETHER}")
     return network, facts
 
 # %% ../nbs/05_train_3d_cnn.ipynb #87515974
@@ -1269,6 +1273,10 @@ def _load_safely(path: Path) -> keras.Model:
 TOGETHER = "a model and its side-car belong together, so copy both again from where they were trained"
 
 
+def _hash_of(facts: Mapping) -> str:
+    return runs.hash_value({name: fact for name, fact in facts.items() if name != "side_car_hash"})
+
+
 def _side_car(path: Path) -> dict:
     beside = path.with_suffix(".json")
     try:
@@ -1278,7 +1286,7 @@ def _side_car(path: Path) -> dict:
     facts = facts if isinstance(facts, dict) else {}
     grid = facts["grid"] if isinstance(facts.get("grid"), dict) else {}
     needed = ("schema", "model_hash", "classes", "windows_hu", "stride", "training_hash", "packages", "inputs",
-              "window_suv")
+              "window_suv", "settings", "validation", "side_car_hash")
     lacks = [name for name in needed if name not in facts]
     lacks += [f"grid {name}" for name in ("size", "spacing_mm") if name not in grid]
     if lacks:

@@ -215,7 +215,9 @@ def with_side_car(model, folder, **changes):
     folder.mkdir()
     shutil.copy(model, folder / "model.keras")
     facts = json.loads(model.with_suffix(".json").read_text()) | changes
-    (folder / "model.json").write_text(json.dumps({name: value for name, value in facts.items() if value is not None}))
+    facts = {name: value for name, value in facts.items() if value is not None and name != "side_car_hash"}
+    facts["side_car_hash"] = runs.hash_value(facts)
+    (folder / "model.json").write_text(json.dumps(facts))
     return folder / "model.keras"
 
 

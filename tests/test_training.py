@@ -782,6 +782,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     few, bare = facts | {"classes": ["A"]}, {name: fact for name, fact in facts.items() if name != "grid"}
     for text, message in [("{", "cannot be read .JSONDecodeError"), ("[]", "lacks schema, model_hash"),
                           (json.dumps(few), "tells 2 subtypes apart, its side-car names .'A'."),
+                          (json.dumps(facts | {"classes": facts["classes"][::-1]}), "its hash does not fit"),
+                          (json.dumps(facts | {"validation": {"val_loss": 0.0}}), "its hash does not fit"),
                           (json.dumps(bare), "lacks grid size, grid spacing_mm")]:
         (tmp_path / "model.json").write_text(text)
         with pytest.raises(runs.InputError, match=message):
