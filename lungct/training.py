@@ -8,8 +8,8 @@ __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'LOSSES', 
            'layer_costs', 'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'takes_pet', 'parse_filters',
            'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss',
            'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients',
-           'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'input_cost', 'examples_hash', 'fit',
-           'best_epoch', 'on_devices', 'retreat', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
+           'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit', 'best_epoch',
+           'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
@@ -849,29 +849,6 @@ def _found(outputs: Mapping, examples: Examples) -> float:
 def _one_each(examples: Examples) -> Examples:
     return examples.take(np.sort(np.unique(examples.patient_id, return_index=True)[1]))
 
-# %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
-def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 8) -> dict[str, float]:
-    """Seconds a step: "making" a batch alone, "bare" train_on_batch, "loop" of both. `network` is not changed."""
-    trainer = _trainer(keras.models.clone_model(network), settings, len(set(train.patient_id)))
-
-    def feed():
-        return islice(_batches(trainer, train, settings, 1), steps)
-
-    def seconds(batches: Iterable, step: Callable) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            step(batch)
-        return (time.perf_counter() - start) / len(made)
-
-    def step(batch):
-        trainer.train_on_batch(*batch[1:])
-
-    made = [*feed()]
-    step(made[0])  # the first call traces the graph
-    rounds = [{"making": seconds(feed(), len), "bare": seconds(made, step), "loop": seconds(_ahead(feed()), step)}
-              for _ in range(3)]
-    return {name: min(each[name] for each in rounds) for name in rounds[0]}
-
 # %% ../nbs/05_train_3d_cnn.ipynb #8ec7ead2
 def _key(network: keras.Model, train: Examples, validation: Examples | None, settings: Settings) -> str:
     code = runs.hash_file(Path(runs.__file__).with_name("training.py"))
@@ -1140,6 +1117,29 @@ def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]
     if crashes:
         changes["stands_for"] = _way(precision, jit_compile)
     return ("float32" if crashes > 1 else precision), changes
+
+# %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
+def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 8) -> dict[str, float]:
+    """Seconds a step: "making" a batch alone, "bare" train_on_batch, "loop" of both. `network` is not changed."""
+    trainer = _trainer(keras.models.clone_model(network), settings, len(set(train.patient_id)))
+
+    def feed():
+        return islice(_batches(trainer, train, settings, 1), steps)
+
+    def seconds(batches: Iterable, step: Callable) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        return (time.perf_counter() - start) / len(made)
+
+    def step(batch):
+        trainer.train_on_batch(*batch[1:])
+
+    made = [*feed()]
+    step(made[0])  # the first call traces the graph
+    rounds = [{"making": seconds(feed(), len), "bare": seconds(made, step), "loop": seconds(_ahead(feed()), step)}
+              for _ in range(3)]
+    return {name: min(each[name] for each in rounds) for name in rounds[0]}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:
