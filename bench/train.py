@@ -203,11 +203,11 @@ def goals(found: dict[int, dict], kept: float, outside: float) -> str:
 
 
 def sections(scratch: Path) -> list[str]:
+    idle = os.getloadavg()[0]  # before anything of ours runs; above about 0.5, somebody else is at work
     kept, outside = fit_against_steps(64, 8)
     found = {size: speeds(size, *rest, scratch) for size, rest in SIZES.items()}
-    load = os.getloadavg()[0]
     tables = [step_table(size, SIZES[size][0], speed) for size, speed in found.items()]
-    return [today_here(f"network of chapter 5, filters {FILTERS}; load at the end {load:.1f}."), *tables,
+    return [today_here(f"network of chapter 5, filters {FILTERS}; load before the start {idle:.1f}."), *tables,
             goals(found, kept, outside)]
 
 
