@@ -505,10 +505,12 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
 
 
 def _grain(shape: tuple, rng: np.random.Generator):
-    # a million normal numbers are the dearest part of a batch: a GPU draws its own, from a seed that is drawn here
+    # normal numbers are dear: a GPU draws its own, from a seed that is drawn here, and elsewhere the volumes of a batch
+    # get the same grains at different places
     if _has_gpu():
         return keras.random.normal(shape, seed=int(rng.integers(2**31)))
-    return rng.standard_normal(shape, dtype="float32")
+    grain = rng.standard_normal(shape[1:], dtype="float32")
+    return np.stack([np.roll(grain, rng.integers(0, shape[1:]), (0, 1, 2)) for _ in range(shape[0])])
 
 # %% ../nbs/05_train_3d_cnn.ipynb #34efdd84
 def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, donor_box: np.ndarray,
@@ -613,15 +615,19 @@ class Settings:
     stands_for: str = ""            # after a crash: what was asked for, see `retreat`
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "learning_rate", "patience"):
-            if not getattr(self, name) > 0:
-                raise runs.InputError(f"{name} is {getattr(self, name)}, expected a number above zero")
-        if not 0 <= self.balance <= 1:
-            raise runs.InputError(f"balance is {self.balance}, expected 0 to 1")
+        _check_settings(self)
 
     def draws(self, patients: int) -> int:
         """Volumes an epoch: about one for every patient, in whole batches."""
         return self.batch_size * max(1, round(patients / self.batch_size))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #9ac41e07
+def _check_settings(settings: Settings) -> None:
+    for name in ("epochs", "batch_size", "learning_rate", "patience"):
+        if not getattr(settings, name) > 0:
+            raise runs.InputError(f"{name} is {getattr(settings, name)}, expected a number above zero")
+    if not 0 <= settings.balance <= 1:
+        raise runs.InputError(f"balance is {settings.balance}, expected 0 to 1")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #c44a9fb5
 LOSSES = {"heat": heat_loss, "box": box_loss, "subtype": subtype_loss}
@@ -959,8 +965,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Raises
     ------
-    InputError without training volumes or memory, or for a batch that the devices cannot share; FloatingPointError
-    when the loss is no number, naming the volumes.
+    InputError: no training volume, too little memory, a batch that devices cannot share. FloatingPointError: NaN loss.
     """
     if not len(train):
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
@@ -969,8 +974,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     check_memory(network, settings, train)
     reproducible(settings.seed, exact=not _compiled(settings))
     watched = _one_each(validation) if validation is not None and len(validation) else None
-    return _run(network, train, watched, settings, Path(folder) if folder else None, report or (lambda row: None),
-                log_dir)
+    return _run(network, train, watched, settings, folder and Path(folder), report or (lambda row: None), log_dir)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #26a32043
 def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.DataFrame:
@@ -1194,8 +1198,7 @@ MODEL_SCHEMA = 1
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57694245
 def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequence[str], spacing_mm: float,
-               training_hash: str, settings: Settings, validation: Mapping,
-               crashes: Sequence[str] = ()) -> dict:
+               training_hash: str, settings: Settings, validation: Mapping, crashes: Sequence[str] = ()) -> dict:
     """Write model.keras (the same bytes for the same network) and its side-car model.json; returns the side-car.
 
     Parameters
