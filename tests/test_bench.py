@@ -116,6 +116,7 @@ def test_contenders_are_timed_in_turn_and_a_missing_one_is_named(tmp_path, monke
     found = train.speeds(16, 2, 1, tmp_path, rounds=2)
     assert found[ours, "float32"] > 0
     assert found["MONAI none", "float32"] == 0 and found["MONAI UNet", "float32"] is None
+    monkeypatch.setitem(train.CONTENDERS, (train.TORCH, "float32"), (train.SAME, ""))
     text = train.step_table(16, 2, found | {(train.TORCH, "float32"): found[ours, "float32"]})
     assert "| MONAI UNet | another | float32 | not installed |" in text
     assert "| MONAI none |  | float32 | died |" in text
