@@ -139,7 +139,8 @@ _TEXT = {"subtype": "str", "role": "str", "reason": "str"}  # one dtype, whether
 # %% ../nbs/04_check_labels.ipynb #70440df6
 def vendor_names(manufacturer: pd.Series) -> pd.Series:
     """First word of the manufacturer in capitals; UNKNOWN where there is none."""
-    return manufacturer.astype("str").fillna("").str.upper().str.split().str[0].fillna("UNKNOWN").astype("str")
+    first = manufacturer.astype("str").fillna("").str.upper().str.split().str[0]
+    return first.astype("str").fillna("UNKNOWN")
 
 # %% ../nbs/04_check_labels.ipynb #452a3019
 def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "keep") -> pd.DataFrame:

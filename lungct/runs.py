@@ -56,6 +56,7 @@ ALLOWED = {
     "filters": [range(8, 4097, 8)], "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
     "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000),
     "learning_curve_epochs": (0, 1_000_000), "pet": re.compile("True|False"), "tensorboard": re.compile("True|False"),
+    "jit_compile": re.compile("True|False"),
     "bootstrap_samples": (10, 1_000_000),
 }
 

@@ -231,7 +231,7 @@ def test_every_parameter_of_a_chapter_that_is_no_path_has_its_rule_and_passes_it
     for name in runs.CHAPTERS:
         defaults = course.chapter_parameters(course.notebook_folder() / f"{name}.ipynb")
         runs.check_parameters(defaults)
-        free = {"real_tables", "override", "augmented", "registry", "jit_compile", "crashes"}
+        free = {"real_tables", "override", "augmented", "registry", "crashes"}
         free |= {key for key in defaults if key.endswith(("_path", "_dir"))}
         assert set(defaults) - free <= set(runs.ALLOWED)
 
