@@ -33,7 +33,7 @@ COLUMNS = ("path", "rows", "columns", "samples_per_pixel", "bits_allocated", "bi
 def _told(header: Mapping, column: str) -> float | None:
     """A header's number, or None when it is missing in whatever way."""
     value = header.get(column)
-    return None if pd.isna(value) else value
+    return None if value is None or value is pd.NA or value != value else value
 
 
 def _padding(stored: np.ndarray, header: Mapping) -> np.ndarray:
@@ -44,9 +44,11 @@ def _padding(stored: np.ndarray, header: Mapping) -> np.ndarray:
 
 def _padding_ends(header: Mapping) -> tuple[int, int] | None:
     """Lowest and highest padding value, or None."""
-    ends = [_told(header, column) for column in ("pixel_padding_value", "pixel_padding_limit")]
-    known = [int(end) for end in ends if end is not None]
-    return (min(known), max(known)) if known else None
+    value, limit = _told(header, "pixel_padding_value"), _told(header, "pixel_padding_limit")
+    if value is None or limit is None:
+        only = limit if value is None else value
+        return None if only is None else (int(only), int(only))
+    return (int(min(value, limit)), int(max(value, limit)))
 
 # %% ../nbs/appendix/pixels.ipynb #cf8c70db
 def _bits(header: Mapping, width: int) -> tuple[int, int]:
@@ -121,20 +123,20 @@ def to_hu(stored: np.ndarray, header: Mapping) -> tuple[np.ndarray, int]:
 # %% ../nbs/appendix/pixels.ipynb #e6223d60
 def _hu_in_place(stored: np.ndarray, header: Mapping) -> int | None:
     """`to_hu` in the memory of 16-bit `stored`, for slope 1: voxels outside, or None when it cannot be done so."""
-    intercept, ends, kind = int(header["rescale_intercept"]), _padding_ends(header), stored.dtype.type
-    least, most = np.iinfo(kind).min, np.iinfo(kind).max
+    intercept, ends = int(header["rescale_intercept"]), _padding_ends(header)
     air, values = AIR_HU - intercept, stored.view(np.int16)
     if not (-(2**15) <= intercept < 2**15 and air < 2**15) or not _stays_below(2**15 - intercept, stored, header):
         return None
-    if ends and ends[1] >= max(air, least):                   # padding among possible tissue: look for it
+    lowest = int(stored.min())
+    if ends and ends[1] >= max(air, lowest):                   # padding among possible tissue: look for it
         outside = _padding(stored, header) | (stored < air)
         np.add(values, np.int16(intercept), out=values)
         np.copyto(values, np.int16(AIR_HU), where=outside)
         return int(np.count_nonzero(outside))
     count = 0
-    if air > least:
+    if air > lowest:
         count = int(np.count_nonzero(stored < air))
-        np.clip(stored, kind(air), kind(most), out=stored)     # several times as fast as np.maximum with a scalar
+        np.clip(stored, stored.dtype.type(air), np.iinfo(stored.dtype).max, out=stored)     # several times as fast as np.maximum with a scalar
     np.add(values, np.int16(intercept), out=values)
     return count
 
@@ -168,20 +170,22 @@ def _kind(header: Mapping) -> np.dtype:
 # %% ../nbs/appendix/pixels.ipynb #62cd0831
 def _read_straight(path: str, header: Mapping, target: np.ndarray) -> None:
     """Fill `target`, (rows, columns) in the type of the stored numbers, with the bytes of one frame."""
-    with open(path, "rb", buffering=0) as stream:
-        _check_unchanged(path, header, os.fstat(stream.fileno()).st_size)
-        offset, uid = int(header["pixel_offset"]), header.get("sop_uid")
-        behind = offset if uid and offset <= _HEAD_BYTES else 12
-        stream.seek(offset - behind)
-        before = stream.read(behind)
-        length = _length_before(before)
-        if length is None or (behind > 12 and not _holds_uid(before, uid)):
-            what = "no pixel data" if length is None else f"another image than {uid}"
-            raise ValueError(f"{path} changed since it was indexed: {what} at byte {offset:,}")
-        skipped = int(_told(header, "frame") or 0) * target.nbytes
+    offset, uid = int(header["pixel_offset"]), header.get("sop_uid")
+    before = bytearray(offset if uid and offset <= _HEAD_BYTES else 12)
+    skipped = int(_told(header, "frame") or 0) * target.nbytes
+    stream = os.open(path, os.O_RDONLY)
+    try:
+        _check_unchanged(path, header, os.fstat(stream).st_size)
+        got = os.preadv(stream, [before, target], offset - len(before)) - len(before)
         if skipped:
-            stream.seek(offset + skipped)
-        got = min(stream.readinto(target), max(0, length - skipped))
+            got = os.preadv(stream, [target], offset + skipped)
+    finally:
+        os.close(stream)
+    length = _length_before(before)
+    if length is None or (len(before) > 12 and not _holds_uid(before, uid)):
+        what = "no pixel data" if length is None else f"another image than {uid}"
+        raise ValueError(f"{path} changed since it was indexed: {what} at byte {offset:,}")
+    got = min(got, max(0, length - skipped))
     if got != target.nbytes:
         frame = skipped // target.nbytes
         raise ValueError(f"{path} changed since it was indexed: {got:,} of {target.nbytes:,} bytes of frame {frame}")
