@@ -1130,4 +1130,5 @@ d = { 'settings': { 'branch': 'main',
                                 'lungct.workers._Pool.submit': ('appendix/workers.html#_pool.submit', 'lungct/workers.py'),
                                 'lungct.workers._leave_with_parent': ('appendix/workers.html#_leave_with_parent', 'lungct/workers.py'),
                                 'lungct.workers._nameless_main': ('appendix/workers.html#_nameless_main', 'lungct/workers.py'),
+                                'lungct.workers.connect': ('appendix/workers.html#connect', 'lungct/workers.py'),
                                 'lungct.workers.worker_pool': ('appendix/workers.html#worker_pool', 'lungct/workers.py')}}}

@@ -565,17 +565,17 @@ def run_folds(course: Course, places: list[Path], workers: int, scheduler: str, 
 @contextmanager
 def _executor(workers: int, scheduler: str):
     # yields a function from jobs to results in the order in which they are done
-    if scheduler:
-        from distributed import Client, as_completed
+    from lungct.workers import connect, worker_pool
 
-        with Client(scheduler) as client:
+    if scheduler:
+        from distributed import as_completed as finished
+
+        with connect(scheduler) as client:
             send = partial(client.submit, run_fold, pure=False)
-            yield lambda jobs: (future.result() for future in as_completed([send(*job) for job in jobs]))
+            yield lambda jobs: (future.result() for future in finished([send(*job) for job in jobs], client.loop))
         return
     from concurrent.futures import as_completed as finished
     from multiprocessing import active_children
-
-    from lungct.workers import worker_pool
 
     with worker_pool(workers) as pool:
         try:
