@@ -292,11 +292,13 @@ class Course:
     defaults: dict
     overrides: dict
 
+    def asked(self, name: str) -> dict:
+        """The overrides that chapter `name` knows."""
+        return {key: value for key, value in self.overrides.items() if key in self.defaults[name]}
+
     def parameters(self, name: str) -> dict:
         """Every parameter that chapter `name` is called with."""
-        known = self.defaults[name]
-        chosen = {key: value for key, value in self.overrides.items() if key in known}
-        return {**known, **chosen, "run_dir": str(self.run_dir)}
+        return {**self.defaults[name], **self.asked(name), "run_dir": str(self.run_dir)}
 
 
 def plan_course(run_dir: str, overrides: Mapping[str, str]) -> Course:
@@ -310,18 +312,22 @@ def run_course(course: Course, progress: Progress) -> None:
     """Run the chapters that need it, in order; stops at the first that fails."""
     for number, name in enumerate(runs.CHAPTERS, start=1):
         notebook, parameters = course.notebooks / f"{name}.ipynb", course.parameters(name)
-        executed = course.run_dir / "notebooks" / notebook.name
         reasons = reasons_to_run(course.run_dir, name, notebook, parameters)
         if not reasons:
             progress.line(f"[{number}/6] {name}: already done")
             continue
         progress.line(f"[{number}/6] {name}: {'; '.join(reasons)}")
         began = time.monotonic()
-        with _untouched_by_mistakes(course.run_dir, [course.run_dir / name / runs.MANIFEST, executed]):
-            run_on(notebook, executed, parameters, progress)
+        _run_in(course.run_dir, notebook, parameters, progress)
         progress.line(f"[{number}/6] {name}: done in {time.monotonic() - began:.0f} s")
 
 # %% ../nbs/appendix/course.ipynb #79aa07ad
+def _run_in(run_dir: Path, notebook: Path, parameters: Mapping, progress: Progress) -> None:
+    executed = run_dir / "notebooks" / notebook.name
+    with _untouched_by_mistakes(run_dir, [run_dir / notebook.stem / runs.MANIFEST, executed]):
+        run_on(notebook, executed, parameters, progress)
+
+
 @contextmanager
 def _untouched_by_mistakes(run_dir: Path, files: list[Path]):
     # bad input that only the chapter could find: what an earlier run left stays good, and a new folder goes again
@@ -522,10 +528,9 @@ def fold_parameters(course: Course, place: Path) -> dict[str, dict]:
     """Parameters of chapters 5 and 6 for a fold: the run's own where it has them, and what was asked for over them."""
     chosen = {}
     for name in FOLD_CHAPTERS:
-        manifest, known = runs.load_manifest(course.run_dir, name), course.parameters(name)
+        manifest = runs.load_manifest(course.run_dir, name)
         held = {**manifest["parameters"], "seed": manifest["seed"]} if manifest else {}
-        asked = {key: value for key, value in course.overrides.items() if key in known}
-        chosen[name] = {**known, **held, **asked, "run_dir": str(place)}
+        chosen[name] = {**course.parameters(name), **held, **course.asked(name), "run_dir": str(place)}
     return chosen
 
 # %% ../nbs/appendix/course.ipynb #130b8e63
@@ -541,10 +546,9 @@ def run_fold(notebooks: Path, place: Path, parameters: Mapping[str, Mapping], th
     if threads:  # kernels inherit it: folds side by side must not each claim every core
         os.environ.update(TF_NUM_INTRAOP_THREADS=str(threads), OMP_NUM_THREADS=str(threads))
     for name in FOLD_CHAPTERS:
-        notebook, executed = notebooks / f"{name}.ipynb", place / "notebooks" / f"{name}.ipynb"
+        notebook = notebooks / f"{name}.ipynb"
         if reasons_to_run(place, name, notebook, parameters[name]):
-            with _untouched_by_mistakes(place, [place / name / runs.MANIFEST, executed]):
-                run_on(notebook, executed, parameters[name], Quiet())
+            _run_in(place, notebook, parameters[name], Quiet())
     return place.name
 
 # %% ../nbs/appendix/course.ipynb #2e5cdf8c
@@ -561,17 +565,17 @@ def run_folds(course: Course, places: list[Path], workers: int, scheduler: str, 
 @contextmanager
 def _executor(workers: int, scheduler: str):
     # yields a function from jobs to results in the order in which they are done
-    if scheduler:
-        from distributed import Client, as_completed
+    from lungct.workers import connect, worker_pool
 
-        with Client(scheduler) as client:
+    if scheduler:
+        from distributed import as_completed as finished
+
+        with connect(scheduler) as client:
             send = partial(client.submit, run_fold, pure=False)
-            yield lambda jobs: (future.result() for future in as_completed([send(*job) for job in jobs]))
+            yield lambda jobs: (future.result() for future in finished([send(*job) for job in jobs], client.loop))
         return
     from concurrent.futures import as_completed as finished
     from multiprocessing import active_children
-
-    from lungct.workers import worker_pool
 
     with worker_pool(workers) as pool:
         try:

@@ -53,23 +53,20 @@ def make_folds(run_dir: str | Path, folds: int) -> list[Path]:
         Chapters 1 to 4 have not finished in `run_dir`, or there are too few patients for so many folds.
     """
     run_dir = runs.project_path(run_dir)
-    manifest = _finished(run_dir)
+    runs.check_finished(run_dir, runs.CHAPTERS[:4])
+    manifest = runs.load_manifest(run_dir, "04_check_labels")
     labelled = runs.load_table(run_dir / "04_check_labels" / "labels.parquet")
     asked = manifest["inputs"]["locked_path"]["path"]
     tables = fold_labels(labelled, folds, manifest["seed"], labels.read_locked(asked) if asked else ())
-    places = [run_dir / "folds" / f"{k}_of_{folds}" for k in range(1, folds + 1)]
+    places = _fold_folders(run_dir, folds)
     for place, table in zip(places, tables, strict=True):
         _link_shared(run_dir, place)
         _write_labels(run_dir / "04_check_labels", place / "04_check_labels", table, manifest)
     return places
 
 # %% ../nbs/appendix/crossval.ipynb #c0eec520
-def _finished(run_dir: Path) -> dict:
-    """The manifest of chapter 4, once chapters 1 to 4 have all finished."""
-    lacks = [name for name in runs.CHAPTERS[:4] if runs.load_manifest(run_dir, name) is None]
-    if lacks:
-        raise runs.InputError(f"run {run_dir} lacks {', '.join(lacks)}: finish it with lungct run first")
-    return runs.load_manifest(run_dir, "04_check_labels")
+def _fold_folders(run_dir: Path, folds: int) -> list[Path]:
+    return [run_dir / "folds" / f"{k}_of_{folds}" for k in range(1, folds + 1)]
 
 # %% ../nbs/appendix/crossval.ipynb #b4e090c5
 def _link_shared(run_dir: Path, place: Path) -> None:
@@ -116,7 +113,7 @@ def merge_folds(run_dir: str | Path, folds: int, n: int = 1000, seed: int = 0) -
         A fold has not finished chapter 6.
     """
     run_dir = runs.project_path(run_dir)
-    places = [run_dir / "folds" / f"{k}_of_{folds}" for k in range(1, folds + 1)]
+    places = _fold_folders(run_dir, folds)
     lacks = [place.name for place in places if runs.load_manifest(place, "06_evaluate") is None]
     if lacks:
         raise runs.InputError(f"folds {', '.join(lacks)} of {run_dir} have not finished: run lungct crossval again")

@@ -260,9 +260,7 @@ def build(run_dir: str | Path) -> Path:
         When a chapter of the run has not finished.
     """
     run_dir = runs.project_path(run_dir)
-    unfinished = [name for name in runs.CHAPTERS if runs.load_manifest(run_dir, name) is None]
-    if unfinished:
-        raise runs.InputError(f"run {run_dir} lacks {', '.join(unfinished)}: finish it with lungct run first")
+    runs.check_finished(run_dir)
     card = card_html((run_dir / "06_evaluate" / "model_card.md").read_text(encoding="utf-8"))
     save_page(run_dir / "report" / "model_card.html", f"lungct model card: {run_dir.name}", card)
     return save_page(run_dir / "report" / "index.html", f"lungct report: {run_dir.name}", summary_html(run_dir, card))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
            'project_path', 'atomic', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value',
-           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'input_path', 'code_hash', 'package_versions',
-           'stale']
+           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'input_path', 'code_hash',
+           'package_versions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -318,6 +318,13 @@ def load_manifest(run_dir: str | os.PathLike, name: str) -> dict | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return manifest if manifest.get("schema") == SCHEMA_VERSION else None
+
+
+def check_finished(run_dir: str | os.PathLike, names: Sequence[str] = CHAPTERS) -> None:
+    """Raise InputError that lists which of these chapters have not finished in a run."""
+    lacks = [name for name in names if load_manifest(run_dir, name) is None]
+    if lacks:
+        raise InputError(f"run {run_dir} lacks {', '.join(lacks)}: finish it with lungct run first")
 
 
 def input_path(run_dir: str | os.PathLike, name: str, key: str) -> Path:

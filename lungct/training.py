@@ -316,13 +316,19 @@ def reproducible(seed: int, exact: bool = True) -> None:
         import torch
         torch.use_deterministic_algorithms(exact, warn_only=True)
 
-
-def _has_gpu() -> bool:
+# %% ../nbs/05_train_3d_cnn.ipynb #9d824acc
+def _devices(accelerators: bool = False) -> list[str]:
+    # the accelerators, or else the CPU, which counts as several when the backend is told so
     if keras.backend.backend() == "torch":
         import torch
-        return torch.cuda.is_available()
-    return any(name.lower().startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu:0"]
+    else:
+        names = keras.distribution.list_devices()
+    return [name for name in names if not (accelerators and name.startswith("cpu"))]
 
+
+def _has_gpu() -> bool:
+    return any(name.lower().startswith(("gpu", "cuda")) for name in _devices())
 
 # %% ../nbs/05_train_3d_cnn.ipynb #1e92786b
 def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
@@ -734,16 +740,6 @@ def _compiled(settings: Settings) -> bool:
     if keras.backend.backend() == "jax":
         return True  # without it each operation would be compiled and called by itself
     return settings.jit_compile and bool(_devices(accelerators=True))
-
-# %% ../nbs/05_train_3d_cnn.ipynb #9d824acc
-def _devices(accelerators: bool = False) -> list[str]:
-    # the accelerators, or else the CPU, which counts as several when the backend is told so
-    if keras.backend.backend() == "torch":
-        import torch
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu:0"]
-    else:
-        names = keras.distribution.list_devices()
-    return [name for name in names if not (accelerators and name.startswith("cpu"))]
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d696d4cc
 def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int, held=None) -> dict[str, float]:

@@ -32,7 +32,7 @@ from scipy import ndimage, sparse
 
 import lungct
 from . import dicom, runs
-from .workers import worker_pool
+from .workers import connect, worker_pool
 
 # %% ../nbs/03_build_volumes.ipynb #49b168ab
 AIR_HU = -1024.0  # everything outside the scan
@@ -664,13 +664,8 @@ def _on_cluster(jobs: Sequence[dict], address: str) -> Iterator[tuple[dict, str]
 
     from lungct import volumes as module
 
-    try:
-        client = distributed.Client(address, timeout="5s", set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise runs.InputError(f"no dask scheduler answers at {address!r} ({type(error).__name__}): "
-                              "start one with `dask scheduler`, or leave `scheduler` empty") from error
     killed = []
-    with client:
+    with connect(address) as client:
         calls = client.map(module._at_worker, jobs, code=runs.code_hash(), pure=False, retries=2)
         futures = dict(zip(calls, jobs, strict=True))
         try:

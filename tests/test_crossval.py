@@ -1,6 +1,7 @@
 """Cross-validation: roles of the folds, run folders of the folds, and the merge over patients."""
 
 import json
+import time
 
 import numpy as np
 import pandas as pd
@@ -162,3 +163,13 @@ def test_folds_run_on_a_dask_scheduler(run_dir, monkeypatch):
     with distributed.LocalCluster(1, processes=False, dashboard_address=None) as cluster:
         course.run_folds(plan, crossval.make_folds(run_dir, 3), 1, cluster.scheduler_address, said.append)
     assert sorted(line.split(":")[0] for line in said) == [f"fold {k}_of_3" for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "head"])
+def test_an_unreachable_scheduler_is_one_line_within_seconds(run_dir, address):
+    pytest.importorskip("distributed")
+    began = time.monotonic()
+    done = CliRunner().invoke(course.app, ["crossval", "--run-dir", str(run_dir), "--folds", "3",
+                                           "--scheduler", address])
+    assert done.exit_code == 2 and time.monotonic() - began < 20
+    assert f"no dask scheduler answers at '{address}'" in done.stderr and len(done.stderr.splitlines()) == 1

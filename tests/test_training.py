@@ -559,7 +559,7 @@ def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
 
 
 @pytest.mark.parametrize(("backend", "module"), [
-    ("torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (7, 9)))),
+    ("torch", SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 1, mem_get_info=lambda: (7, 9)))),
     ("jax", SimpleNamespace(local_devices=lambda: [SimpleNamespace(
         memory_stats=lambda: {"bytes_limit": 9, "bytes_in_use": 2})]))])
 def test_a_gpu_tells_its_own_free_memory(monkeypatch, backend, module):

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import psutil
 import pytest
 
-from lungct.workers import worker_pool
+from lungct import runs
+from lungct.workers import connect, worker_pool
 
 
 def run_script(path, text):
@@ -60,3 +64,21 @@ def test_a_killed_worker_breaks_its_pool_and_not_the_next_one():
         pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL).result()
     with worker_pool(1) as pool:
         assert pool.submit(len, "abc").result() == 3
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request"], ids=["nothing", "another protocol"])
+def test_a_server_that_is_no_scheduler_is_one_line_within_seconds(says):
+    pytest.importorskip("distributed")
+    callers = []
+
+    def answer():
+        callers.append(server.accept()[0])
+        callers[0].sendall(says)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        address, began = f"tcp://127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        with pytest.raises(runs.InputError, match=f"^no dask scheduler answers at '{address}' .*empty$"):
+            connect(address, seconds=1)
+    assert time.monotonic() - began < 10
+    callers[0].close()
