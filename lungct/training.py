@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'LOSSES', 'GB', 'LOWER', 'WORK', 'LAYER_BYTES',
            'OUT_OF_MEMORY', 'MODEL_SCHEMA', 'TOGETHER', 'Examples', 'make_examples', 'gather', 'normalise',
-           'layer_costs', 'predecessor_cnn', 'Place', 'HeatPool', 'build_network', 'takes_pet', 'parse_filters',
-           'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss',
-           'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'augment', 'transplant', 'sample_patients',
-           'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit', 'best_epoch',
-           'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
+           'layer_costs', 'predecessor_cnn', 'ChannelNorm', 'Place', 'HeatPool', 'Standardise', 'build_network',
+           'takes_pet', 'parse_filters', 'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss',
+           'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'augment',
+           'transplant', 'sample_patients', 'Settings', 'memory_estimate', 'free_memory', 'check_memory',
+           'examples_hash', 'fit', 'best_epoch', 'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction',
+           'predict', 'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
@@ -190,10 +191,26 @@ def predecessor_cnn(size: int, classes: Sequence[str]) -> keras.Model:
 STRIDE = 2  # grid voxels between neighbouring cells of the heat map
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
+# %% ../nbs/05_train_3d_cnn.ipynb #4c1de0a2
+@keras.saving.register_keras_serializable(package="lungct")
+class ChannelNorm(layers.Layer):
+    """`keras.layers.LayerNormalization` over the channels (n, s, s, s, c) of each place, as products of matrices."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=shape[-1:], initializer="ones", autocast=False, name="gamma")
+        self.beta = self.add_weight(shape=shape[-1:], initializer="zeros", autocast=False, name="beta")
+
+    def call(self, x):
+        share = ops.full((x.shape[-1], 1), 1 / x.shape[-1], dtype="float32")
+        x = ops.cast(x, "float32")  # a variance needs more digits than half precision has
+        x = x - ops.matmul(x, share)
+        variance = ops.matmul(ops.square(x), share)
+        return ops.cast(x * ops.rsqrt(variance + 1e-3) * self.gamma + self.beta, self.compute_dtype)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
 def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
     x = layers.Conv3D(width, 3, strides=stride, padding="same", name=name, dtype=dtype)(x)
-    x = layers.LayerNormalization(name=f"{name}_norm", dtype=dtype)(x)  # over the channels of each place
+    x = ChannelNorm(name=f"{name}_norm", dtype=dtype)(x)
     return layers.Activation("relu", name=f"{name}_relu", dtype=dtype)(x)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #6f0feab4
@@ -232,6 +249,32 @@ class HeatPool(layers.Layer):
         weight = ops.average_pool(weight, factor, factor) if factor > 1 else weight
         return ops.sum(weight * x, axis=(1, 2, 3)) / (ops.sum(weight, axis=(1, 2, 3)) + 1e-6)
 
+# %% ../nbs/05_train_3d_cnn.ipynb #57a4da02
+@keras.saving.register_keras_serializable(package="lungct")
+class Standardise(layers.Layer):
+    """Rows (n, c) less the running mean, over the running deviation, cut at 5; both follow the batches of a training.
+
+    Unlike in batch normalisation, no row depends on the others of its batch.
+    """
+
+    def build(self, shape):
+        def figure(name, size, start):
+            return self.add_weight(shape=size, initializer=start, trainable=False, aggregation="mean", name=name)
+
+        self.mean, self.variance = figure("mean", shape[-1:], "zeros"), figure("variance", shape[-1:], "ones")
+        self.batches = figure("batches", (), "zeros")
+
+    def call(self, x, training=False):
+        if training:
+            self._follow(ops.stop_gradient(x))
+        return ops.clip((x - self.mean) * ops.rsqrt(self.variance + 1e-4), -5, 5)
+
+    def _follow(self, x):
+        rate = 1 / ops.minimum(self.batches + 1, 50.0)
+        self.variance.assign(self.variance + rate * (ops.mean(ops.square(x - self.mean), axis=0) - self.variance))
+        self.mean.assign(self.mean + rate * (ops.mean(x, axis=0) - self.mean))
+        self.batches.assign(self.batches + 1)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #c827ffe5
 def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (16, 32, 64), dropout: float = 0.3,
                   precision: str = "float32", pet: bool = False) -> keras.Model:
@@ -250,7 +293,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     levels = []
     for depth, width in enumerate(filters):
         x = _conv(x, width, f"down{depth}", precision, stride=2)
-        levels.append(x := _conv(x, width, f"level{depth}", precision))
+        levels.append(x := _conv(x, width, f"level{depth}", precision) if depth else x)
     decoded = [x := _conv(Place(name="place", dtype=precision)(x), filters[-1], "bottom", precision)]
     for depth in reversed(range(len(filters) - 1)):
         decoded.append(x := _up(x, levels[depth], filters[depth], f"up{depth}", precision))
@@ -275,10 +318,9 @@ def _subtype_head(found: Mapping, features: Sequence, classes: int, dropout: flo
     *coarse, finest = features
     finest = Place(dtype="float32", name="evidence_place")(finest)
     x = HeatPool(dtype="float32", name="evidence")([found["heat"], found["box"], *coarse, finest])
+    x = Standardise(dtype="float32", name="evidence_scale")(x)
     x = layers.Dropout(dropout, seed=1, dtype="float32", name="evidence_dropout")(x)
-    x = layers.Dense(64, activation="relu", dtype="float32", name="opinion")(x)
-    x = layers.Dropout(dropout, seed=2, dtype="float32", name="opinion_dropout")(x)
-    return layers.Dense(classes, activation="softmax", dtype="float32", name="subtype")(x)
+    return layers.Dense(classes, activation="softmax", kernel_initializer="zeros", dtype="float32", name="subtype")(x)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #318f8315
 def _check_sizes(size: int, filters: Sequence[int]) -> None:
@@ -685,7 +727,7 @@ def _kept_bytes(layer: layers.Layer, output: int) -> int:
     # inputs and sums are only passed on; a normalisation keeps the normalised values beside its output
     if isinstance(layer, (layers.InputLayer, layers.Add, layers.Dropout)):
         return 0
-    return output * (2 if isinstance(layer, layers.LayerNormalization) else 1)
+    return output * (2 if isinstance(layer, ChannelNorm) else 1)
 
 
 def _weighted(network: keras.Model) -> int:
