@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -435,6 +435,11 @@ class _Part:
     orientation: np.ndarray
     depth_mm: np.ndarray | None
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """A number for each row; rows with as many pixels of one size share it."""
+        return _cluster(_size(self.rows), SAME_SPACING_MM)
+
 # %% ../nbs/01_explore_dicom.ipynb #6082a00f
 def _is_possible(orientations: np.ndarray, spacings_mm: np.ndarray) -> np.ndarray:
     """For each image whether it has two unit directions at right angles and pixels of some size."""
@@ -560,7 +565,7 @@ def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
 
 # %% ../nbs/01_explore_dicom.ipynb #d4f29a31
 def _mixed_size(part: _Part, min_slices: int) -> str | None:
-    labels = _cluster(_size(part.rows), SAME_SPACING_MM)
+    labels = part.sizes
     if labels.max() == 0:
         return None
     firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(min(labels.max() + 1, MOST_TOLD))]
@@ -623,8 +628,8 @@ def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> t
 
 # %% ../nbs/01_explore_dicom.ipynb #255a11a0
 def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
-    places = pd.Series(range(len(rows))).groupby(labels).indices
-    return [rows.iloc[places[label]] for label in sorted(places)]
+    numbers = np.unique(labels)
+    return [rows.iloc[labels == number] for number in numbers] if len(numbers) > 1 else [rows]
 
 
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -833,8 +838,10 @@ def _series_stacks(series: pd.DataFrame, min_slices: int,
             for candidate in _split(kept, min_slices):
                 index = candidate.part.rows.index
                 found.append((candidate, [again for again, first in twins.items() if first in index]))
+    if len(found) < 2:
+        return found
     early = series[["acquisition_number", "instance_number"]].fillna(-1).assign(path=series["path"])
-    return sorted(found, key=lambda pair: tuple(early.loc[pair[0].part.rows.index].min())) if found[1:] else found
+    return sorted(found, key=lambda pair: tuple(early.loc[pair[0].part.rows.index].min()))
 
 # %% ../nbs/01_explore_dicom.ipynb #889868e4
 def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
