@@ -483,8 +483,9 @@ def _localizer(part: _Part, min_slices: int) -> str | None:
 
 
 def _is_localizer(rows: pd.DataFrame) -> np.ndarray:
-    named = rows["image_type"].fillna("").str.contains("LOCALIZER|SCOUT")
-    return (named | (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM)).to_numpy(bool)
+    which, types = pd.factorize(rows["image_type"])            # -1, the last below, where it is missing
+    named = np.array([*(re.search("LOCALIZER|SCOUT", text) is not None for text in types), False])
+    return named[which] | (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
 
 # %% ../nbs/01_explore_dicom.ipynb #9ce32100
 def _too_few(part: _Part, min_slices: int) -> str | None:
@@ -543,11 +544,14 @@ def _tilt(part: _Part, min_slices: int) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #6ee5f965
 def _size(rows: pd.DataFrame) -> np.ndarray:
-    return np.column_stack([rows[["rows", "columns"]].to_numpy(float), _matrix(rows["pixel_spacing_mm"], 2)])
+    counts = [rows[column].to_numpy(float, na_value=math.nan) for column in ("rows", "columns")]
+    return np.column_stack([*counts, _matrix(rows["pixel_spacing_mm"], 2)])
 
 # %% ../nbs/01_explore_dicom.ipynb #d7ce7712
 def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
     """Number rows so that rows equal within `tolerance` (NaN equals NaN) to an earlier one share a number."""
+    if (values == values[:1]).all():
+        return np.zeros(len(values), int)                  # as nearly always
     distinct, which = np.unique(np.nan_to_num(values, nan=-1e9), axis=0, return_inverse=True)
     column = distinct[:, np.argmax([len(np.unique(column)) for column in distinct.T])]
     order = np.argsort(column, kind="stable")
@@ -585,8 +589,8 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
 
 
 def _other_unit(part: _Part, min_slices: int) -> str | None:
-    told = part.rows["rescale_type"].dropna().str.upper().unique()
-    odd = sorted(set(told) - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
+    told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
+    odd = sorted(told - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
     ct = part.rows["modality"].iloc[0] == "CT"
     return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
 
@@ -596,8 +600,9 @@ _LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allo
 
 
 def _undecodable(part: _Part, min_slices: int) -> str | None:
-    kinds = part.rows[[column for column in _LAYOUT if column in part.rows]].drop_duplicates()
-    for kind in kinds.to_dict("records"):
+    told = [column for column in _LAYOUT if column in part.rows]
+    for cells in dict.fromkeys(zip(*(part.rows[column].tolist() for column in told), strict=True)):
+        kind = dict(zip(told, cells, strict=True))
         bits = None if pd.isna(kind["bits_stored"]) else kind["bits_stored"]
         if problem := pixels.syntax_problem(kind["transfer_syntax_uid"], bits or None) or pixels.layout_problem(kind):
             return problem
@@ -764,6 +769,8 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
     part = _part(rows)
     if root is None or part.depth_mm is None or rows["instance"].duplicated().any():
         return rows, {}                                    # an image of many frames stays whole
+    if (np.diff(part.depth_mm) >= SAME_POSITION_MM).all():
+        return part.rows, {}                               # no place holds two
     acquisitions = part.rows["acquisition_number"].fillna(-1).tolist()
     places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), acquisitions, strict=True)
     where = [(place, *position_mm, acquisition) for place, position_mm, acquisition in places]
@@ -813,9 +820,10 @@ def _remark(part: _Part, step_mm: float) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #1e1ff569
 def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: int) -> dict:
-    """One row of the stacks table, from a judged part and the images its slices are in."""
+    """One row of the stacks table, from a judged part and the table that the images of its slices are in."""
+    images = found.part.rows["instance"].to_numpy()
     part, reason = found.part, found.reason
-    affine, row = _geometry(part), instances.iloc[0].replace({np.nan: None}).to_dict()
+    affine, row = _geometry(part), instances.iloc[images[0]].replace({np.nan: None}).to_dict()
     spacing = None if affine is None else np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return row | {
         "stack_id": _stack_id(row["patient_id"], row["series_uid"], phase), "slices": len(part.rows), "phase": phase,
@@ -823,7 +831,7 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
         "spacing_mm": spacing,
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
         "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
-        "suv_refusal": _suv_refusal(instances) if row["modality"] == "PT" else None, "dropped_duplicates": dropped,
+        "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None, "dropped_duplicates": dropped,
         "ordered_by": "instance number" if part.depth_mm is None else "position",
     }
 
@@ -832,7 +840,7 @@ def _series_stacks(series: pd.DataFrame, min_slices: int,
                    root: str | os.PathLike | None) -> list[tuple[_Candidate, list]]:
     """The stacks of one series in order of acquisition, each with the index of the repeats dropped from it."""
     found = []
-    for _, same_class in series.groupby(["modality", "sop_class_uid"], dropna=False):
+    for same_class in _pieces(series, series["class_number"].to_numpy()):
         for kind in _by_kind(same_class):
             kept, twins = _drop_repeats(kind, root)
             for candidate in _split(kept, min_slices):
@@ -863,16 +871,16 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
     """
     instances = instances.reset_index(drop=True)
     slices, described = _one_row_a_slice(instances), []
+    slices["class_number"] = slices.groupby(["modality", "sop_class_uid"], dropna=False).ngroup()
     ids, places = np.full(len(instances), None, object), pd.array([pd.NA] * len(instances), "Int64")
     for _, series in slices.groupby(["patient_id", "series_uid"], dropna=False):
         for phase, (found, twins) in enumerate(_series_stacks(series, min_slices, root), 1):
             images = found.part.rows["instance"].to_numpy()
-            described.append(_describe(found, instances.iloc[images], phase, len(twins)))
+            described.append(_describe(found, instances, phase, len(twins)))
             ids[images] = ids[slices["instance"].to_numpy()[twins]] = described[-1]["stack_id"]
             places[images] = np.arange(len(images))
     places[slices["instance"][slices["instance"].duplicated()].unique()] = pd.NA
-    instances = instances.assign(stack_id=pd.Series(ids, dtype="str"), slice_index=places)
-    return _table(described, STACK_DTYPES), instances
+    return _table(described, STACK_DTYPES), instances.assign(stack_id=pd.Series(ids, dtype="str"), slice_index=places)
 
 # %% ../nbs/01_explore_dicom.ipynb #8e0e5eba
 @dataclass(frozen=True, eq=False)
