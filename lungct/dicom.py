@@ -831,7 +831,8 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
         "spacing_mm": spacing,
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
         "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
-        "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None, "dropped_duplicates": dropped,
+        "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None,
+        "dropped_duplicates": dropped,
         "ordered_by": "instance number" if part.depth_mm is None else "position",
     }
 
@@ -962,13 +963,9 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike, straighten: boo
 # %% ../nbs/01_explore_dicom.ipynb #362ec8ea
 def _headers(slices: pd.DataFrame) -> list[dict]:
     """What reading pixels needs of each slice; None where a header does not tell."""
-    columns = {name: _cells(slices[name]) for name in (*pixels.COLUMNS, "sop_uid") if name in slices}
+    told = [name for name in (*pixels.COLUMNS, "sop_uid") if name in slices]
+    columns = {name: slices[name].to_numpy(object, na_value=None).tolist() for name in told}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _cells(column: pd.Series) -> list:
-    cells = column.tolist()
-    return [None if pd.isna(cell) else cell for cell in cells] if column.hasnans else cells
 
 # %% ../nbs/01_explore_dicom.ipynb #a6527c54
 def _one_frame(rows: pd.DataFrame) -> str | None:
@@ -1019,23 +1016,23 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     ------
     ValueError : the stack is excluded, or the instances are not its own; SuvError : a PET that does not allow SUV.
     """
-    if stack["modality"] == "CT":                              # SUV asks for more columns than HU
-        instances = instances[[name for name in (*_SLICE_COLUMNS, "frame_positions_mm", "slice_index")
-                               if name in instances]]
-    rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
-    if (instances["frames"].fillna(1) > 1).any():              # images of several slices: a row for each slice
+    if (instances["frames"].to_numpy(float, na_value=1) > 1).any():        # images of several slices
         rows = _ordered(instances).rows
+        slices, order, count = _headers(rows), rows["instance"].to_numpy(), len(rows)
+    else:                                                      # lists are put in order, a wide table would cost more
+        place, headers = instances["slice_index"].to_numpy(float, na_value=math.nan), _headers(instances)
+        order = np.argsort(place, kind="stable")[: np.count_nonzero(~np.isnan(place))]
+        slices, count = [headers[i] for i in order], len(np.unique(place[order]))
     if stack["status"] != "accepted":
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: it is excluded ({stack['reason']})")
-    if not (instances["stack_id"] == stack["stack_id"]).all():
+    if set(instances["stack_id"].tolist()) - {stack["stack_id"]}:
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: rows of other stacks are among its instances")
-    count = rows["slice_index"].nunique() if "slice_index" in rows else len(rows)
-    if not count == len(rows) == stack["slices"]:
+    if not count == len(slices) == stack["slices"]:
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: {count} slices of {stack['slices']} are there")
-    images = instances.iloc[rows["instance"]] if "instance" in rows else rows
-    factors = _stack_suv_factor(images) if stack["modality"] == "PT" else None
-    return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], _one_frame(images),
-                     tuple(_headers(rows)), os.fspath(root), factors)
+    factors = _stack_suv_factor(instances.iloc[order]) if stack["modality"] == "PT" else None
+    frame = _one_frame(instances[["frame_of_reference_uid"]].iloc[order])
+    return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], frame,
+                     tuple(slices), os.fspath(root), factors)
 
 # %% ../nbs/01_explore_dicom.ipynb #e79a89c1
 def resample_to(stack: Stack, like: Stack) -> Stack:

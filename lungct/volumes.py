@@ -424,6 +424,8 @@ def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray
 # %% ../nbs/03_build_volumes.ipynb #95dfbda8
 def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]:
     """stack_ids of the PETs that share this CT's space, the largest first, and the state of things in words."""
+    if stacks.empty:
+        return [], "no PET in this study"
     pets = stacks[(stacks.modality == "PT") & (stacks.status == "accepted") & (stacks.study_uid == stack.study_uid)]
     if pets.empty:
         return [], "no PET in this study"
@@ -535,8 +537,14 @@ def _key(job: dict) -> str:
     """Hash of everything an entry is made from."""
     opened = [[stack.stack_id, stack.affine, stack.slices, stack.suv_factors, stack.frame_of_reference_uid]
               for stack in (job["ct"], job["pet"]) if stack is not None]
-    tables = [job[name].to_json(orient="split", index=False, double_precision=15) for name in ("lesions", "boxes")]
+    tables = [_as_text(job[name]) for name in ("lesions", "boxes")]
     return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet_words"], opened, *tables])
+
+
+def _as_text(table: pd.DataFrame) -> str:
+    if table.empty:  # as of most stacks: the same text, without the way to it
+        return json.dumps({"columns": list(table), "data": []}, separators=(",", ":"))
+    return table.to_json(orient="split", index=False, double_precision=15)
 
 # %% ../nbs/03_build_volumes.ipynb #28d7cdae
 def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Grid) -> Iterator[dict]:
