@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -435,6 +435,11 @@ class _Part:
     orientation: np.ndarray
     depth_mm: np.ndarray | None
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """A number for each row; rows with as many pixels of one size share it."""
+        return _cluster(_size(self.rows), SAME_SPACING_MM)
+
 # %% ../nbs/01_explore_dicom.ipynb #6082a00f
 def _is_possible(orientations: np.ndarray, spacings_mm: np.ndarray) -> np.ndarray:
     """For each image whether it has two unit directions at right angles and pixels of some size."""
@@ -478,8 +483,9 @@ def _localizer(part: _Part, min_slices: int) -> str | None:
 
 
 def _is_localizer(rows: pd.DataFrame) -> np.ndarray:
-    named = rows["image_type"].fillna("").str.contains("LOCALIZER|SCOUT")
-    return (named | (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM)).to_numpy(bool)
+    which, types = pd.factorize(rows["image_type"])            # -1, the last below, where it is missing
+    named = np.array([*(re.search("LOCALIZER|SCOUT", text) is not None for text in types), False])
+    return named[which] | (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
 
 # %% ../nbs/01_explore_dicom.ipynb #9ce32100
 def _too_few(part: _Part, min_slices: int) -> str | None:
@@ -538,11 +544,14 @@ def _tilt(part: _Part, min_slices: int) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #6ee5f965
 def _size(rows: pd.DataFrame) -> np.ndarray:
-    return np.column_stack([rows[["rows", "columns"]].to_numpy(float), _matrix(rows["pixel_spacing_mm"], 2)])
+    counts = [rows[column].to_numpy(float, na_value=math.nan) for column in ("rows", "columns")]
+    return np.column_stack([*counts, _matrix(rows["pixel_spacing_mm"], 2)])
 
 # %% ../nbs/01_explore_dicom.ipynb #d7ce7712
 def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
     """Number rows so that rows equal within `tolerance` (NaN equals NaN) to an earlier one share a number."""
+    if (values == values[:1]).all():
+        return np.zeros(len(values), int)                  # as nearly always
     distinct, which = np.unique(np.nan_to_num(values, nan=-1e9), axis=0, return_inverse=True)
     column = distinct[:, np.argmax([len(np.unique(column)) for column in distinct.T])]
     order = np.argsort(column, kind="stable")
@@ -560,7 +569,7 @@ def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
 
 # %% ../nbs/01_explore_dicom.ipynb #d4f29a31
 def _mixed_size(part: _Part, min_slices: int) -> str | None:
-    labels = _cluster(_size(part.rows), SAME_SPACING_MM)
+    labels = part.sizes
     if labels.max() == 0:
         return None
     firsts = [part.rows.iloc[int(np.argmax(labels == k))] for k in range(min(labels.max() + 1, MOST_TOLD))]
@@ -580,8 +589,8 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
 
 
 def _other_unit(part: _Part, min_slices: int) -> str | None:
-    told = part.rows["rescale_type"].dropna().str.upper().unique()
-    odd = sorted(set(told) - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
+    told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
+    odd = sorted(told - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
     ct = part.rows["modality"].iloc[0] == "CT"
     return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
 
@@ -591,8 +600,9 @@ _LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allo
 
 
 def _undecodable(part: _Part, min_slices: int) -> str | None:
-    kinds = part.rows[[column for column in _LAYOUT if column in part.rows]].drop_duplicates()
-    for kind in kinds.to_dict("records"):
+    told = [column for column in _LAYOUT if column in part.rows]
+    for cells in dict.fromkeys(zip(*(part.rows[column].tolist() for column in told), strict=True)):
+        kind = dict(zip(told, cells, strict=True))
         bits = None if pd.isna(kind["bits_stored"]) else kind["bits_stored"]
         if problem := pixels.syntax_problem(kind["transfer_syntax_uid"], bits or None) or pixels.layout_problem(kind):
             return problem
@@ -623,8 +633,8 @@ def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> t
 
 # %% ../nbs/01_explore_dicom.ipynb #255a11a0
 def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
-    places = pd.Series(range(len(rows))).groupby(labels).indices
-    return [rows.iloc[places[label]] for label in sorted(places)]
+    numbers = np.unique(labels)
+    return [rows.iloc[labels == number] for number in numbers] if len(numbers) > 1 else [rows]
 
 
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -759,6 +769,8 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
     part = _part(rows)
     if root is None or part.depth_mm is None or rows["instance"].duplicated().any():
         return rows, {}                                    # an image of many frames stays whole
+    if (np.diff(part.depth_mm) >= SAME_POSITION_MM).all():
+        return part.rows, {}                               # no place holds two
     acquisitions = part.rows["acquisition_number"].fillna(-1).tolist()
     places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), acquisitions, strict=True)
     where = [(place, *position_mm, acquisition) for place, position_mm, acquisition in places]
@@ -808,9 +820,10 @@ def _remark(part: _Part, step_mm: float) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #1e1ff569
 def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: int) -> dict:
-    """One row of the stacks table, from a judged part and the images its slices are in."""
+    """One row of the stacks table, from a judged part and the table that the images of its slices are in."""
+    images = found.part.rows["instance"].to_numpy()
     part, reason = found.part, found.reason
-    affine, row = _geometry(part), instances.iloc[0].replace({np.nan: None}).to_dict()
+    affine, row = _geometry(part), instances.iloc[images[0]].replace({np.nan: None}).to_dict()
     spacing = None if affine is None else np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return row | {
         "stack_id": _stack_id(row["patient_id"], row["series_uid"], phase), "slices": len(part.rows), "phase": phase,
@@ -818,7 +831,8 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
         "spacing_mm": spacing,
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
         "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
-        "suv_refusal": _suv_refusal(instances) if row["modality"] == "PT" else None, "dropped_duplicates": dropped,
+        "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None,
+        "dropped_duplicates": dropped,
         "ordered_by": "instance number" if part.depth_mm is None else "position",
     }
 
@@ -827,14 +841,16 @@ def _series_stacks(series: pd.DataFrame, min_slices: int,
                    root: str | os.PathLike | None) -> list[tuple[_Candidate, list]]:
     """The stacks of one series in order of acquisition, each with the index of the repeats dropped from it."""
     found = []
-    for _, same_class in series.groupby(["modality", "sop_class_uid"], dropna=False):
+    for same_class in _pieces(series, series["class_number"].to_numpy()):
         for kind in _by_kind(same_class):
             kept, twins = _drop_repeats(kind, root)
             for candidate in _split(kept, min_slices):
                 index = candidate.part.rows.index
                 found.append((candidate, [again for again, first in twins.items() if first in index]))
+    if len(found) < 2:
+        return found
     early = series[["acquisition_number", "instance_number"]].fillna(-1).assign(path=series["path"])
-    return sorted(found, key=lambda pair: tuple(early.loc[pair[0].part.rows.index].min())) if found[1:] else found
+    return sorted(found, key=lambda pair: tuple(early.loc[pair[0].part.rows.index].min()))
 
 # %% ../nbs/01_explore_dicom.ipynb #889868e4
 def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
@@ -856,16 +872,16 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
     """
     instances = instances.reset_index(drop=True)
     slices, described = _one_row_a_slice(instances), []
+    slices["class_number"] = slices.groupby(["modality", "sop_class_uid"], dropna=False).ngroup()
     ids, places = np.full(len(instances), None, object), pd.array([pd.NA] * len(instances), "Int64")
     for _, series in slices.groupby(["patient_id", "series_uid"], dropna=False):
         for phase, (found, twins) in enumerate(_series_stacks(series, min_slices, root), 1):
             images = found.part.rows["instance"].to_numpy()
-            described.append(_describe(found, instances.iloc[images], phase, len(twins)))
+            described.append(_describe(found, instances, phase, len(twins)))
             ids[images] = ids[slices["instance"].to_numpy()[twins]] = described[-1]["stack_id"]
             places[images] = np.arange(len(images))
     places[slices["instance"][slices["instance"].duplicated()].unique()] = pd.NA
-    instances = instances.assign(stack_id=pd.Series(ids, dtype="str"), slice_index=places)
-    return _table(described, STACK_DTYPES), instances
+    return _table(described, STACK_DTYPES), instances.assign(stack_id=pd.Series(ids, dtype="str"), slice_index=places)
 
 # %% ../nbs/01_explore_dicom.ipynb #8e0e5eba
 @dataclass(frozen=True, eq=False)
@@ -947,13 +963,9 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike, straighten: boo
 # %% ../nbs/01_explore_dicom.ipynb #362ec8ea
 def _headers(slices: pd.DataFrame) -> list[dict]:
     """What reading pixels needs of each slice; None where a header does not tell."""
-    columns = {name: _cells(slices[name]) for name in (*pixels.COLUMNS, "sop_uid") if name in slices}
+    told = [name for name in (*pixels.COLUMNS, "sop_uid") if name in slices]
+    columns = {name: slices[name].to_numpy(object, na_value=None).tolist() for name in told}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _cells(column: pd.Series) -> list:
-    cells = column.tolist()
-    return [None if pd.isna(cell) else cell for cell in cells] if column.hasnans else cells
 
 # %% ../nbs/01_explore_dicom.ipynb #a6527c54
 def _one_frame(rows: pd.DataFrame) -> str | None:
@@ -1004,23 +1016,23 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     ------
     ValueError : the stack is excluded, or the instances are not its own; SuvError : a PET that does not allow SUV.
     """
-    if stack["modality"] == "CT":                              # SUV asks for more columns than HU
-        instances = instances[[name for name in (*_SLICE_COLUMNS, "frame_positions_mm", "slice_index")
-                               if name in instances]]
-    rows = instances[instances["slice_index"].notna()].sort_values("slice_index")
-    if (instances["frames"].fillna(1) > 1).any():              # images of several slices: a row for each slice
+    if (instances["frames"].to_numpy(float, na_value=1) > 1).any():        # images of several slices
         rows = _ordered(instances).rows
+        slices, order, count = _headers(rows), rows["instance"].to_numpy(), len(rows)
+    else:                                                      # lists are put in order, a wide table would cost more
+        place, headers = instances["slice_index"].to_numpy(float, na_value=math.nan), _headers(instances)
+        order = np.argsort(place, kind="stable")[: np.count_nonzero(~np.isnan(place))]
+        slices, count = [headers[i] for i in order], len(np.unique(place[order]))
     if stack["status"] != "accepted":
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: it is excluded ({stack['reason']})")
-    if not (instances["stack_id"] == stack["stack_id"]).all():
+    if set(instances["stack_id"].tolist()) - {stack["stack_id"]}:
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: rows of other stacks are among its instances")
-    count = rows["slice_index"].nunique() if "slice_index" in rows else len(rows)
-    if not count == len(rows) == stack["slices"]:
+    if not count == len(slices) == stack["slices"]:
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: {count} slices of {stack['slices']} are there")
-    images = instances.iloc[rows["instance"]] if "instance" in rows else rows
-    factors = _stack_suv_factor(images) if stack["modality"] == "PT" else None
-    return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], _one_frame(images),
-                     tuple(_headers(rows)), os.fspath(root), factors)
+    factors = _stack_suv_factor(instances.iloc[order]) if stack["modality"] == "PT" else None
+    frame = _one_frame(instances[["frame_of_reference_uid"]].iloc[order])
+    return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], frame,
+                     tuple(slices), os.fspath(root), factors)
 
 # %% ../nbs/01_explore_dicom.ipynb #e79a89c1
 def resample_to(stack: Stack, like: Stack) -> Stack:

@@ -97,7 +97,9 @@ def _weigh(slices: Sequence[np.ndarray], weights_zyx: Sequence[np.ndarray], outs
     nothing = np.float32(outside) * along_y.sum(axis=1)[:, None]
     for k in np.flatnonzero(weights_zyx[0].any(axis=0)):
         plane[...] = slices[k]
-        planes[k] = (along_x @ (along_y @ plane - nothing).T).T
+        rows = along_y @ plane
+        rows -= nothing
+        planes[k] = (along_x @ rows.T).T
     volume = along_z @ planes.reshape(len(planes), -1)
     return volume.reshape(-1, *planes.shape[1:]) + np.float32(outside)
 
@@ -212,18 +214,24 @@ def _grow(mask: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         to[:-1] |= of[1:]
     return grown
 
+
+def _extent(mask_zyx: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds a mask, which must not be empty, as an index."""
+    along = (np.flatnonzero(mask_zyx.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    return tuple(slice(some[0], some[-1] + 1) for some in along)
+
 # %% ../nbs/03_build_volumes.ipynb #78e95454
 def _enclosed(body_zyx: np.ndarray) -> np.ndarray:
     """Voxels with body on at least three of the four sides in their slice."""
     sides = np.zeros(body_zyx.shape, np.uint8)
     for axis in (1, 2):
         count = body_zyx.shape[axis]
-        place = np.arange(count).reshape((-1, 1) if axis == 1 else -1)
+        place = np.arange(count, dtype=np.int16).reshape((-1, 1) if axis == 1 else -1)
         some = body_zyx.any(axis=axis, keepdims=True)
         first = np.where(some, body_zyx.argmax(axis=axis, keepdims=True), count)
         last = np.where(some, count - 1 - np.flip(body_zyx, axis).argmax(axis=axis, keepdims=True), -1)
-        sides += place >= first
-        sides += place <= last
+        sides += place >= first.astype(np.int16)  # compared voxel by voxel: short numbers are quick
+        sides += place <= last.astype(np.int16)
     return sides >= 3
 
 # %% ../nbs/03_build_volumes.ipynb #07271db3
@@ -234,7 +242,7 @@ def _room_air(hu_zyx: np.ndarray) -> np.ndarray:
     for edge in (pieces[:, 0], pieces[:, -1], pieces[:, :, 0], pieces[:, :, -1]):
         room[edge] = True
     room[0] = False
-    return _grow(_grow(room[pieces], [1]), [2])
+    return _grow(_grow(room.take(pieces), [1]), [2])
 
 # %% ../nbs/03_build_volumes.ipynb #fa541f0c
 def _looks_like_lung(piece: np.ndarray, core: np.ndarray, hu_zyx: np.ndarray) -> bool:
@@ -247,14 +255,19 @@ def _lung_pieces(hu_zyx: np.ndarray, body_zyx: np.ndarray) -> np.ndarray:
     """Mask of what the rule calls lung in voxels of `COARSE_MM`; empty when nothing qualifies."""
     air = (hu_zyx < TISSUE_HU) & _enclosed(body_zyx) & ~_room_air(hu_zyx)
     core = ~_grow(~air, range(3))
-    pieces, _ = ndimage.label(_grow(core, range(3)))
+    thick = _grow(core, range(3))
+    if not thick.any():
+        return thick
+    box = _extent(thick)  # most of the image need not be searched again
+    core, hu_zyx, (pieces, _) = core[box], hu_zyx[box], ndimage.label(thick[box])
     litres = np.bincount(pieces.ravel()) * VOXEL_LITRES
     smallest, largest = LUNG_LITRES
     likely = [k for k in range(1, len(litres)) if smallest <= litres[k] <= largest
               and _looks_like_lung(pieces == k, core, hu_zyx)]
     good = np.zeros(len(litres), bool)
     good[[k for k in likely if litres[k] >= litres[likely].max() / 10]] = True
-    return good[pieces]
+    thick[box] = good.take(pieces)
+    return thick
 
 # %% ../nbs/03_build_volumes.ipynb #e6147298
 @dataclass(frozen=True)
@@ -411,6 +424,8 @@ def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray
 # %% ../nbs/03_build_volumes.ipynb #95dfbda8
 def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]:
     """stack_ids of the PETs that share this CT's space, the largest first, and the state of things in words."""
+    if stacks.empty:
+        return [], "no PET in this study"
     pets = stacks[(stacks.modality == "PT") & (stacks.status == "accepted") & (stacks.study_uid == stack.study_uid)]
     if pets.empty:
         return [], "no PET in this study"
@@ -522,8 +537,14 @@ def _key(job: dict) -> str:
     """Hash of everything an entry is made from."""
     opened = [[stack.stack_id, stack.affine, stack.slices, stack.suv_factors, stack.frame_of_reference_uid]
               for stack in (job["ct"], job["pet"]) if stack is not None]
-    tables = [job[name].to_json(orient="split", index=False, double_precision=15) for name in ("lesions", "boxes")]
+    tables = [_as_text(job[name]) for name in ("lesions", "boxes")]
     return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet_words"], opened, *tables])
+
+
+def _as_text(table: pd.DataFrame) -> str:
+    if table.empty:  # as of most stacks: the same text, without the way to it
+        return json.dumps({"columns": list(table), "data": []}, separators=(",", ":"))
+    return table.to_json(orient="split", index=False, double_precision=15)
 
 # %% ../nbs/03_build_volumes.ipynb #28d7cdae
 def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Grid) -> Iterator[dict]:
