@@ -32,6 +32,24 @@ class Block(nn.Module):
         return F.relu(x, inplace=True)
 
 
+class Standardise(nn.Module):
+    """Rows (n, c) less the running mean, over the running deviation; both follow the batches of a training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.batches = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            now, rate = x.detach(), 1 / min(self.batches + 1, 50)
+            self.variance.lerp_(((now - self.mean) ** 2).mean(0), rate)
+            self.mean.lerp_(now.mean(0), rate)
+            self.batches += 1
+        return ((x - self.mean) * (self.variance + 1e-4).rsqrt()).clamp(-5, 5)
+
+
 class Network(nn.Module):
     """Encoder-decoder with heat, box and subtype heads, for volumes with two channels.
 
@@ -44,19 +62,19 @@ class Network(nn.Module):
         super().__init__()
         widths = (2, *filters)
         self.downs = nn.ModuleList(Block(a, b, 2, at_end) for a, b in pairwise(widths))
-        self.levels = nn.ModuleList(Block(width, width) for width in filters)
+        self.levels = nn.ModuleList(Block(width, width) for width in filters[1:])
         self.bottom = Block(filters[-1] + 3, filters[-1])
         upwards = filters[::-1]
         self.mixes = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in pairwise(upwards))
         self.ups = nn.ModuleList(Block(width, width) for width in upwards[1:])
         self.heat, self.box = nn.Conv3d(filters[0], 1, 1), nn.Conv3d(filters[0], 6, 1)
         nn.init.constant_(self.heat.bias, -4.6)
-        self.opinion, self.subtype = nn.Linear(sum(filters) + 6, 64), nn.Linear(64, classes)
+        self.scale, self.subtype = Standardise(sum(filters) + 6), nn.Linear(sum(filters) + 6, classes)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         seen = []
-        for down, level in zip(self.downs, self.levels, strict=True):
+        for down, level in zip(self.downs, (nn.Identity(), *self.levels), strict=True):
             seen.append(x := level(down(x)))
         decoded = [x := self.bottom(place(x))]
         for mix, up, skip in zip(self.mixes, self.ups, seen[-2::-1], strict=True):
@@ -64,8 +82,8 @@ class Network(nn.Module):
         with torch.autocast("cpu", enabled=False):
             decoded = [maps.float() for maps in decoded]
             heat, box = torch.sigmoid(self.heat(decoded[-1])), self.box(decoded[-1])
-            evidence = self.dropout(pooled(heat, box, [*decoded[:-1], place(decoded[-1])]))
-            subtype = self.subtype(self.dropout(F.relu(self.opinion(evidence))))
+            evidence = self.scale(pooled(heat, box, [*decoded[:-1], place(decoded[-1])]))
+            subtype = self.subtype(self.dropout(evidence))
             return {"heat": heat, "box": box, "subtype": torch.softmax(subtype, dim=1)}
 
 

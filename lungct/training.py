@@ -8,9 +8,9 @@ __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'LOSSES', 
            'layer_costs', 'predecessor_cnn', 'ChannelNorm', 'Place', 'HeatPool', 'Standardise', 'build_network',
            'takes_pet', 'parse_filters', 'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss',
            'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'augment',
-           'transplant', 'sample_patients', 'Settings', 'memory_estimate', 'free_memory', 'check_memory',
-           'examples_hash', 'fit', 'best_epoch', 'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction',
-           'predict', 'save_model', 'load_model']
+           'transplant', 'sample_patients', 'subtype_weights', 'Settings', 'memory_estimate', 'free_memory',
+           'check_memory', 'examples_hash', 'fit', 'best_epoch', 'on_devices', 'retreat', 'input_cost', 'some_patients',
+           'Prediction', 'predict', 'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
@@ -236,13 +236,13 @@ class HeatPool(layers.Layer):
     """Means of feature maps and of the box size, weighted by the squared heat map, in one row (n, channels).
 
     Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), then maps (n, s/f, s/f, s/f, c) with integer f.
+    No gradient passes.
     """
 
     def call(self, inputs):
         heat, box, *maps = inputs
-        weight = ops.square(ops.stop_gradient(heat))
-        log_size = ops.stop_gradient(box[..., 3:])
-        return ops.concatenate([self._mean(weight, x) for x in (*maps, log_size)], axis=-1)
+        weight = ops.square(heat)
+        return ops.stop_gradient(ops.concatenate([self._mean(weight, x) for x in (*maps, box[..., 3:])], axis=-1))
 
     def _mean(self, weight, x):
         factor = weight.shape[1] // x.shape[1]
@@ -266,7 +266,7 @@ class Standardise(layers.Layer):
 
     def call(self, x, training=False):
         if training:
-            self._follow(ops.stop_gradient(x))
+            self._follow(x)
         return ops.clip((x - self.mean) * ops.rsqrt(self.variance + 1e-4), -5, 5)
 
     def _follow(self, x):
@@ -277,7 +277,7 @@ class Standardise(layers.Layer):
 
 # %% ../nbs/05_train_3d_cnn.ipynb #c827ffe5
 def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (16, 32, 64), dropout: float = 0.3,
-                  precision: str = "float32", pet: bool = False) -> keras.Model:
+                  precision: str = "float32", pet: bool = False, shrink: float = 0.4) -> keras.Model:
     """Encoder-decoder with a detection head ("heat", "box") and, for two classes or more, a "subtype" head.
 
     Parameters
@@ -286,6 +286,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     filters : channels at 1/2, 1/4, ... of the resolution, multiples of 8.
     precision : Keras dtype policy of the body; the heads are always float32.
     pet : whether the input has the two channels of the PET, too.
+    shrink : penalty on the squared weights of the subtype head, beside the mean loss of a volume.
     """
     _check_sizes(size, filters)
     _check_precision(precision)
@@ -299,7 +300,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
         decoded.append(x := _up(x, levels[depth], filters[depth], f"up{depth}", precision))
     outputs = _detection_head(x)
     if len(classes) > 1:
-        outputs["subtype"] = _subtype_head(outputs, decoded, len(classes), dropout)
+        outputs["subtype"] = _subtype_head(outputs, decoded, len(classes), dropout, shrink)
     return keras.Model(volume, outputs, name="lungct")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d3d4a7d2
@@ -314,13 +315,14 @@ def _detection_head(x) -> dict:
             "box": layers.Conv3D(6, 1, dtype="float32", name="box")(x)}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #fab65606
-def _subtype_head(found: Mapping, features: Sequence, classes: int, dropout: float):
+def _subtype_head(found: Mapping, features: Sequence, classes: int, dropout: float, shrink: float):
     *coarse, finest = features
     finest = Place(dtype="float32", name="evidence_place")(finest)
     x = HeatPool(dtype="float32", name="evidence")([found["heat"], found["box"], *coarse, finest])
     x = Standardise(dtype="float32", name="evidence_scale")(x)
     x = layers.Dropout(dropout, seed=1, dtype="float32", name="evidence_dropout")(x)
-    return layers.Dense(classes, activation="softmax", kernel_initializer="zeros", dtype="float32", name="subtype")(x)
+    return layers.Dense(classes, activation="softmax", kernel_initializer="zeros", dtype="float32", name="subtype",
+                        kernel_regularizer=keras.regularizers.L2(shrink))(x)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #318f8315
 def _check_sizes(size: int, filters: Sequence[int]) -> None:
@@ -627,14 +629,20 @@ def _shine_alike(donors_suv, hosts_suv, host: int):
     return True if hosts_suv is None or np.isnan(hosts_suv[host]).all() else _has_pet(donors_suv)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #2913b176
+def _by_patient(examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # the patients, which of them each volume belongs to, and the subtype of each, -1 where there is none
+    patients, owner = np.unique(examples.patient_id, return_inverse=True)
+    subtype = np.full(len(patients), -1)
+    np.maximum.at(subtype, owner, examples.target)
+    return patients, owner, subtype
+
+
 def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, balance: float = 0.25) -> np.ndarray:
     """Rows of `examples` for one epoch: `draws` patients, one random volume of each.
 
     Every patient comes up its expected number of times, rounded up or down (systematic sampling).
     """
-    patients, owner = np.unique(examples.patient_id, return_inverse=True)
-    subtype = np.full(len(patients), -1)
-    np.maximum.at(subtype, owner, examples.target)
+    patients, owner, subtype = _by_patient(examples)
     _, group, sizes = np.unique(subtype, return_inverse=True, return_counts=True)
     order = rng.permutation(len(patients))
     share = np.cumsum((sizes[group] ** -float(balance))[order])
@@ -642,11 +650,19 @@ def sample_patients(examples: Examples, draws: int, rng: np.random.Generator, ba
     chosen = order[np.minimum(np.searchsorted(share, ticks, side="right"), len(patients) - 1)]
     return rng.permutation([rng.choice(np.flatnonzero(owner == patient)) for patient in chosen])
 
+# %% ../nbs/05_train_3d_cnn.ipynb #6b1f0c02
+def subtype_weights(examples: Examples, classes: int, balance: float = 0.25) -> np.ndarray:
+    """Weight (classes,) of each subtype in the loss that makes all count alike when `sample_patients` draws."""
+    subtype = _by_patient(examples)[2]
+    patients = np.bincount(subtype[subtype >= 0], minlength=classes)
+    share = np.where(patients > 0, patients ** (1.0 - balance), 0)
+    return np.divide(share.sum(), share * np.count_nonzero(share), out=np.zeros(classes), where=share > 0)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #cf8f0844
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes a training, apart from the network and the data."""
-    epochs: int = 90
+    epochs: int = 130
     batch_size: int = 4
     learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down
     weight_decay: float = 0.01
@@ -810,7 +826,11 @@ def _batches(network: keras.Model, train: Examples, settings: Settings, epoch: i
         if settings.augmented:
             hu, boxes, *moved = augment(hu, boxes, rng, pet_suv=suv if takes_pet(network) else None)
             suv = _withhold(moved[0], rng, settings.pet_dropout) if moved else None
-        yield batch.stack_id, _inputs(network, hu, suv), _targets(network, boxes, batch.target, settings)
+        targets = _targets(network, boxes, batch.target, settings)
+        if "subtype" in targets:
+            weights = subtype_weights(train, targets["subtype"].shape[1], settings.balance)
+            targets["subtype"] *= weights[batch.target, None].astype("float32")
+        yield batch.stack_id, _inputs(network, hu, suv), targets
 
 
 def _withhold(suv, rng: np.random.Generator, share: float):
@@ -1186,10 +1206,8 @@ def input_cost(network: keras.Model, train: Examples, settings: Settings, steps:
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:
     """All volumes of `count` patients, subtypes in proportion; with one seed, fewer patients lie within more."""
-    patients, owner = np.unique(examples.patient_id, return_inverse=True)
-    subtype, turn = np.full(len(patients), -1), np.empty(len(patients))
-    np.maximum.at(subtype, owner, examples.target)
-    rng = np.random.default_rng(seed)
+    patients, owner, subtype = _by_patient(examples)
+    turn, rng = np.empty(len(patients)), np.random.default_rng(seed)
     for group in np.unique(subtype):
         members = rng.permutation(np.flatnonzero(subtype == group))
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
@@ -1213,10 +1231,20 @@ class Prediction:
     probabilities: np.ndarray
     heat: np.ndarray
 
+# %% ../nbs/05_train_3d_cnn.ipynb #8e0d5502
+def _both_ways(network: keras.Model, ct_hu: np.ndarray, batch_size: int, pet_suv=None) -> dict[str, np.ndarray]:
+    seen = _forward(network, ct_hu, batch_size, pet_suv)
+    turned = _forward(network, ct_hu[..., ::-1], batch_size, None if pet_suv is None else pet_suv[..., ::-1])
+    for name in {"heat", "box"} & turned.keys():
+        turned[name] = turned[name][:, :, :, ::-1]
+    if "box" in turned:
+        turned["box"] = turned["box"] * np.array([1, 1, -1, 1, 1, 1], "float32")  # the offset along x points back
+    return {name: (values + turned[name]) / 2 for name, values in seen.items()}
+
 # %% ../nbs/05_train_3d_cnn.ipynb #5259ff58
 def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: int = 10,
             min_score: float = 0.02, pet_suv: np.ndarray | None = None) -> list[Prediction]:
-    """Predictions for volumes (n, z, y, x) in HU, one for each, n may be 0.
+    """What is found in volumes (n, z, y, x) in HU, one answer each, n may be 0: the mean over it and its mirror image.
 
     `pet_suv` has the same shape, NaN where there is no PET. A network for CT alone does not look at it; one for CT with
     PET that is given none takes it as absent.
@@ -1226,7 +1254,7 @@ def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: i
                               f"{tuple(network.input.shape[1:4])}: build them on the model's grid")
     if not len(ct_hu):
         return []
-    outputs = _forward(network, ct_hu, batch_size, pet_suv)
+    outputs = _both_ways(network, ct_hu, batch_size, pet_suv)
     found = decode_detections(outputs["heat"], outputs["box"], top, min_score)
     subtypes = outputs.get("subtype", np.zeros((len(ct_hu), 0), "float32"))
     return [Prediction(*pair, p, heat[..., 0]) for pair, p, heat in zip(found, subtypes, outputs["heat"], strict=True)]

@@ -68,7 +68,8 @@ def test_the_network_in_plain_torch_is_that_of_chapter_5():
     batch = train.example_batch(16, 2)
     ours = training.build_network(16, train.CLASSES, (8, 16), dropout=0)
     theirs = torch_network.Network(len(train.CLASSES), (8, 16), dropout=0, at_end=True)
-    assert ours.count_params() == sum(values.numel() for values in theirs.parameters())
+    fill_head(ours)
+    assert sum(map(np.size, ours.trainable_weights)) == sum(values.numel() for values in theirs.parameters())
     take_over(ours, theirs)
     volumes, wanted = torch_network.tensors(batch)
     expected = ours.predict_on_batch(batch["seen"])
@@ -82,21 +83,31 @@ def test_the_network_in_plain_torch_is_that_of_chapter_5():
     assert loss == pytest.approx(np.sum(terms, axis=0).mean(), rel=1e-4)
 
 
+def fill_head(network):
+    """Weights for the subtype and figures of the evidence, which a network that was not trained lacks."""
+    rng = np.random.default_rng(0)
+    for name in ("subtype", "evidence_scale"):
+        layer = network.get_layer(name)
+        layer.set_weights([rng.uniform(0.1, 1, values.shape) for values in layer.get_weights()])
+
+
 def take_over(ours, theirs):
     """Give the torch network the weights of the Keras network, layer by layer in the order of their names."""
     levels = len(theirs.downs)
     names = {f"down{i}": block for i, block in enumerate(theirs.downs)}
-    names |= {f"level{i}": block for i, block in enumerate(theirs.levels)}
+    names |= {f"level{i}": block for i, block in enumerate(theirs.levels, 1)}
     names |= {f"up{levels - 2 - i}": block for i, block in enumerate(theirs.ups)} | {"bottom": theirs.bottom}
     pairs = {name: block.conv for name, block in names.items()}
     pairs |= {f"{name}_norm": block.norm for name, block in names.items()}
     pairs |= {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
-    pairs |= {name: getattr(theirs, name) for name in ("heat", "box", "opinion", "subtype")}
+    pairs |= {name: getattr(theirs, name) for name in ("heat", "box", "subtype")}
     for name, module in pairs.items():
         kernel, bias = map(np.asarray, ours.get_layer(name).get_weights())
         order = (4, 3, 0, 1, 2) if kernel.ndim == 5 else (1, 0) if kernel.ndim == 2 else (0,)
         module.weight.data.copy_(torch_from(kernel.transpose(order)))
         module.bias.data.copy_(torch_from(bias))
+    for name, values in zip(("mean", "variance"), ours.get_layer("evidence_scale").get_weights(), strict=False):
+        getattr(theirs.scale, name).copy_(torch_from(values))
 
 
 def torch_from(values):

@@ -408,6 +408,59 @@ def test_balance_tilts_towards_rare_subtypes():
 # ---- network
 
 
+@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("mixed_bfloat16", 2**-8)])
+def test_the_normalisation_is_that_of_keras(precision, tolerance):
+    rng, cast = np.random.default_rng(0), training.ops.cast
+    features, weights = rng.normal(3, 5, (2, 3, 4, 5, 16)), rng.normal(1, 0.3, (2, 16))
+    features = cast(cast(features.astype("float32"), training.keras.DTypePolicy(precision).compute_dtype), "float32")
+    answers = []
+    for layer in (training.ChannelNorm(dtype=precision), training.layers.LayerNormalization()):
+        layer.build(features.shape)
+        layer.set_weights(list(weights))
+        answers.append(training.ops.convert_to_numpy(cast(layer(features), "float32")))
+    assert np.allclose(*answers, rtol=tolerance, atol=1e-5) and answers[0].std() > 0.5
+
+
+def test_standardised_rows_follow_the_training_and_not_their_batch():
+    rng = np.random.default_rng(0)
+    rows = rng.normal((8, -1, 0), (0.05, 3, 0), (400, 4, 3)).astype("float32")
+    layer = training.Standardise()
+    for four in rows:
+        layer(four, training=True)
+    seen = training.ops.convert_to_numpy(layer(rows[-100:].reshape(-1, 3)))
+    assert abs(seen.mean(axis=0)).max() < 0.4 and np.allclose(seen[:, :2].std(axis=0), 1, atol=0.2)
+    assert not seen[:, 2].any()                              # a feature that never changes says nothing
+    alone = training.ops.convert_to_numpy(layer(rows[-1, :1], training=True))
+    mean, variance = map(training.ops.convert_to_numpy, (layer.mean, layer.variance))
+    before = (rows[-1, :1] - mean) / np.sqrt(variance + 1e-4)
+    assert np.allclose(alone, before, atol=1e-4)                               # a batch of one is not all zeros
+    assert abs(training.ops.convert_to_numpy(layer(np.full((1, 3), 1e6, "float32")))).max() == 5
+
+
+def test_what_the_subtype_is_read_off_has_one_scale():
+    settings, examples = quick(epochs=12, learning_rate=0.01), toys(8)
+    net = network()
+    training.fit(net, examples, None, settings)
+    inside = training.keras.Model(net.input, net.get_layer("evidence_scale").output)
+    rows = training.ops.convert_to_numpy(inside(training.normalise(examples.ct_hu)))
+    assert abs(rows).max() <= 5 and 0.2 < np.median(rows.std(axis=0)) < 3
+
+
+def test_every_subtype_weighs_alike_however_often_it_is_drawn():
+    names = np.array([f"p{i}" for i in range(30)])
+    target = np.array([0] * 20 + [2] * 4 + [-1] * 6)
+    many = Examples(np.zeros((30, 2, 2, 2), "int16"), [np.zeros((0, 6))] * 30, target, names, names)
+    for balance in (0, 0.25, 1):
+        rng = np.random.default_rng(0)
+        drawn = np.concatenate([training.sample_patients(many, 60, rng, balance) for _ in range(200)])
+        drawn = target[drawn][target[drawn] >= 0]
+        weights = training.subtype_weights(many, 3, balance)
+        total = [weights[drawn[drawn == k]].sum() for k in range(3)]
+        assert total[1] == 0 and total[0] == pytest.approx(total[2], rel=0.05)
+        assert weights[drawn].mean() == pytest.approx(1, rel=0.02)
+    assert not training.subtype_weights(many.take(range(24, 30)), 3, 0.25).any()
+
+
 def test_network_outputs_and_limits():
     net = network(("A", "B", "G"))
     out = net.predict_on_batch(training.normalise(toys(2).ct_hu))
@@ -793,6 +846,21 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         training.load_model(tmp_path)
     with pytest.raises(runs.InputError, match="does not exist: train one with chapter 5"):
         training.load_model(tmp_path / "nowhere" / "model.keras")
+
+
+def test_a_mirror_image_is_seen_as_the_mirror_image():
+    examples = toys(3)
+    net = network()
+    training.fit(net, examples, None, quick(epochs=2))
+    with_pet = glowing(examples, without=[1])
+    two = network(pet=True)
+    for trained, pet in ((net, None), (two, with_pet.pet_suv)):
+        plain = training._both_ways(trained, examples.ct_hu, 2, pet)
+        turned = training._both_ways(trained, examples.ct_hu[..., ::-1], 2, None if pet is None else pet[..., ::-1])
+        assert np.allclose(plain["heat"], turned["heat"][:, :, :, ::-1], atol=1e-5)
+        assert np.allclose(plain["box"], turned["box"][:, :, :, ::-1] * [1, 1, -1, 1, 1, 1], atol=1e-5)
+        assert np.allclose(plain["subtype"], turned["subtype"], atol=1e-5)
+        assert not np.allclose(plain["heat"], training._forward(trained, examples.ct_hu, 2, pet)["heat"], atol=1e-5)
 
 
 def test_predict_refuses_another_grid_and_takes_nothing():
