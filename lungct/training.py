@@ -141,17 +141,29 @@ WINDOW_SUV = 10.0  # SUV 0 -> 0, from here on -> 1; tumours that take up sugar l
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4665d490
 def normalise(ct_hu, pet_suv=None):
-    """What the network sees: float32 tensor with the channels in [0, 1] on a new last axis.
+    """What the network sees: float32, the channels in [0, 1] on a new last axis; an array for an array, else a tensor.
 
     One channel for each of `WINDOWS_HU`. With `pet_suv`, of the shape of `ct_hu`, two more: the SUV up to
     `WINDOW_SUV`, and 1 where it is known. Where it is NaN both are 0.
     """
+    if isinstance(ct_hu, np.ndarray) and pet_suv is None:
+        return _windowed(ct_hu)
     hu = ops.convert_to_tensor(ct_hu, dtype="float32")
     channels = [ops.clip((hu - low) / (high - low), 0.0, 1.0) for low, high in WINDOWS_HU]
     if pet_suv is not None:
         suv, known = _known(pet_suv)
         channels += [ops.clip(suv / WINDOW_SUV, 0.0, 1.0), known]
     return ops.stack(channels, axis=-1)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #4665d491
+def _windowed(hu: np.ndarray) -> np.ndarray:
+    # each step works in place, which on a CPU is five times as fast as a new tensor for each
+    seen, part = np.empty((*hu.shape, len(WINDOWS_HU)), "float32"), np.empty(hu.shape, "float32")
+    for channel, (low, high) in enumerate(WINDOWS_HU):
+        np.subtract(hu, np.float32(low), out=part, casting="unsafe")
+        part /= np.float32(high - low)
+        np.clip(part, np.float32(0), np.float32(1), out=seen[..., channel])
+    return seen
 
 
 def _known(pet_suv):
@@ -522,14 +534,15 @@ def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, sh
 
     Returns
     -------
-    The HU as a tensor of the backend (n, z, y, x), and n arrays of moved boxes; with `pet_suv` (n, z, y, x) a third:
-    the SUV, moved in the same way and not disturbed, NaN where it is not known.
+    The HU (n, z, y, x), a tensor where there is a GPU, and n arrays of moved boxes; with `pet_suv` (n, z, y, x) a
+    third: the SUV, moved in the same way and not disturbed, NaN where it is not known.
     """
     old_edges = draw_edges(len(ct_hu), ct_hu.shape[1], rng, shift, scale, bend)
     air_free = ops.convert_to_tensor(ct_hu, "float32") + 1000  # air is 0 while voxels move
     matrices = [axis_matrices(old_edges[:, axis]) for axis in range(3)]
     boxes = [move_boxes(one, edges) for one, edges in zip(boxes_zyx, old_edges, strict=True)]
-    hu = _disturb(_resample(air_free, *matrices), rng, gain, offset_hu, noise_hu) - 1000
+    moved = _resample(air_free, *matrices)
+    hu = _disturb(moved if _has_gpu() else np.array(ops.convert_to_numpy(moved)), rng, gain, offset_hu, noise_hu)
     return (hu, boxes) if pet_suv is None else (hu, boxes, _move_pet(pet_suv, matrices))
 
 
@@ -550,8 +563,12 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
     def each(low, high):
         return rng.uniform(low, high, (len(volumes), 1, 1, 1)).astype("float32")
 
-    noise = each(0, noise_hu) * _grain(tuple(volumes.shape), rng)
-    return volumes * each(1 - gain, 1 + gain) + each(-offset_hu, offset_hu) + noise
+    noise = _grain(tuple(volumes.shape), rng)  # in place, where these are arrays
+    noise *= each(0, noise_hu)
+    volumes *= each(1 - gain, 1 + gain)
+    volumes += each(-offset_hu, offset_hu) - np.float32(1000)
+    volumes += noise
+    return volumes
 
 
 def _grain(shape: tuple, rng: np.random.Generator):

@@ -128,6 +128,14 @@ def test_normalise_maps_each_window_to_the_unit_interval():
 # ---- PET
 
 
+@pytest.mark.parametrize("kind", ["int16", "float32"])
+def test_arrays_and_tensors_are_normalised_alike(kind):
+    hu = np.random.default_rng(0).integers(-2000, 3000, (2, 8, 8, 8)).astype(kind)
+    seen = training.normalise(hu)
+    assert isinstance(seen, np.ndarray) and seen.dtype == np.float32
+    assert np.allclose(seen, training.normalise(training.ops.convert_to_tensor(hu)), atol=1e-6)
+
+
 def test_pet_has_two_channels_and_absence_is_not_zero_uptake():
     got = np.asarray(training.normalise(np.full(4, -1000), np.array([5, 99, 0, np.nan])))
     assert got[:, 2:].tolist() == [[0.5, 1], [1, 1], [0, 1], [0, 0]] and not got[:, :2].any()
