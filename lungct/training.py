@@ -214,10 +214,11 @@ class ChannelNorm(layers.Layer):
 
     def call(self, x):
         share = ops.full((x.shape[-1], 1), 1 / x.shape[-1], dtype="float32")
-        x = ops.cast(x, "float32")  # a variance needs more digits than half precision has
-        x = x - ops.matmul(x, share)
-        variance = ops.matmul(ops.square(x), share)
-        return ops.cast(x * ops.rsqrt(variance + 1e-3) * self.gamma + self.beta, self.compute_dtype)
+        rows = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")  # a variance needs more than half precision
+        rows = rows - ops.matmul(rows, share)
+        variance = ops.matmul(ops.square(rows), share)
+        rows = rows * ops.rsqrt(variance + 1e-3) * self.gamma + self.beta
+        return ops.cast(ops.reshape(rows, ops.shape(x)), self.compute_dtype)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
 def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
