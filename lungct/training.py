@@ -249,13 +249,14 @@ class HeatPool(layers.Layer):
     """Means of feature maps and of the box size, weighted by the squared heat map, in one row (n, channels).
 
     Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), then maps (n, s/f, s/f, s/f, c) with integer f.
-    No gradient passes.
+    No gradient passes in training; outside, one to the maps does, for pictures of what counted.
     """
 
-    def call(self, inputs):
+    def call(self, inputs, training=False):
         heat, box, *maps = inputs
-        weight = ops.square(heat)
-        return ops.stop_gradient(ops.concatenate([self._mean(weight, x) for x in (*maps, box[..., 3:])], axis=-1))
+        weight, log_size = ops.square(ops.stop_gradient(heat)), ops.stop_gradient(box[..., 3:])
+        row = ops.concatenate([self._mean(weight, x) for x in (*maps, log_size)], axis=-1)
+        return ops.stop_gradient(row) if training else row
 
     def _mean(self, weight, x):
         factor = weight.shape[1] // x.shape[1]

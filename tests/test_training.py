@@ -454,6 +454,16 @@ def test_what_the_subtype_is_read_off_has_one_scale():
     assert abs(rows).max() <= 5 and 0.2 < np.median(rows.std(axis=0)) < 3
 
 
+def test_the_subtype_teaches_its_own_layer_alone():
+    examples, after = toys(4), []
+    for target in ([0, 1, 0, 1], [0, 0, 1, 1]):
+        net = network()
+        training.fit(net, replace(examples, target=np.array(target)), None, quick(epochs=2, balance=0, transplants=0))
+        after.append({weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights})
+    differ = {path for path in after[0] if not np.array_equal(after[0][path], after[1][path])}
+    assert differ == {"subtype/kernel", "subtype/bias"}
+
+
 def test_every_subtype_weighs_alike_however_often_it_is_drawn():
     names = np.array([f"p{i}" for i in range(30)])
     target = np.array([0] * 20 + [2] * 4 + [-1] * 6)
