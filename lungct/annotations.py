@@ -9,7 +9,7 @@ __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_CO
            'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
            'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'compare_rules', 'require_match',
            'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
-           'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
+           'longer_side_mm', 'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
 import os
@@ -621,16 +621,21 @@ def _pair(a: pd.Series, b: pd.Series, a_mm: np.ndarray, b_mm: np.ndarray, iou: f
             "centre_distance_mm": float(np.linalg.norm((a_mm[:3] + a_mm[3:] - b_mm[:3] - b_mm[3:]) / 2))}
 
 # %% ../nbs/02_parse_annotations.ipynb #d8419b82
+def longer_side_mm(boxes: pd.DataFrame) -> pd.Series:
+    """The longer side of each box (columns `CORNERS_MM`) in the axial plane."""
+    return np.maximum(boxes["x1_mm"] - boxes["x0_mm"], boxes["y1_mm"] - boxes["y0_mm"])
+
+
 def describe_lesions(lesions: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     """Size and place of lesions: a copy with `extent_mm` (larger of x and y), `height_mm` (z), `aside_mm`
     (x from the stack's centre, + is the patient's left) and `level` (z from 0, lowest slice, to 1, highest)."""
     known = lesions.merge(stacks[["stack_id", "affine", "rows", "columns", "slices"]], on="stack_id", how="left")
-    size = known[CORNERS_MM[3:]].to_numpy() - known[CORNERS_MM[:3]].to_numpy()
     middle = (known[CORNERS_MM[3:]].to_numpy() + known[CORNERS_MM[:3]].to_numpy()) / 2
     hulls = [_stack_hull_mm(row) for row in known[["affine", "rows", "columns", "slices"]].itertuples(index=False)]
     low, high = (np.array([hull[end] for hull in hulls]).reshape(-1, 3) for end in (0, 1))
     return lesions.reset_index(drop=True).assign(
-        extent_mm=size[:, :2].max(axis=1), height_mm=size[:, 2], aside_mm=middle[:, 0] - (low + high)[:, 0] / 2,
+        extent_mm=longer_side_mm(known), height_mm=known["z1_mm"] - known["z0_mm"],
+        aside_mm=middle[:, 0] - (low + high)[:, 0] / 2,
         level=(middle[:, 2] - low[:, 2]) / (high - low)[:, 2])
 
 

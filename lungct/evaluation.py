@@ -27,7 +27,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score
 
 from . import labels, volumes
-from .annotations import CORNERS_MM
+from .annotations import CORNERS_MM, longer_side_mm
 
 # %% ../nbs/06_evaluate.ipynb #720a9559
 FALSE_POSITIVE, REPEAT = -1, -2
@@ -487,16 +487,11 @@ def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float) -> np
     return lesions["lesion_id"].isin(set(found)).to_numpy()
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
-def _longer_side_mm(boxes: pd.DataFrame) -> pd.Series:
-    """The longer side of each box in the axial plane."""
-    return np.maximum(boxes["x1_mm"] - boxes["x0_mm"], boxes["y1_mm"] - boxes["y0_mm"])
-
-
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
     """Size class of each lesion by the longer side of its box in the axial plane."""
     names = [f"up to {cuts_mm[0]:g} mm", *(f"{a:g} to {b:g} mm" for a, b in pairwise(cuts_mm)),
              f"over {cuts_mm[-1]:g} mm"]
-    return pd.cut(_longer_side_mm(lesions), [-np.inf, *cuts_mm, np.inf], labels=names)
+    return pd.cut(longer_side_mm(lesions), [-np.inf, *cuts_mm, np.inf], labels=names)
 
 # %% ../nbs/06_evaluate.ipynb #5374c3c8
 def scan_groups(cohort: pd.DataFrame) -> pd.DataFrame:
@@ -910,7 +905,7 @@ def missed_lesions(scored: Scored, lesions: pd.DataFrame, threshold: float) -> p
         The lesions of the scans in `scored`: lesion_id, stack_id and `CORNERS_MM`.
     """
     missed = lesions[~lesions_found(scored, lesions, threshold)].copy()
-    missed["size_mm"] = _longer_side_mm(missed)
+    missed["size_mm"] = longer_side_mm(missed)
     boxes = dict(list(scored.table.groupby("stack_id")))
     told = [_why_missed(row, boxes.get(row.stack_id, scored.table.iloc[:0]), threshold) for row in missed.itertuples()]
     missed[["score", "reason"]] = pd.DataFrame(told, columns=["score", "reason"], index=missed.index)
@@ -936,7 +931,7 @@ def _why_missed(lesion, boxes, threshold):
 def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """The false positives at `threshold`, surest first, with columns size_mm and reason."""
     alarms = scored.table[scored.false & (scored.score >= threshold)].copy()
-    alarms["size_mm"] = _longer_side_mm(alarms)
+    alarms["size_mm"] = longer_side_mm(alarms)
     truth = {name: part[CORNERS_MM].to_numpy(float) for name, part in lesions.groupby("stack_id")}
     gaps = [box_gaps([[getattr(row, name) for name in CORNERS_MM]], truth.get(row.stack_id, np.zeros((0, 6)))).ravel()
             for row in alarms.itertuples()]

@@ -33,7 +33,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import runs
-from .annotations import SUBTYPES, patient_subtype, read_clinical
+from .annotations import SUBTYPES, longer_side_mm, patient_subtype, read_clinical
 
 # %% ../nbs/04_check_labels.ipynb #f16a4895
 def _face_gap(mask: np.ndarray, boxes_zyx: np.ndarray) -> float:
@@ -1010,7 +1010,7 @@ def tabular_features(lesions: pd.DataFrame, cohort: pd.DataFrame, clinical: pd.D
     Medians over a patient's volumes; NaN where unknown.
     """
     table = lesions.join(_grid_centres(cohort), on="stack_id", how="inner")
-    table["size_mm"] = np.maximum(table["x1_mm"] - table["x0_mm"], table["y1_mm"] - table["y0_mm"])
+    table["size_mm"] = longer_side_mm(table)
     table = table.sort_values("size_mm", kind="stable").drop_duplicates("stack_id", keep="last")
     middle = {a: (table[f"{a}0_mm"] + table[f"{a}1_mm"]) / 2 - table[f"centre_{a}"] for a in "xyz"}
     table = table.assign(lateral=middle["x"].abs(), posterior=middle["y"], superior=middle["z"],

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'CORNERS_MM', 'RECIPE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights',
-           'resample_area', 'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm',
-           'place_lesions', 'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume',
-           'build_cohort', 'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
+           'ENDS', 'MIDDLE', 'RECIPE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights', 'resample_area',
+           'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions',
+           'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort',
+           'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import asyncio
@@ -32,6 +32,7 @@ from scipy import ndimage, sparse
 
 import lungct
 from . import dicom, runs
+from .annotations import CORNERS_MM
 from .workers import connect, worker_pool
 
 # %% ../nbs/03_build_volumes.ipynb #49b168ab
@@ -391,9 +392,6 @@ def _paint(parts: Sequence[tuple[np.ndarray, np.ndarray]], shape_zyx: Sequence[i
     return mask
 
 # %% ../nbs/03_build_volumes.ipynb #13f59810
-CORNERS_MM = ["x0_mm", "y0_mm", "z0_mm", "x1_mm", "y1_mm", "z1_mm"]
-
-
 def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray, grid_affine: np.ndarray,
                   size: int) -> dict:
     """Put the lesions of one stack on its grid.

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import minimum_filter
+from scipy.ndimage import minimum_filter, rotate
+from sklearn.linear_model import LogisticRegression
 
 from lungct import runs, training
 from lungct.training import Examples, Settings
@@ -172,8 +173,8 @@ def test_a_guest_brings_its_uptake_along():
     train = glowing(toys(4, targets=(0,)), without=[3])
     got = training._with_guests(train, train, np.random.default_rng(0), share=1.0)
     for row in range(3):
-        z, y, x = ((got.boxes_zyx[row][1, :3] + got.boxes_zyx[row][1, 3:]) / 2).astype(int)
-        assert got.pet_suv[row, z, y, x] > 4
+        low, high = got.boxes_zyx[row][1].astype(int).reshape(2, 3)             # may be cut by the edge of the grid
+        assert got.pet_suv[row][tuple(map(slice, low, high + 1))].max() > 4
     assert np.isnan(got.pet_suv[3]).all() and len(got.boxes_zyx[3]) == 2
     dark = glowing(toys(4, targets=(0,)), without=[1, 2, 3])
     lonely = training._with_guests(dark.take([0]), dark.take([1, 2, 3]), np.random.default_rng(0), share=1.0)
@@ -310,7 +311,7 @@ def test_boxes_follow_the_voxels(seed):
     hu = np.full((2, 32, 32, 32), -1000, "int16")
     hu[:, 11:17, 13:21, 9:15] = 1000
     moved, boxes = training.augment(hu, [np.array([[11, 13, 9, 17, 21, 15]])] * 2, np.random.default_rng(seed),
-                                    noise_hu=0, offset_hu=0)
+                                    turn=0, noise_hu=0, offset_hu=0)
     for volume, box in zip(np.asarray(moved) + 1000, boxes, strict=True):
         for axis in range(3):
             weight = volume.sum(axis=tuple({0, 1, 2} - {axis}))
@@ -320,10 +321,39 @@ def test_boxes_follow_the_voxels(seed):
             assert spread == pytest.approx(box[0, axis + 3] - box[0, axis], rel=0.15)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([10, 45, 180]))
+def test_the_box_of_a_turned_ellipsoid_is_its_box(seed, turn):
+    centre, half = np.array([15, 18.5, 13]), np.array([4, 7, 3.5])
+    at = np.indices((32, 32, 32)) + 0.5
+    inside = ((at - centre[:, None, None, None]) / half[:, None, None, None]) ** 2
+    hu = np.where(inside.sum(axis=0) <= 1, 1000, -1000).astype("int16")
+    moved, boxes = training.augment(hu[None], [np.array([[*(centre - half), *(centre + half)]])],
+                                    np.random.default_rng(seed), shift=0.05, bend=0, turn=turn, noise_hu=0, offset_hu=0)
+    air_free = np.asarray(moved)[0] + 1000
+    for axis in range(3):
+        weight = air_free.sum(axis=tuple({0, 1, 2} - {axis}))
+        middle = np.average(np.arange(32) + 0.5, weights=weight)
+        reach = np.sqrt(5 * np.average((np.arange(32) + 0.5 - middle) ** 2, weights=weight))   # of a full ellipsoid
+        assert middle == pytest.approx(boxes[0][0, [axis, axis + 3]].mean(), abs=0.2)
+        assert 2 * reach == pytest.approx(boxes[0][0, axis + 3] - boxes[0][0, axis], rel=0.1)
+
+
+def test_a_turn_is_that_of_scipy_and_the_same_on_every_device():
+    volume = np.random.default_rng(0).normal(1000, 200, (12, 12, 12)).astype("float32")
+    still = np.tile(np.arange(13.0), (3, 1))
+    for degrees in (0, 7, -31, 90):
+        move = training._move(still, np.radians(degrees))
+        got, = training._resample(volume[None], [move])
+        tensor = training._resample(training.ops.convert_to_tensor(volume[None]), [move])
+        wanted = rotate(volume, -degrees, axes=(1, 2), reshape=False, order=1, mode="grid-constant")
+        assert np.allclose(got, wanted, atol=0.01) and np.allclose(tensor[0], got, atol=0.01)
+
+
 def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
     hu = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 8, 8)).astype("int16")
     boxes = [np.array([[1, 2, 1, 3, 4, 4]], "float32")] * 6
-    none = dict.fromkeys(("shift", "scale", "bend", "gain", "offset_hu", "noise_hu"), 0)
+    none = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu", "noise_hu"), 0)
     moved, got = training.augment(hu, boxes, np.random.default_rng(1), **none)
     sides = [bool(box[0, 2] != 1) for box in got]
     assert set(sides) == {True, False}
@@ -388,9 +418,17 @@ def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
 
-def test_lowest_near_is_the_minimum_filter():
-    volume = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype("int16")
-    assert np.array_equal(training._lowest_near(volume), minimum_filter(volume, 5))
+def test_a_guest_is_put_into_lung_and_not_into_skin():
+    volume = np.full((16, 16, 16), -1000, "int16")
+    volume[4:12, 2:14, 2:14] = -800                            # a block of lung in plain air: its rim is like skin
+    volume[6:8] = 40
+    allowed = {tuple(place) for place in np.argwhere(
+        (minimum_filter(volume, 5) > -950) & (volume > -950) & (volume < -650)).tolist()}
+    rng = np.random.default_rng(0)
+    got = [tuple(training._in_lung(volume, rng).tolist()) for _ in range(2000)]
+    count = np.unique(got, axis=0, return_counts=True)[1]
+    assert set(got) == allowed and count.max() < 4 * 2000 / len(allowed)     # all of them, none of them preferred
+    assert training._in_lung(np.full((8, 8, 8), 40, "int16"), rng) is None
 
 
 # ---- sampling
@@ -462,6 +500,34 @@ def test_the_subtype_teaches_its_own_layer_alone():
         after.append({weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights})
     differ = {path for path in after[0] if not np.array_equal(after[0][path], after[1][path])}
     assert differ == {"subtype/kernel", "subtype/bias"}
+
+
+def test_the_refit_is_the_regression_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    rows, target, weight = rng.normal(size=(200, 5)), rng.integers(0, 3, 200), rng.uniform(0, 2, 200)
+    rows[:, 0] += target
+    for shrink in (0.01, 0.4):
+        got = training._regression(rows, np.eye(3)[target] * weight[:, None], shrink)
+        known = LogisticRegression(C=1 / (2 * shrink * 200), tol=1e-8, max_iter=5000).fit(rows, target, weight)
+        assert np.allclose(got[:-1], known.coef_.T, atol=2e-3)
+        assert np.allclose(got[-1] - got[-1].mean(), known.intercept_ - known.intercept_.mean(), atol=2e-3)
+
+
+def test_the_refit_touches_the_subtype_layer_and_its_scale_alone():
+    examples, net, settings = toys(12), network(classes=("A", "B", "G")), quick(epochs=3)
+    training.fit(net, examples, None, settings)
+    before = {weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights}
+    train_loss = training._validate(training._trainer(net, settings, 4), examples, settings)
+    for name in ("kernel", "bias"):
+        weight = getattr(net.get_layer("subtype"), name)
+        weight.assign(weight * 0)
+    spoilt = training._validate(training._trainer(net, settings, 4), examples, settings)
+    training.refit_subtypes(net, examples, settings)
+    after = {weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights}
+    assert all(np.array_equal(before[path], after[path]) for path in before)   # it ends where `fit` had ended
+    assert train_loss["val_subtype_loss"] < 0.9 * spoilt["val_subtype_loss"]
+    answers = training.predict(net, examples.ct_hu)
+    assert max(answer.probabilities[2] for answer in answers) < 0.2            # nobody has G here
 
 
 def test_every_subtype_weighs_alike_however_often_it_is_drawn():
@@ -624,9 +690,24 @@ def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
 
 def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
     monkeypatch.setattr(training, "_has_gpu", lambda: True)
-    one, two, other = (np.asarray(training._grain((40, 50), np.random.default_rng(seed))) for seed in (0, 0, 1))
+    hu = np.zeros((2, 12, 12, 12), "int16")
+    strong = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu"), 0) | {"noise_hu": 100}
+    nothing = [np.zeros((0, 6))] * 2
+    one, two, other = (np.asarray(training.augment(hu, nothing, np.random.default_rng(seed), **strong)[0])
+                       for seed in (0, 0, 1))
     assert np.array_equal(one, two) and not np.array_equal(one, other)
-    assert abs(one.mean()) < 0.1 and abs(one.std() - 1) < 0.1
+    assert abs(one[0] - one[1]).max() > 1                                      # each volume its own
+
+
+def test_noise_has_the_asked_strength_and_every_volume_its_own():
+    grain = training._grain((40, 40, 40), np.random.default_rng(0))
+    assert abs(grain.mean()) < 0.02 and abs(grain.std() - 1) < 0.02
+    hu = np.zeros((40, 12, 12, 12), "int16")
+    calm = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu"), 0)
+    noisy = training.augment(hu, [np.zeros((0, 6))] * 40, np.random.default_rng(0), **calm, noise_hu=100)[0]
+    spread = noisy.std(axis=(1, 2, 3))
+    assert spread.max() <= 103 and 30 < spread.mean() < 70                     # drawn from 0 to 100
+    assert abs(np.corrcoef(noisy.reshape(40, -1))[~np.eye(40, dtype=bool)]).max() < 0.3
 
 
 @pytest.mark.parametrize(("backend", "module"), [
@@ -731,7 +812,7 @@ def test_early_stopping_reads_the_history():
 
 def test_best_weights_are_kept():
     few, states = toys(4), {}
-    net = network()
+    net = network(classes=())                               # the subtype layer is fitted anew at the end
     history = training.fit(net, few, few, quick(epochs=5, learning_rate=0.3),
                            report=lambda row: states.update({row["epoch"]: net.get_weights()}))
     best = training.best_epoch(history.to_dict("records"))
