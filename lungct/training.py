@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -298,7 +298,7 @@ class Standardise(layers.Layer):
 
 # %% ../nbs/05_train_3d_cnn.ipynb #c827ffe5
 def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (16, 32, 64), dropout: float = 0.3,
-                  precision: str = "float32", pet: bool = False, shrink: float = 0.4) -> keras.Model:
+                  precision: str = "float32", pet: bool = False, shrink: float = 0.13) -> keras.Model:
     """Encoder-decoder with a detection head ("heat", "box") and, for two classes or more, a "subtype" head.
 
     Parameters
@@ -1162,6 +1162,7 @@ REFIT_EPOCHS = 8
 
 def refit_subtypes(network: keras.Model, train: Examples, settings: Settings, held=None) -> None:
     """Standardise the features of a trained network anew and fit its subtype layer to them; changes nothing else."""
+    settings = replace(settings, transplants=0.0)  # a guest at half its size says nothing about size
     inside = keras.Model(network.input, network.get_layer("evidence").output)
     rows, wanted = [], []
     for epoch in range(settings.epochs + 1, settings.epochs + 1 + REFIT_EPOCHS):  # draws that no training has seen
