@@ -542,7 +542,7 @@ def turn_boxes(boxes_zyx: np.ndarray, size: int, angle: float) -> np.ndarray:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ddd5eca8
 def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, shift: float = 0.1, scale: float = 0.2,
-            bend: float = 0.03, turn: float = 10.0, gain: float = 0.06, offset_hu: float = 25.0,
+            bend: float = 0.03, turn: float = 5.0, gain: float = 0.06, offset_hu: float = 25.0,
             noise_hu: float = 30.0, pet_suv=None) -> tuple:
     """Randomly moved and disturbed copies of a batch.
 
