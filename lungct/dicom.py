@@ -120,8 +120,8 @@ FILES_A_BATCH, FILES_A_WORKER = 200, 5000
 
 
 def _read_all(root: str, files: list[tuple], workers: int | None,
-              progress: Callable[[int, int], None] | None) -> pa.Table:
-    """`headers.read_headers` of all files, shared among this process and others."""
+              progress: Callable[[int, int], None] | None) -> list[pa.Table]:
+    """`headers.read_headers` of all files in batches, shared among this process and others."""
     read = partial(headers.read_headers, root)
     others = min(workers or os.cpu_count() or 1, len(files) // FILES_A_WORKER) - 1
     batches = [files[i : i + FILES_A_BATCH] for i in range(0, len(files), FILES_A_BATCH)]
@@ -131,7 +131,7 @@ def _read_all(root: str, files: list[tuple], workers: int | None,
         done += len(table)
         if progress:
             progress(done, len(files))
-    return pa.concat_tables(tables)
+    return tables
 
 # %% ../nbs/01_explore_dicom.ipynb #d5c4107f
 def _shared(read: Callable[[list], pa.Table], batches: list[list], others: int) -> Iterator[pa.Table]:
@@ -300,17 +300,25 @@ def _index(root: str, files: list[tuple], workers: int | None, progress: Callabl
         return known
     if cache:
         _check_cache(cache)
-    table = pa.concat_tables([known, _read_all(root, unknown, workers, progress)]).combine_chunks().sort_by("path")
+    table = _by_path([known, *_read_all(root, unknown, workers, progress)])
     if cache and pc.any(pc.is_null(table["reason"])).as_py():          # of a folder without images nothing is kept
         _save_cache(table, cache, root)
     return table
+
+
+def _by_path(tables: list[pa.Table]) -> pa.Table:
+    """One table in the order of paths, in which batches are made and mostly arrive: sorting all rows is dear."""
+    some = sorted(filter(len, tables), key=lambda table: table["path"][0].as_py())
+    table = pa.concat_tables(some or tables).combine_chunks()
+    paths = table["path"]
+    return table if pc.all(pc.less(paths[:-1], paths[1:])).as_py() else table.sort_by("path")
 
 
 def _as_tables(table: pa.Table, unlisted: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(instances, problems) from an index and the rows of what is no file."""
     good = pc.is_null(table["reason"])
     bad = table.select(list(PROBLEM_DTYPES)).filter(pc.invert(good)).to_pylist()
-    instances, twins = _drop_twins(_instance_frame(table.filter(good)))
+    instances, twins = _drop_twins(_instance_frame(table if not bad else table.filter(good)))
     pa.default_memory_pool().release_unused()              # the reading is over, and stacks will want the memory
     return instances, _table(unlisted + bad + twins, PROBLEM_DTYPES)
 
