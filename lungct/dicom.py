@@ -305,7 +305,7 @@ def _index(root: str, files: list[tuple], workers: int | None, progress: Callabl
         _save_cache(table, cache, root)
     return table
 
-
+# %% ../nbs/01_explore_dicom.ipynb #941a9b33
 def _by_path(tables: list[pa.Table]) -> pa.Table:
     """One table in the order of paths, in which batches are made and mostly arrive: sorting all rows is dear."""
     some = sorted(filter(len, tables), key=lambda table: table["path"][0].as_py())
