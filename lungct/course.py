@@ -206,7 +206,7 @@ class ChapterFailed(RuntimeError):
 class DeviceDied(ChapterFailed):
     """A chapter's process died, or its device failed in a way that only a fresh process can mend."""
 
-
+# %% ../nbs/appendix/course.ipynb #a90c5e14
 def run_chapter(notebook: Path, executed: Path, parameters: Mapping, progress: Progress) -> None:
     """Execute one chapter into `executed`; raises InputError or ChapterFailed with the failing cell named."""
     import nbformat
@@ -226,7 +226,7 @@ def run_chapter(notebook: Path, executed: Path, parameters: Mapping, progress: P
         except DeadKernelError:
             raise DeviceDied(f"{executed.stem} died in section {progress.section!r} without a word: {OFTEN}\n"
                              f"  the notebook up to there: {executed}") from None
-        except KeyboardInterrupt:  # nbclient lets go of a kernel that is still starting
+        except KeyboardInterrupt:
             _end_children()
             raise
 
