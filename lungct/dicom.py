@@ -78,6 +78,8 @@ def _look_into(folder: str, prefix: str, files: list, problems: list) -> list[tu
         try:
             entry.name.encode()
             info = entry.stat()
+            if stat.S_ISDIR(info.st_mode):                 # on Windows an entry does not tell who it is
+                info = os.stat(entry.path)
         except (OSError, UnicodeEncodeError) as error:
             problems.append(_entry_problem(path, error))
             continue

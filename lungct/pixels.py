@@ -177,12 +177,12 @@ def _read_straight(path: str, header: Mapping, target: np.ndarray) -> None:
     offset, uid = int(header["pixel_offset"]), header.get("sop_uid")
     before = bytearray(offset if uid and offset <= _HEAD_BYTES else 12)
     skipped = int(_told(header, "frame") or 0) * target.nbytes
-    stream = os.open(path, os.O_RDONLY)
+    stream = os.open(path, headers._FLAGS)
     try:
         _check_unchanged(path, header, os.fstat(stream).st_size)
-        got = os.preadv(stream, [before, target], offset - len(before)) - len(before)
+        got = _read_at(stream, [before, target], offset - len(before)) - len(before)
         if skipped:
-            got = os.preadv(stream, [target], offset + skipped)
+            got = _read_at(stream, [target], offset + skipped)
     finally:
         os.close(stream)
     length = _length_before(before)
@@ -198,6 +198,15 @@ def _read_straight(path: str, header: Mapping, target: np.ndarray) -> None:
 def _check_unchanged(path: str, header: Mapping, size: int) -> None:
     if size != header["file_bytes"]:
         raise ValueError(f"{path} changed since it was indexed: {size:,} bytes, expected {header['file_bytes']:,}")
+
+# %% ../nbs/appendix/pixels.ipynb #c94e1f08
+def _read_at(handle: int, buffers: Sequence, offset: int) -> int:
+    """Fill buffers one after the other from `offset` of a file; how many bytes there were."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, buffers, offset)
+    with open(handle, "rb", buffering=0, closefd=False) as stream:
+        stream.seek(offset)
+        return sum(stream.readinto(buffer) for buffer in buffers)
 
 # %% ../nbs/appendix/pixels.ipynb #6c66050b
 _HEAD_BYTES = 16 << 10

@@ -275,15 +275,58 @@ def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
     wait_for(tmp_path / "run" / "kernel")
     child.send_signal(signal.SIGTERM if ignored else asked)
     _, errors = child.communicate(timeout=60)
-    kernel = int((tmp_path / "run" / "kernel").read_text())
-    deadline = time.monotonic() + 20
-    while Path("/proc", str(kernel)).exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not Path("/proc", str(kernel)).exists(), "the kernel must not live on"
+    assert_gone((tmp_path / "run" / "kernel").read_text())
     assert child.returncode != 0 and "interrupted; the same command goes on" in errors
     assert runs.load_manifest(tmp_path / "run", "02_parse_annotations") is None
     write_chapter(chapters, 2)
     assert run(chapters, tmp_path / "run").count("already done") == 1
+
+
+LOST = """
+class Deaf:
+    def __del__(self):  # Python drops what is raised in here
+        signal.raise_signal(signal.SIGINT)
+
+class Progress(course.Progress):
+    def cell(self, cell=None, cell_index=0):
+        super().cell(cell, cell_index)
+        if self.name == runs.CHAPTERS[1] and self.cells - cell_index == 2:
+            note_kernel()
+            Deaf()
+
+course.Progress, course.GRACE_SECONDS = Progress, 3
+"""
+STARTING = """
+async def wait_for_ready(self, timeout=None):
+    note_kernel()
+    signal.raise_signal(signal.SIGINT)
+
+from jupyter_client import AsyncKernelClient
+AsyncKernelClient.wait_for_ready = wait_for_ready
+"""
+
+
+@pytest.mark.parametrize("moment", [LOST, STARTING], ids=["in a finalizer", "before the kernel is ready"])
+def test_interrupt_at_a_bad_moment_ends_the_run_and_its_kernel(chapters, tmp_path, moment):
+    write_chapter(chapters, 2, body="import time\ntime.sleep(40)")
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n"
+            "import psutil, signal, test_course as t\nfrom lungct import course, runs\ndef note_kernel():\n"
+            f"    Path({str(tmp_path / 'kernel')!r}).write_text(str(psutil.Process().children()[0].pid))\n{moment}\n"
+            f"with course.plain_errors(): t.run(Path({str(chapters)!r}), Path({str(tmp_path / 'run')!r}))\n")
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "kernel")
+    _, errors = child.communicate(timeout=30)
+    assert_gone((tmp_path / "kernel").read_text())
+    assert child.returncode != 0 and "interrupted; the same command goes on" in errors and "ipc path" not in errors
+    write_chapter(chapters, 2)
+    assert "done in" in run(chapters, tmp_path / "run") and total(tmp_path / "run") == 6
+
+
+def assert_gone(kernel, seconds=20):
+    deadline = time.monotonic() + seconds
+    while Path("/proc", kernel).exists():
+        assert time.monotonic() < deadline, "the kernel must not live on"
+        time.sleep(0.2)
 
 
 def wait_for(path, seconds=60):

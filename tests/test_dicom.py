@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,28 @@ def test_linked_folder_is_read(tree, tmp_path):
     (tree / "link").symlink_to(tmp_path / "elsewhere")
     instances, problems = dicom.index_dicom(tree)
     assert len(instances) == 5 and problems.empty
+
+
+def test_folders_are_told_apart_where_entries_do_not_know_who_they_are(tree, monkeypatch):
+    class Entry:                                           # as on Windows: a listing tells no device and no inode
+        def __init__(self, entry):
+            self.name, self.path, self.entry = entry.name, entry.path, entry
+
+        def stat(self):
+            mode, _, _, *rest = self.entry.stat()
+            return os.stat_result((mode, 0, 0, *rest), {"st_ctime_ns": 0})
+
+    for name in ("one", "two"):
+        (tree / name).mkdir()
+        (tree / name / "a.txt").write_text("x")
+    scan = os.scandir
+
+    def listing(path):
+        return nullcontext([Entry(entry) for entry in scan(path)])
+
+    monkeypatch.setattr(os, "scandir", listing)
+    files, problems = dicom.list_files(tree)
+    assert {"one/a.txt", "two/a.txt"} <= set(files) and problems == []
 
 
 def lock(monkeypatch, name):

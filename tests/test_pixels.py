@@ -1,7 +1,10 @@
 """Pixels: every way of packing gives the numbers that went in, and the fast way agrees with the plain one."""
 
 import math
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zlib
@@ -221,6 +224,30 @@ def test_another_image_of_the_same_size_is_told(tmp_path, syntax):
             pixels.read_stored(path, header)
         assert pixels.read_stored(path, header | {"sop_uid": other}).shape == (36, 34)
         assert pixels.read_stored(path, header | {"sop_uid": None}).shape == (36, 34)
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+def test_where_the_system_cannot_read_into_many_buffers(tmp_path, monkeypatch, frame):
+    stored = np.stack([values_of(12, False), values_of(12, False, seed=1)])
+    path = write(tmp_path / "a.dcm", stored, bits=12)
+    header, content = header_of(path, sop_uid="1.2.3"), path.read_bytes()
+    monkeypatch.delattr(os, "preadv")                      # Windows, macOS before 11
+    assert np.array_equal(pixels.read_stored(path, header | {"frame": frame}), stored[frame])
+    path.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="changed since it was indexed: 2,444 of 2,448 bytes of frame 1"):
+        pixels.read_stored(path, header | {"frame": 1, "file_bytes": len(content) - 4})
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless], ids=lambda uid: uid.name)
+def test_a_named_pipe_in_place_of_the_file_is_not_waited_for(tmp_path, syntax):
+    path = write(tmp_path / "a.dcm", values_of(12, False), syntax, 12)
+    header = header_of(path)
+    path.unlink()
+    os.mkfifo(path)
+    code = (f"from lungct import pixels\ntry:\n    pixels.read_stored({str(path)!r}, {header!r})\n"
+            "except ValueError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"a.dcm changed since it was indexed: 0 bytes, expected {header['file_bytes']:,}" in done.stdout, done.stderr
 
 
 def test_long_headers_are_not_searched(tmp_path):

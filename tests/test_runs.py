@@ -39,6 +39,13 @@ def test_atomic_file_follows_the_umask(tmp_path):
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
 
 
+def test_atomic_flushes_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: os.write(handle, b"flushed"))    # Windows asks for that
+    with runs.atomic(tmp_path / "a.txt") as part:
+        part.write_text("written!")
+    assert (tmp_path / "a.txt").read_text() == "flushed!"
+
+
 def test_a_killed_writer_leaves_the_old_content(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
