@@ -1163,7 +1163,8 @@ REFIT_EPOCHS = 8
 def refit_subtypes(network: keras.Model, train: Examples, settings: Settings, held=None) -> None:
     """Standardise the features of a trained network anew and fit its subtype layer to them; changes nothing else."""
     settings = replace(settings, transplants=0.0)  # a guest at half its size says nothing about size
-    inside = keras.Model(network.input, network.get_layer("evidence").output)
+    evidence = network.get_layer("evidence").output
+    inside = (_Shared if _strategic() else keras.Model)(network.input, evidence, name="inside")
     rows, wanted = [], []
     for epoch in range(settings.epochs + 1, settings.epochs + 1 + REFIT_EPOCHS):  # draws that no training has seen
         for _, inputs, targets in _ahead(_batches(network, train, settings, epoch, held)):
