@@ -589,7 +589,7 @@ def pair_lesions(lesions: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     """Link readings of the same lesion in two stacks of one study.
 
     Stacks must share study and frame of reference, lesions the subtype; two lesions are linked when each is the
-    other's best overlap. The agreement of the pairs is the ceiling that label noise sets to a detector.
+    other's best overlap. The agreement of the pairs is the yardstick for a detector's boxes.
 
     Returns
     -------

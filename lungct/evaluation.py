@@ -240,7 +240,8 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     n
         Number of independent units behind the statistic: patients, or the smaller class of an AUC.
     bounds
-        Smallest and greatest possible value; a collapsed interval is widened within them. None: it is left as it is.
+        Smallest and greatest possible value; an interval that is collapsed or reaches one is widened within them.
+        None: it is left as it is.
     """
     values = np.asarray(values, float)
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
@@ -249,10 +250,17 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     if len(drawn) < (1 - MAX_UNDEFINED) * (len(values) - 1):
         return not_estimable(f"undefined in {1 - len(drawn) / (len(values) - 1):.0%} of the resamples", n, unit)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    if bounds is not None and np.isclose(low, high):
-        margin = 1 - 0.025 ** (1 / n)
-        low, high = max(bounds[0], value - margin), min(bounds[1], value + margin)
+    if bounds is not None:
+        low, high = _widened(value, low, high, 1 - 0.025 ** (1 / n), bounds)
     return Estimate(*(round(float(x), 6) for x in (value, low, high)), int(n), True, None, unit)
+
+# %% ../nbs/06_evaluate.ipynb #87d9b1a1
+def _widened(value: float, low: float, high: float, margin: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    # no surer than a perfect result: from a bound that is reached at least the margin, both ways from a point
+    if np.isclose(low, high):
+        return max(bounds[0], value - margin), min(bounds[1], value + margin)
+    to_top, to_bottom = np.isclose(high, bounds[1]), np.isclose(low, bounds[0])
+    return (min(low, bounds[1] - margin) if to_top else low), (max(high, bounds[0] + margin) if to_bottom else high)
 
 # %% ../nbs/06_evaluate.ipynb #88d8d3c4
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Sequence[str], n: int = 1000, seed: int = 0,
@@ -734,7 +742,8 @@ def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed
 def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
     """What the scanner's settings say, one row a patient (index): numbers of the median scan, words of the first one.
 
-    Words that fewer than three patients share are pooled. Nothing of the picture enters.
+    Words that fewer than three patients share are pooled, counted over all patients: labels are not looked at. Nothing
+    of the picture enters.
     """
     numbers = [c for c in ("slice_thickness_mm", "slices", "has_pet") if c in cohort]
     each = cohort.sort_values("stack_id").astype(dict.fromkeys(numbers, "float64")).groupby("patient_id")

@@ -1149,7 +1149,7 @@ def collection_features(folder: str | Path) -> pd.DataFrame:
     """The features of `tabular_features` from the real tables alone: ct_boxes.csv, metadata.csv, clinical xlsx.
 
     Without images, lateral and posterior are pixels from the middle of the 512 x 512 image, superior is the file number
-    as a share of the series, log_size is of the largest side in pixels.
+    as a share of the series, log_size is of the root of the largest box's area in pixels.
     """
     folder = Path(folder)
     boxes = pd.read_csv(folder / "ct_boxes.csv").rename(columns={"patient": "patient_id"})

@@ -309,7 +309,7 @@ def _compared(metrics: Mapping) -> str:
     plain = {name: e for name, e in estimates.items() if "_minus_" not in name}
     minus = {name: e for name, e in estimates.items() if "_minus_" in name}
     return (compare_html(plain, "detection", DETECTION, "Finding lesions: test patients, 95 % intervals over patients")
-            + compare_html(boxes, "boxes", LOCALISATION, "Two boxes of one tumour; the annotations are the ceiling")
+            + compare_html(boxes, "boxes", LOCALISATION, "Two boxes of one tumour; two annotators as the yardstick")
             + compare_html(plain, "subtype", SUBTYPE, "Naming the subtype: test patients, 95 % intervals over patients")
             + compare_html(minus, "detection", DETECTION, "Finding lesions: paired differences")
             + compare_html(minus, "subtype", SUBTYPE, "Naming the subtype: paired differences")

@@ -191,7 +191,7 @@ def layer_costs(network: keras.Model) -> pd.DataFrame:
             shape = layer.output.shape[1:]
             places = int(np.prod(shape[:-1]))
             rows.append((layer.name, " x ".join(map(str, shape)), layer.count_params(),
-                         int(np.prod(layer.kernel.shape)) * places / 1e6, places * shape[-1] * 4 / 2**20))
+                         int(np.prod(layer.kernel.shape)) * places / 1e6, places * shape[-1] * 4 / 1e6))
     return pd.DataFrame(rows, columns=["layer", "output", "parameters", "multiply_adds_m", "activations_mb"])
 
 # %% ../nbs/05_train_3d_cnn.ipynb #163f1b90
@@ -492,7 +492,8 @@ def encode_subtypes(target: np.ndarray, classes: int, smoothing: float = 0.1) ->
 def draw_edges(n: int, size: int, rng: np.random.Generator, shift: float, scale: float, bend: float) -> np.ndarray:
     """Random movements of n volumes, (n, 3, size + 1): where each new voxel edge was in the old grid, axes z y x.
 
-    `shift` and `bend` are the largest movements as shares of the grid, `scale` the largest logarithm of a factor.
+    `shift` and `bend` are the largest movements as shares of the grid, `scale` the largest logarithm of the
+    factor common to all axes; each axis has up to half as much on top.
     """
     def draw(low, high, *shape):
         return rng.uniform(low, high, (n, *shape, 1))
@@ -532,7 +533,8 @@ def move_boxes(boxes_zyx: np.ndarray, old_edges: np.ndarray) -> np.ndarray:
 def turn_boxes(boxes_zyx: np.ndarray, size: int, angle: float) -> np.ndarray:
     """Boxes (k, 6) of a volume of `size`^3 that is turned about the z axis through its middle, by `angle` radians.
 
-    The new box is the one around the turned ellipsoid that filled the old.
+    The new box is the one around the turned ellipsoid that filled the old. It may reach beyond the grid; `move_boxes`
+    cuts it.
     """
     low, high = np.moveaxis(np.asarray(boxes_zyx, float).reshape(-1, 2, 3), 1, 0)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -674,7 +676,8 @@ def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, sha
     some = np.array([len(b) > 0 for b in train.boxes_zyx])
     for i in np.flatnonzero(rng.random(len(batch)) < share):
         place = _in_lung(volumes[i], rng)
-        donors = np.flatnonzero(some & (train.target == batch.target[i]) & _shine_alike(train.pet_suv, suv, i))
+        alike = (train.target == batch.target[i]) & (train.patient_id != batch.patient_id[i])
+        donors = np.flatnonzero(some & alike & _shine_alike(train.pet_suv, suv, i))
         if place is not None and len(donors):
             donor, centre = rng.choice(donors), place + 0.5
             box, factor = rng.permutation(train.boxes_zyx[donor])[0], np.exp(rng.uniform(np.log(0.4), np.log(1.2)))
@@ -684,12 +687,13 @@ def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, sha
     return Examples(np.stack(volumes), boxes, batch.target, batch.patient_id, batch.stack_id, suv and np.stack(suv))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #75b66588
-LUNG_HU = (-950, -650)          # emptier is air, fuller is tissue
+LUNG_HU = (-950, -650)          # HU; emptier is air, fuller is tissue
 _TRIES = 1000
 
 
 def _in_lung(volume: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    # (z, y, x) of a random voxel of lung, or None. The skin, half air, is as grey as lung, but has air near by
+    # (z, y, x) of a random voxel of lung, or None. The skin, half air, is as grey as lung, so what has air within two
+    # voxels (skin, windpipe, emphysema) is left out
     places = rng.integers(0, volume.shape, (_TRIES, 3))
     hu = volume[tuple(places.T)]
     for place in places[(hu > LUNG_HU[0]) & (hu < LUNG_HU[1])]:
@@ -1098,19 +1102,19 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Returns
     -------
-    The history, one row an epoch: epoch, loss, heat_loss, ..., and the same with val_ when there is validation.
+    The history, one row an epoch: epoch, loss, heat_loss, ..., the same with val_; all before `refit_subtypes`.
 
     Raises
     ------
     InputError: no training volume, too little memory, a batch that devices cannot share. FloatingPointError: NaN loss.
     """
-    if not len(train):
+    if not train:
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     settings = settings or Settings()
     _check_devices(settings)
     check_memory(network, settings, train)
     reproducible(settings.seed, exact=not _compiled(settings))
-    watched = _one_each(validation) if validation is not None and len(validation) else None
+    watched = _one_each(validation) if validation else None
     return _run(network, train, watched, settings, folder and Path(folder), report or (lambda row: None), log_dir)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #26a32043

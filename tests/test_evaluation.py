@@ -235,6 +235,17 @@ def test_a_collapsed_interval_gets_the_exact_bound():
     assert (constant.low, constant.high) == (0.25, 0.25)
 
 
+def test_a_result_a_hair_short_of_perfect_is_no_surer_than_a_perfect_one():
+    perfect = ev.bootstrap_interval(lambda w: 1.0, PATIENTS)
+    for share in (0.01, 0.2):
+        good = ev.bootstrap_interval(lambda w, share=share: 1 - share * w[0] / w.sum(), PATIENTS)
+        bad = ev.bootstrap_interval(lambda w, share=share: share * w[0] / w.sum(), PATIENTS)
+        assert good.high == 1 and good.low <= perfect.low and good.value < 1
+        assert bad.low == 0 and bad.high >= 1 - perfect.low - 1e-6 and bad.value > 0
+    narrow = ev.bootstrap_interval(lambda w: 0.5 + 0.01 * w[0] / w.sum(), PATIENTS)
+    assert narrow.high - narrow.low < 0.05                              # what reaches no bound is left as it is
+
+
 def test_too_few_patients_give_no_number():
     made = ev.bootstrap_interval(lambda w: 1.0, PATIENTS[:9])
     assert (made.value, made.low, made.high, made.estimable) == (None, None, None, False)

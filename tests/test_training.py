@@ -414,6 +414,9 @@ def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     alone = toys(2, targets=(-1, 0)).take([0])
     same = training._with_guests(alone, train, np.random.default_rng(0), share=1.0)
     assert np.array_equal(same.ct_hu, alone.ct_hu)  # no donor of its kind
+    twice = replace(train, patient_id=np.array(["p0", "p1", "p0", "p1"]))       # 0 and 2 share a patient and a subtype
+    own = training._with_guests(twice, twice, np.random.default_rng(0), share=1.0)
+    assert np.array_equal(own.ct_hu, twice.ct_hu)                               # a patient gives nothing to itself
     calm = training._with_guests(train, train, np.random.default_rng(0), share=0.0)
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
