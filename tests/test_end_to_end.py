@@ -18,7 +18,7 @@ from lungct import runs
 LUNGCT = [sys.executable, "-c", "from lungct.course import main; main()"]
 SMALL = ["-p", "phantom_patients", "14", "-p", "epochs", "2", "-p", "filters", "8 16 16", "-p", "grid_size", "32",
          "-p", "grid_spacing_mm", "12", "-p", "bootstrap_samples", "100",
-         "-p", "pet", "True", "-p", "learning_curve_epochs", "1", "-p", "predecessor_epochs", "1"]  # `make run` has none
+         "-p", "pet", "True", "-p", "learning_curve_epochs", "1", "-p", "predecessor_epochs", "1"]  # off in `make run`
 COLUMNS = {
     "01_explore_dicom/instances.parquet": "path patient_id study_uid series_uid sop_uid modality",
     "01_explore_dicom/stacks.parquet": "stack_id series_uid patient_id modality slices spacing_mm status reason",
