@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from common import REPEATS, installed, measure, publish, table, today_here
-from series import the_series, the_tree, thin_series
+from series import the_tree, thin_series
 
 TREE_FILES, FOREST_FILES = 10_000, 100_000
 ONE, TWO = "lungct index_dicom, one process", "lungct index_dicom, two processes"
@@ -132,15 +132,13 @@ def speeds(title: str, medians: dict[str, float | None], files: int) -> str:
 
 
 def sections(scratch: Path) -> list[str]:
-    folder, what = the_series(scratch)
-    files = len(list(folder.glob("*.dcm")))
     tree, tree_what = the_tree(scratch, TREE_FILES)
     forest, forest_what = the_tree(scratch / "forest", FOREST_FILES)
     medians, many = measure(index_jobs(tree)), measure(forest_jobs(forest))
     thin = thin_series(scratch)
     thin_files = len(list(thin.glob("*.dcm")))
-    head = (f"{what}, {files} files, warm page cache; medians of {REPEATS} interleaved repeats. "
-            "Ratios carry over to other machines, absolute times do not.")
+    head = (f"warm page cache; medians of {REPEATS} interleaved repeats. Ratios carry over to other machines, absolute "
+            "times do not. The stack that is read has the pixels of a phantom.")
     return [today_here(head), speeds(f"Index headers ({tree_what})", medians, TREE_FILES),
             speeds(f"Index headers ({forest_what})", many, FOREST_FILES), index_goals(medians, many),
             speeds(f"Read one stack to HU, {thin_files} x 512 x 512", measure(read_jobs(thin)), thin_files)]

@@ -10,19 +10,6 @@ SLICES = 30, 64  # stacks of so many slices are built into cubes: most of the co
 PHANTOMS = 3
 
 
-def the_series(scratch: Path) -> tuple[Path, str]:
-    """Folder of the series to measure, and what it is: the largest real one, or a phantom's."""
-    real = os.environ.get("LUNGCT_REAL_DATA", "")
-    if real:
-        folders = {p.parent for p in Path(real, "Lung-PET-CT-Dx").rglob("*.dcm")}
-        return max(sorted(folders), key=lambda f: len(list(f.iterdir()))), "largest series of LUNGCT_REAL_DATA"
-    from lungct import phantom
-
-    root = Path(phantom.make_cohort(scratch / "cohort", patients=1, seed=0, quirks=()))
-    folders = {p.parent for p in root.rglob("*.dcm")}
-    return max(sorted(folders), key=lambda f: len(list(f.iterdir()))), "a phantom's series"
-
-
 def the_tree(scratch: Path, files: int) -> tuple[Path, str]:
     """A tree of so many files with the headers of real or phantom series, each with an identifier of its own.
 
