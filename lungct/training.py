@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -1395,7 +1396,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     classes : in the order of the subtype head; empty without that head.
     spacing_mm : grid spacing of the training volumes.
     training_hash : of the training examples, from `examples_hash`.
-    validation : losses and figures of the kept epoch; may be empty.
+    validation : losses and figures of the network on the validation patients; may be empty.
     crashes : one line for each attempt of this training that killed its process.
     """
     path = Path(folder) / "model.keras"
@@ -1420,10 +1421,18 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
 def _without_dates(source: Path, target: Path) -> None:
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as plain:
         for name in sorted(archive.namelist()):
-            content = archive.read(name)
-            if name == "metadata.json":
-                content = json.dumps(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"}).encode()
+            content = _timeless(name, archive.read(name))
             plain.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), content)
+
+
+def _timeless(name: str, content: bytes) -> bytes:
+    if name == "metadata.json":
+        return json.dumps(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"}).encode()
+    if name != "config.json":
+        return content
+    numbers = {}  # what objects are called by their addresses becomes 1, 2, ...
+    return re.sub(rb'(?<="shared_object_id": )\d+',
+                  lambda found: b"%d" % numbers.setdefault(found[0], len(numbers) + 1), content)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #cc22a10d
 def load_model(path: str | os.PathLike, size: int | None = None,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -908,6 +909,17 @@ def test_same_seed_same_bytes(tmp_path):
     assert files[0] == files[1]
     other = network(seed=1)
     assert saved(other, tmp_path / "c")[0] != files[0][0]
+
+
+def test_no_address_of_this_process_is_in_the_file(tmp_path):
+    old = training.predecessor_cnn(SIZE, ["A", "G"])               # its layers share one object: the default precision
+    saved(old, tmp_path, classes=["A", "G"])
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        numbers = re.findall(r'"shared_object_id": (\d+)', archive.read("config.json").decode())
+    assert numbers and set(numbers) == {"1"}
+    hu = training.normalise(toys(1).ct_hu)
+    back = training._load_safely(tmp_path / "model.keras")
+    assert np.array_equal(*(model.predict_on_batch(hu)["subtype"] for model in (old, back)))
 
 
 def test_saved_and_loaded_predicts_the_same(tmp_path):
