@@ -879,9 +879,9 @@ def _compiled(settings: Settings) -> bool:
     return settings.jit_compile and bool(_devices(accelerators=True))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d696d4cc
-def _epoch(trainer: keras.Model, train: Examples, settings: Settings, epoch: int, held=None) -> dict[str, float]:
+def _epoch(trainer: keras.Model, batches: Iterable, settings: Settings, epoch: int) -> dict[str, float]:
     steps = []
-    for stacks, inputs, targets in _ahead(_batches(trainer, train, settings, epoch, held)):
+    for stacks, inputs, targets in batches:
         trainer.reset_metrics()
         with _memory_in_words(settings):
             logs = trainer.train_on_batch(inputs, targets, return_dict=True)
@@ -925,6 +925,12 @@ def _ahead(made: Iterator) -> Iterator:
         while (item := upcoming.result()) is not None:
             upcoming = thread.submit(next, made, None)
             yield item
+
+
+def _stream(network: keras.Model, train: Examples, settings: Settings, epoch: int, held=None) -> Iterator[tuple]:
+    # the batches of this epoch and of all after it: between two epochs, too, the next batch is being made
+    for later in range(epoch, settings.epochs + 1):
+        yield from _batches(network, train, settings, later, held)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d960a4c9
 def _hold(network: keras.Model, settings: Settings, train: Examples):
@@ -1124,9 +1130,11 @@ def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.
     trainer = _trainer(network, settings, len(set(train.patient_id)))
     history, best = (_load_state(folder, key, trainer) if folder else None) or ([], network.get_weights())
     board, held = _board(log_dir, history), _hold(network, settings, train)
+    steps = settings.draws(len(set(train.patient_id))) // settings.batch_size
+    batches = _ahead(_stream(trainer, train, settings, len(history) + 1, held))
     while len(history) < settings.epochs and not _stalled(history, settings.patience):
         epoch = len(history) + 1
-        row = {"epoch": epoch} | _epoch(trainer, train, settings, epoch, held)
+        row = {"epoch": epoch} | _epoch(trainer, islice(batches, steps), settings, epoch)
         history.append(row | (_validate(trainer, watched, settings) if watched else {}))
         if not np.isfinite(history[-1].get("val_loss", 0)):
             raise FloatingPointError(f"validation loss is {history[-1]['val_loss']} after epoch {epoch}, though the "
@@ -1138,6 +1146,7 @@ def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.
         log.info("epoch %(epoch)d: loss %(loss).4f", history[-1])
         board(history[-1])
         report(history[-1])
+    batches.close()
     network.set_weights(best)
     if "evidence" in {layer.name for layer in network.layers}:
         refit_subtypes(network, train, settings, held)
