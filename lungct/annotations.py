@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import combinations
 from pathlib import Path
+from xml.etree.ElementTree import Element
 from xml.sax.saxutils import escape
 from zipfile import BadZipFile
 
@@ -108,7 +109,7 @@ class XmlProblem(StrEnum):
 EDGES = ["xmin", "ymin", "xmax", "ymax"]
 
 
-def _only(element: ElementTree, tag: str):
+def _only(element: Element, tag: str):
     # the one child called `tag`; a second one would leave open which was meant
     found = element.findall(tag)
     if len(found) != 1:
@@ -116,7 +117,7 @@ def _only(element: ElementTree, tag: str):
     return found[0]
 
 
-def _pixels(element: ElementTree, tag: str) -> int:
+def _pixels(element: Element, tag: str) -> int:
     text = (_only(element, tag).text or "").strip()
     if re.fullmatch(r"-[0-9]+", text):
         raise BadFile(XmlProblem.NEGATIVE, f"<{tag}> is {text[:40]!r}, expected a pixel position from 0 on")
@@ -125,7 +126,7 @@ def _pixels(element: ElementTree, tag: str) -> int:
     return int(text)
 
 # %% ../nbs/02_parse_annotations.ipynb #29d3b76e
-def _read_object(element: ElementTree) -> dict:
+def _read_object(element: Element) -> dict:
     label = (_only(element, "name").text or "").strip()
     corners = {tag: _pixels(_only(element, "bndbox"), tag) for tag in EDGES}
     if corners["xmax"] < corners["xmin"] or corners["ymax"] < corners["ymin"]:
@@ -133,7 +134,7 @@ def _read_object(element: ElementTree) -> dict:
     return {"label": label, "subtype": subtype_of(label), **corners}
 
 
-def _image_size(root: ElementTree) -> dict:
+def _image_size(root: Element) -> dict:
     # the image's own header knows its size; the annotation may leave it out, but not contradict it
     size = root.find("size")
     if size is None:

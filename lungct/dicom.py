@@ -597,7 +597,7 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
     flat = int((part.rows["rescale_slope"] == 0).sum())
     return f"{tag_name('rescale_slope')} is 0 in {flat} of {len(part.rows)} images" if flat else None
 
-
+# %% ../nbs/01_explore_dicom.ipynb #8646e6c4
 def _other_unit(part: _Part, min_slices: int) -> str | None:
     told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
     odd = sorted(told - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT

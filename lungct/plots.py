@@ -176,7 +176,7 @@ def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: S
         if lps:
             _orientation_marks(ax, down, across)
         ax.set(xlabel=f"{'zyx'[across]} (mm)", ylabel=f"{'zyx'[down]} (mm)")
-        ax.set_title(f"{name}, {'zyx'[cut]} = {at[cut]}", fontsize=10)
+        ax.set_title(f"{name}, {('slice', 'row', 'column')[cut]} {at[cut]}", fontsize=10)
     return axes
 
 # %% ../nbs/appendix/plots.ipynb #74e444bf
