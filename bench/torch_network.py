@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LAST = torch.channels_last_3d
+SHELLS, POINTS = 6, 16
 
 
 def place(x: torch.Tensor) -> torch.Tensor:
@@ -69,11 +70,12 @@ class Network(nn.Module):
         self.ups = nn.ModuleList(Block(width, width) for width in upwards[1:])
         self.heat, self.box = nn.Conv3d(filters[0], 1, 1), nn.Conv3d(filters[0], 6, 1)
         nn.init.constant_(self.heat.bias, -4.6)
-        self.scale, self.subtype = Standardise(sum(filters) + 6), nn.Linear(sum(filters) + 6, classes)
+        seen = sum(filters) + 6 + 2 * SHELLS * widths[0]
+        self.scale, self.subtype = Standardise(seen), nn.Linear(seen, classes)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        seen = []
+        volume, seen = x, []
         for down, level in zip(self.downs, (nn.Identity(), *self.levels), strict=True):
             seen.append(x := level(down(x)))
         decoded = [x := self.bottom(place(x))]
@@ -82,8 +84,9 @@ class Network(nn.Module):
         with torch.autocast("cpu", enabled=False):
             decoded = [maps.float() for maps in decoded]
             heat, box = torch.sigmoid(self.heat(decoded[-1])), self.box(decoded[-1])
-            evidence = self.scale(pooled(heat, box, [*decoded[:-1], place(decoded[-1])]))
-            subtype = self.subtype(self.dropout(evidence))
+            evidence = pooled(heat, box, [*decoded[:-1], place(decoded[-1])])
+            evidence = torch.cat([evidence, shells(heat.detach(), box.detach(), volume)], dim=1)
+            subtype = self.subtype(self.dropout(self.scale(evidence)))
             return {"heat": heat, "box": box, "subtype": torch.softmax(subtype, dim=1)}
 
 
@@ -95,6 +98,25 @@ def pooled(heat: torch.Tensor, box: torch.Tensor, maps: list[torch.Tensor]) -> t
         share = F.avg_pool3d(weight, factor) if factor > 1 else weight
         parts.append((share * x).sum((2, 3, 4)) / (share.sum((2, 3, 4)) + 1e-6))
     return torch.cat(parts, dim=1)
+
+
+def shells(heat: torch.Tensor, box: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
+    """Means, then deviations, of the volume in shells around the surest box."""
+    side = heat.shape[-1]
+    cell = heat.flatten(1).argmax(1)
+    told = box.flatten(2).gather(2, cell[:, None, None].expand(-1, 6, 1))[..., 0]
+    centre = torch.stack([cell // side**2, cell // side % side, cell % side], 1) + 0.5 + told[:, :3]
+    half = told[:, 3:].clamp(-4, 6).exp() / 2
+    points = ((torch.arange(POINTS) + 0.5) * (2 / POINTS) - 1) * SHELLS / 4
+    grid = torch.stack(torch.meshgrid(points, points, points, indexing="ij"), dim=-1)
+    at = (centre[:, None, None, None] + half[:, None, None, None] * grid) * (2 / side) - 1
+    seen = F.grid_sample(volume, at.flip(-1), padding_mode="border", align_corners=False).flatten(2)
+    shell = (grid.norm(dim=-1) * 4).flatten().floor().long()
+    share = F.one_hot(shell.clamp(max=SHELLS), SHELLS + 1)[:, :SHELLS].float()
+    share /= share.sum(0)
+    means, squares = seen @ share, seen**2 @ share
+    rows = torch.stack([means, (squares - means**2).clamp(min=0).sqrt()], dim=1)
+    return rows.transpose(2, 3).flatten(1)
 
 
 def loss(seen: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -154,11 +154,11 @@ def fit_against_steps(size: int, batch: int, epochs: int = 6, patients: int = 32
         return logs
 
     rows, since = [], [time.perf_counter()]
-    settings = training.Settings(epochs=epochs, batch_size=batch)
+    settings, cohort = training.Settings(epochs=epochs, batch_size=batch), examples(size, patients)
 
     def between(row: dict) -> None:
         whole, own, began = time.perf_counter() - since[0], inside[0], time.perf_counter()
-        for _ in range(settings.draws(patients) // batch):
+        for _ in range(settings.steps(cohort)):
             step()
         rows.append((whole, own, time.perf_counter() - began))
         inside[0], since[0] = 0.0, time.perf_counter()
@@ -166,7 +166,7 @@ def fit_against_steps(size: int, batch: int, epochs: int = 6, patients: int = 32
     keras.Model.train_on_batch = timed_step
     try:
         network = training.build_network(size, CLASSES, FILTERS)
-        training.fit(network, examples(size, patients), settings=settings, report=between)
+        training.fit(network, cohort, settings=settings, report=between)
     finally:
         keras.Model.train_on_batch = one_step
     whole, own, bare = np.median(rows[1:], axis=0)  # the first epoch compiles

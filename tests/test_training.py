@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import minimum_filter, rotate
+from scipy.ndimage import map_coordinates, minimum_filter, rotate
 from sklearn.linear_model import LogisticRegression
 
 from lungct import runs, training
@@ -487,15 +487,6 @@ def test_standardised_rows_follow_the_training_and_not_their_batch():
     assert abs(training.ops.convert_to_numpy(layer(np.full((1, 3), 1e6, "float32")))).max() == 5
 
 
-def test_what_the_subtype_is_read_off_has_one_scale():
-    settings, examples = quick(epochs=12, learning_rate=0.01), toys(8)
-    net = network()
-    training.fit(net, examples, None, settings)
-    inside = training.keras.Model(net.input, net.get_layer("evidence_scale").output)
-    rows = training.ops.convert_to_numpy(inside(training.normalise(examples.ct_hu)))
-    assert abs(rows).max() <= 5 and 0.2 < np.median(rows.std(axis=0)) < 3
-
-
 def test_the_subtype_teaches_its_own_layer_alone():
     examples, after = toys(4), []
     for target in ([0, 1, 0, 1], [0, 0, 1, 1]):
@@ -504,6 +495,77 @@ def test_the_subtype_teaches_its_own_layer_alone():
         after.append({weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights})
     differ = {path for path in after[0] if not np.array_equal(after[0][path], after[1][path])}
     assert differ == {"subtype/kernel", "subtype/bias"}
+
+
+# ---- what the volume holds around the surest box
+
+
+def shells_of(box, volume, cells=8, size=16):
+    """`Shells` for one volume whose surest box, (6,) in voxels, lies around the centre of its cell."""
+    heat, told = np.full((1, cells, cells, cells, 1), 0.1, "float32"), np.zeros((1, cells, cells, cells, 6), "float32")
+    centre, extent = (box[:3] + box[3:]) / 2 * cells / size, (box[3:] - box[:3]) * cells / size
+    cell = np.floor(centre).astype(int)
+    heat[(0, *cell)] = 0.8
+    told[(0, *cell)] = [*(centre - cell - 0.5), *np.log(extent)]
+    rows = training.Shells()([heat, told, volume[None].astype("float32")])
+    return training.ops.convert_to_numpy(rows)[0].reshape(2, training.SHELLS, -1)
+
+
+def shells_by_scipy(box, volume):
+    n = training.POINTS
+    points = ((np.arange(n) + 0.5) / n * 2 - 1) * 1.5
+    unit = np.stack(np.meshgrid(points, points, points, indexing="ij")).reshape(3, -1)
+    at = (box[:3] + box[3:])[:, None] / 2 + unit * (box[3:] - box[:3])[:, None] / 2 - 0.5
+    values = np.stack([map_coordinates(volume[..., c].astype(float), at, order=1, mode="nearest")
+                       for c in range(volume.shape[-1])], axis=1)
+    shell = np.floor(np.linalg.norm(unit, axis=0) * 4)
+    return np.array([[getattr(values[shell == k], how)(axis=0) for k in range(6)] for how in ("mean", "std")])
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_shells_are_those_of_scipy(seed):
+    rng = np.random.default_rng(seed)
+    centre, half = rng.uniform(0, 16, 3), rng.uniform(0.5, 9, 3)              # some reach far out of the volume
+    box, volume = np.concatenate([centre - half, centre + half]), rng.random((16, 16, 16, 2))
+    assert np.allclose(shells_of(box, volume), shells_by_scipy(box, volume), atol=2e-3)
+
+
+def test_shells_do_not_depend_on_the_grid_or_the_size_of_a_lesion():
+    def ball(size, radius):
+        away = np.sqrt(sum((axis - size / 2) ** 2 for axis in np.ix_(*[np.arange(size) + 0.5] * 3)))
+        depth = (radius - away) / radius * 8
+        volume = np.clip(depth + 0.5, 0, 1) * np.clip(4.5 - depth, 0, 1)       # hollow
+        box = np.repeat([size / 2 - radius, size / 2 + radius], 3)
+        return shells_of(box, volume[..., None], size=size)[0, :, 0]
+
+    one = ball(32, 8)
+    assert one[0] < 0.05 and one[2] > 0.9 and one[5] < 0.05                    # a cavity, its wall, and air around
+    assert np.allclose(one, ball(64, 16), atol=0.1) and np.allclose(one, ball(64, 24), atol=0.1)
+
+
+def test_shells_of_a_head_gone_wild_are_numbers():
+    wild = np.array([1e30, -1e30, 5, 1e6, -1e6, 80], "float32") * np.ones((1, 8, 8, 8, 1), "float32")
+    rows = training.Shells()([np.zeros((1, 8, 8, 8, 1), "float32"), wild, np.ones((1, 16, 16, 16, 2), "float32")])
+    assert np.isfinite(training.ops.convert_to_numpy(rows)).all()
+
+
+def test_a_hollow_lesion_is_told_from_a_solid_one():
+    examples = toys(16, targets=(0, 0))
+    hollow = np.arange(16) % 2
+    for hu, box, empty in zip(examples.ct_hu, examples.boxes_zyx, hollow, strict=True):
+        low = box[0, :3].astype(int)
+        hu[tuple(slice(a, a + 6) for a in low)] = 40
+        if empty:
+            hu[tuple(slice(a + 2, a + 4) for a in low)] = -900
+        box[0, 3:] = box[0, :3] + 6
+    examples, net = replace(examples, target=hollow), network()
+    training.fit(net, examples, None, quick(epochs=12, learning_rate=0.01, augmented=False))
+    told = np.array([answer.probabilities.argmax() for answer in training.predict(net, examples.ct_hu)])
+    assert (told == hollow).mean() > 0.9
+    inside = training.keras.Model(net.input, net.get_layer("evidence_scale").output)
+    rows = training.ops.convert_to_numpy(inside(training.normalise(examples.ct_hu)))
+    assert abs(rows).max() <= 5 and 0.2 < np.median(rows.std(axis=0)) < 3       # what it is read off has one scale
 
 
 def test_the_refit_is_the_regression_of_scikit_learn():
