@@ -277,10 +277,11 @@ SHELLS, POINTS = 6, 16  # shells a quarter of a half box thick, the last two out
 
 @keras.saving.register_keras_serializable(package="lungct")
 class Shells(layers.Layer):
-    """What a volume holds from the centre of the surest box outwards: mean and deviation of shells, in one row.
+    """What a volume holds from the centre of the surest box outwards: mean and deviation in each of `SHELLS` shells.
 
     Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), volume (n, m, m, m, c). A shell lies between two ellipsoids
-    with the proportions of the box. Returns (n, 2 * SHELLS * c): means by shell and channel, then deviations. No gradient.
+    with the proportions of the box. Returns rows (n, 2 * SHELLS * c): the means, shell by shell, then the deviations.
+    No gradient passes.
     """
 
     def build(self, shapes):
@@ -293,12 +294,8 @@ class Shells(layers.Layer):
     def call(self, inputs):
         heat, box, volume = map(ops.stop_gradient, inputs)
         centre, half = _surest(heat, box)
-        scale, last = volume.shape[1] / heat.shape[1], volume.shape[1] - 1
-        at = ops.clip((centre[..., None] + half[..., None] * self.points) * scale - 0.5, 0, last)
-        near = ops.maximum(0, 1 - ops.abs(at[..., None] - ops.arange(last + 1, dtype="float32")))
-        for axis, sides in enumerate(("npz,nzyxc->npyxc", "npy,nzyxc->nzpxc", "npx,nzyxc->nzypc")):
-            volume = ops.einsum(sides, near[:, axis], volume)
-        seen = ops.reshape(volume, (-1, POINTS**3, volume.shape[-1]))
+        at = (centre[..., None] + half[..., None] * self.points) * (volume.shape[1] / heat.shape[1]) - 0.5
+        seen = _sampled(volume, at)
         means, squares = (ops.einsum("kv,nvc->nkc", self.share, part) for part in (seen, ops.square(seen)))
         spread = ops.sqrt(ops.maximum(squares - ops.square(means), 0))
         return ops.reshape(ops.concatenate([means, spread], axis=1), (-1, 2 * SHELLS * volume.shape[-1]))
@@ -311,6 +308,15 @@ def _surest(heat, box):
     told = ops.take_along_axis(ops.reshape(box, (-1, side**3, 6)), cell[:, None, None], axis=1)[:, 0]
     cell = ops.stack([cell // side**2, cell // side % side, cell % side], axis=1)
     return ops.cast(cell, "float32") + 0.5 + told[:, :3], ops.exp(ops.clip(told[:, 3:], -4, 6)) / 2
+
+
+def _sampled(volume, at):
+    # (n, POINTS**3, c) of a volume (n, m, m, m, c) where `at` (n, 3, POINTS) tells along each axis; linear in between
+    last = volume.shape[1] - 1
+    near = ops.maximum(0, 1 - ops.abs(ops.clip(at, 0, last)[..., None] - ops.arange(last + 1, dtype="float32")))
+    for axis, sides in enumerate(("npz,nzyxc->npyxc", "npy,nzyxc->nzpxc", "npx,nzyxc->nzypc")):
+        volume = ops.einsum(sides, near[:, axis], volume)
+    return ops.reshape(volume, (-1, POINTS**3, volume.shape[-1]))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57a4da02
 @keras.saving.register_keras_serializable(package="lungct")
