@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from common import REPEATS, goal, installed, measure, publish, ratio, table, timed, today_here
-from peers import AIR_HU, DEFAULT, EARLIER, LAZY, PEERS, TORCHIO, Source
+from peers import AIR_HU, DEFAULT, EARLIER, LAZY, PEERS, TORCHIO, Source, area, save
 from series import Series, build, short_series, tables
 
 SLOW = (DEFAULT, TORCHIO, EARLIER)  # one repeat is enough to see how slow
 OURS, TABLES = "lungct, from the folder to the store", "lungct, from the tables to the store"
+AS_PEERS = "lungct, header to voxels to grid and no more, as the peers"
 LIMIT = "read bytes (limit)"
 STACKS, ROUNDS = 256, 3
 ONE, TWO, FIRST = "one process", "two processes", "two processes, first call, which starts them"
@@ -36,6 +37,16 @@ def our_jobs(series: Series, scratch: Path) -> dict[str, Callable[[], object]]:
             LIMIT: lambda: read_bytes(names, buffer)}
 
 
+def by_lungct(source: Source, out: Path) -> None:
+    """What the peers do, by the parts that the store is built with."""
+    from lungct import dicom, headers
+
+    files = [(name, (facts := os.stat(name)).st_size, facts.st_mtime_ns) for name in source.names]
+    slices = sorted(headers.read_headers("", files).to_pylist(), key=lambda header: header["path"])
+    opened = dicom.OpenStack("", np.reshape(source.affine, (4, 4)), "CT", None, tuple(slices), "")
+    save(area(opened, source), out)
+
+
 def sources(series: Series, cohort) -> list[Source]:
     """What the peers get: the files along z, and the cube that lungct chose."""
     affines = dict(zip(series.stacks.stack_id, series.stacks.affine, strict=True))
@@ -48,7 +59,8 @@ def measure_folders(series: Series, wanted: list[Source], scratch: Path) -> dict
     def job(through, those):
         return lambda: [through(source, scratch / "cube.npy") for source in those]
 
-    peers = {name: job(through, wanted) if installed(needs) else None for name, (needs, through) in PEERS.items()}
+    peers = {AS_PEERS: job(by_lungct, wanted)}
+    peers |= {name: job(through, wanted) if installed(needs) else None for name, (needs, through) in PEERS.items()}
     warm = {name: job(PEERS[name][1], wanted[:1]) for name in SLOW}
     fast = {name: peer for name, peer in peers.items() if name not in SLOW}
     return (measure(our_jobs(series, scratch) | fast) |
@@ -60,9 +72,9 @@ def folder_table(series: Series, medians: dict[str, float | None]) -> str:
     rows = [(name, f"{value / count * 1000:.1f}", f"{value / ours:.2f}") if value else (name, "not installed", "")
             for name, value in medians.items()]
     note = (f"{series.what}; medians of {REPEATS} interleaved repeats; of the last three rows one repeat. lungct works "
-            "in one process, finds the lungs as well, and waits until the disk has each entry (fsync). Peers are given "
-            "the files in order, and those that average by area are given the place of the cube, too; they keep the "
-            "threads that they start by themselves.")
+            "in one process, sorts the folder into stacks, finds the lungs, and waits until the disk has each entry "
+            "(fsync); one row leaves all that out. Peers are given the files in order, and those that average by area "
+            "are given the place of the cube, too; they keep the threads that they start by themselves.")
     return table("Folder to stored 64^3", "what | ms a series | times ours", rows, note)
 
 

@@ -73,6 +73,10 @@ class Network(nn.Module):
         seen = sum(filters) + 6 + 2 * SHELLS * widths[0]
         self.scale, self.subtype = Standardise(seen), nn.Linear(seen, classes)
         self.dropout = nn.Dropout(dropout)
+        points = ((torch.arange(POINTS) + 0.5) * (2 / POINTS) - 1) * SHELLS / 4
+        self.register_buffer("points", torch.cartesian_prod(points, points, points))
+        shell = (self.points.norm(dim=1) * 4).long().clamp(max=SHELLS)
+        self.register_buffer("inside", F.one_hot(shell, SHELLS + 1)[:, :SHELLS].float())
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         volume, seen = x, []
@@ -85,9 +89,23 @@ class Network(nn.Module):
             decoded = [maps.float() for maps in decoded]
             heat, box = torch.sigmoid(self.heat(decoded[-1])), self.box(decoded[-1])
             evidence = pooled(heat, box, [*decoded[:-1], place(decoded[-1])])
-            evidence = torch.cat([evidence, shells(heat.detach(), box.detach(), volume)], dim=1)
+            evidence = torch.cat([evidence, self.shells(heat.detach(), box.detach(), volume)], dim=1)
             subtype = self.subtype(self.dropout(self.scale(evidence)))
             return {"heat": heat, "box": box, "subtype": torch.softmax(subtype, dim=1)}
+
+    def shells(self, heat: torch.Tensor, box: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
+        """Means, then deviations, of the volume in shells around the surest box."""
+        side = heat.shape[-1]
+        cell = heat.flatten(1).argmax(1)
+        told = box.flatten(2).gather(2, cell[:, None, None].expand(-1, 6, 1))[..., 0]
+        centre = torch.stack([cell // side**2, cell // side % side, cell % side], 1) + 0.5 + told[:, :3]
+        half = told[:, 3:].clamp(-4, 6).exp() / 2
+        at = ((centre[:, None] + half[:, None] * self.points) * (2 / side) - 1)[:, :, None, None].flip(-1)
+        seen = F.grid_sample(volume, at, padding_mode="border", align_corners=False).flatten(2)
+        share = self.inside / self.inside.sum(0)
+        means = seen @ share
+        spread = ((seen - means @ self.inside.T) ** 2 @ share).sqrt()
+        return torch.stack([means, spread], dim=1).transpose(2, 3).flatten(1)
 
 
 def pooled(heat: torch.Tensor, box: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
@@ -98,25 +116,6 @@ def pooled(heat: torch.Tensor, box: torch.Tensor, maps: list[torch.Tensor]) -> t
         share = F.avg_pool3d(weight, factor) if factor > 1 else weight
         parts.append((share * x).sum((2, 3, 4)) / (share.sum((2, 3, 4)) + 1e-6))
     return torch.cat(parts, dim=1)
-
-
-def shells(heat: torch.Tensor, box: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
-    """Means, then deviations, of the volume in shells around the surest box."""
-    side = heat.shape[-1]
-    cell = heat.flatten(1).argmax(1)
-    told = box.flatten(2).gather(2, cell[:, None, None].expand(-1, 6, 1))[..., 0]
-    centre = torch.stack([cell // side**2, cell // side % side, cell % side], 1) + 0.5 + told[:, :3]
-    half = told[:, 3:].clamp(-4, 6).exp() / 2
-    points = ((torch.arange(POINTS) + 0.5) * (2 / POINTS) - 1) * SHELLS / 4
-    grid = torch.stack(torch.meshgrid(points, points, points, indexing="ij"), dim=-1)
-    at = (centre[:, None, None, None] + half[:, None, None, None] * grid) * (2 / side) - 1
-    seen = F.grid_sample(volume, at.flip(-1), padding_mode="border", align_corners=False).flatten(2)
-    shell = (grid.norm(dim=-1) * 4).flatten().floor().long()
-    share = F.one_hot(shell.clamp(max=SHELLS), SHELLS + 1)[:, :SHELLS].float()
-    share /= share.sum(0)
-    means, squares = seen @ share, seen**2 @ share
-    rows = torch.stack([means, (squares - means**2).clamp(min=0).sqrt()], dim=1)
-    return rows.transpose(2, 3).flatten(1)
 
 
 def loss(seen: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -171,7 +171,7 @@ def _windowed(parts: Sequence[tuple]) -> np.ndarray:
 
 
 def _known(pet_suv):
-    # SUV with 0 for NaN, and where it was a number; both float32, arrays for an array, else tensors
+    # SUV with 0 for NaN, and 1 where it was a number, else 0; arrays for an array, else tensors
     kind, nothing = _library(pet_suv), np.float32(0)
     known = kind.logical_not(kind.isnan(pet_suv))
     return kind.where(known, pet_suv, nothing), kind.where(known, np.float32(1), nothing)
@@ -288,16 +288,17 @@ class Shells(layers.Layer):
         points = (np.arange(POINTS) + 0.5) * (2 / POINTS) - 1
         away = np.sqrt(sum(np.square(axis) for axis in np.ix_(points, points, points)))
         inside = np.floor(away.ravel() * SHELLS) == np.arange(SHELLS)[:, None]
-        self.points = (points * SHELLS / 4).astype("float32")
-        self.share = (inside / inside.sum(axis=1, keepdims=True)).astype("float32")
+        self.points, self.inside = (points * SHELLS / 4).astype("float32"), inside.astype("float32")
+        self.share = self.inside / self.inside.sum(axis=1, keepdims=True)
 
     def call(self, inputs):
         heat, box, volume = map(ops.stop_gradient, inputs)
         centre, half = _surest(heat, box)
-        at = (centre[..., None] + half[..., None] * self.points) * (volume.shape[1] / heat.shape[1]) - 0.5
-        seen = _sampled(volume, at)
-        means, squares = (ops.einsum("kv,nvc->nkc", self.share, part) for part in (seen, ops.square(seen)))
-        spread = ops.sqrt(ops.maximum(squares - ops.square(means), 0))
+        at = centre[..., None] + ops.multiply(half[..., None], self.points)
+        seen = _sampled(volume, at * (volume.shape[1] / heat.shape[1]) - 0.5)
+        means = ops.einsum("kv,nvc->nkc", self.share, seen)
+        apart = seen - ops.einsum("kv,nkc->nvc", self.inside, means)  # before squares are taken: they would cancel
+        spread = ops.sqrt(ops.einsum("kv,nvc->nkc", self.share, ops.square(apart)))
         return ops.reshape(ops.concatenate([means, spread], axis=1), (-1, 2 * SHELLS * volume.shape[-1]))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #117ad012
@@ -824,9 +825,9 @@ def _check_settings(settings: Settings) -> None:
 LOSSES = {"heat": heat_loss, "box": box_loss, "subtype": subtype_loss}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d80b639e
-def _trainer(network: keras.Model, settings: Settings, steps: int) -> keras.Model:
+def _trainer(network: keras.Model, settings: Settings, steps_an_epoch: int) -> keras.Model:
     # a second Model object on the same layers: `network` stays free of optimizer and loss, and so does its file
-    steps *= settings.epochs
+    steps = settings.epochs * steps_an_epoch
     warm = max(1, steps // 10)
     rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate / 20, max(1, steps - warm), alpha=0.01,
                                                   warmup_target=settings.learning_rate, warmup_steps=warm)
@@ -1224,7 +1225,7 @@ REFIT_EPOCHS = 8
 
 def refit_subtypes(network: keras.Model, train: Examples, settings: Settings, held=None) -> None:
     """Standardise the features of a trained network anew and fit its subtype layer to them; changes nothing else."""
-    later = settings.epochs + 1  # draws that no training has seen, and no guests: at half its size one tells nothing
+    later = settings.epochs + 1  # draws that no training has seen; no guests: at half its size one tells the wrong size
     settings = replace(settings, transplants=0.0, epochs=settings.epochs + REFIT_EPOCHS)
     evidence = network.get_layer("evidence").output
     inside = (_Shared if _strategic() else keras.Model)(network.input, evidence, name="inside")

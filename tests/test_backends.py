@@ -77,6 +77,7 @@ def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     training.reproducible(0)
     network = training.build_network(16, "AG", (8, 16), dropout=0)
+    toys.fill_head(network)
     toys.saved(network, folder)
     few = toys.toys(4)
     first = training.predict(network, few.ct_hu)

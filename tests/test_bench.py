@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_training import fill_head
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 BARE = """
@@ -81,14 +82,6 @@ def test_the_network_in_plain_torch_is_that_of_chapter_5():
         assert np.allclose(values, moved.numpy(), atol=1e-4), name
     terms = [np.asarray(training.LOSSES[name](batch[name], expected[name])) for name in training.LOSSES]
     assert loss == pytest.approx(np.sum(terms, axis=0).mean(), rel=1e-4)
-
-
-def fill_head(network):
-    """Weights for the subtype and figures of the evidence, which a network that was not trained lacks."""
-    rng = np.random.default_rng(0)
-    for name in ("subtype", "evidence_scale"):
-        layer = network.get_layer(name)
-        layer.set_weights([rng.uniform(0.1, 1, values.shape) for values in layer.get_weights()])
 
 
 def take_over(ours, theirs):
