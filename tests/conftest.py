@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real series when they are at hand, and a tiny generated cohort."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ REAL = os.environ.get("LUNGCT_REAL_DATA", "")
 def pytest_configure(config):
     # one place for thread limits: two test processes with default BLAS threads are slower than one
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # as a script's background job they would ignore Ctrl-C, and so would the runs that tests interrupt
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
