@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LAST = torch.channels_last_3d
-SHELLS, POINTS = 6, 16
+SHELLS, POINTS, WAVES = 6, 24, 4
 
 
 def place(x: torch.Tensor) -> torch.Tensor:
@@ -70,13 +70,18 @@ class Network(nn.Module):
         self.ups = nn.ModuleList(Block(width, width) for width in upwards[1:])
         self.heat, self.box = nn.Conv3d(filters[0], 1, 1), nn.Conv3d(filters[0], 6, 1)
         nn.init.constant_(self.heat.bias, -4.6)
-        seen = sum(filters) + 6 + 2 * SHELLS * widths[0]
+        seen = sum(filters) + 6 + (2 + WAVES) * SHELLS * widths[0]
         self.scale, self.subtype = Standardise(seen), nn.Linear(seen, classes)
         self.dropout = nn.Dropout(dropout)
         points = ((torch.arange(POINTS) + 0.5) * (2 / POINTS) - 1) * SHELLS / 4
         self.register_buffer("points", torch.cartesian_prod(points, points, points))
         shell = (self.points.norm(dim=1) * 4).long().clamp(max=SHELLS)
         self.register_buffer("inside", F.one_hot(shell, SHELLS + 1)[:, :SHELLS].float())
+        self.register_buffer("share", self.inside / self.inside.sum(0))
+        waves, degree = zip(*(part for k in range(SHELLS) for part in waves_of(self.points, shell == k)), strict=True)
+        self.register_buffer("waves", torch.cat(waves, dim=1).float())
+        owner = torch.tensor([d * SHELLS + k // WAVES for k, d in enumerate(degree)])
+        self.register_buffer("owner", owner.repeat_interleave(torch.tensor([wave.shape[1] for wave in waves])))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         volume, seen = x, []
@@ -94,7 +99,7 @@ class Network(nn.Module):
             return {"heat": heat, "box": box, "subtype": torch.softmax(subtype, dim=1)}
 
     def shells(self, heat: torch.Tensor, box: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
-        """Means, then deviations, of the volume in shells around the surest box."""
+        """Means, then deviations, then their waves, of the volume in shells around the surest box."""
         side = heat.shape[-1]
         cell = heat.flatten(1).argmax(1)
         told = box.flatten(2).gather(2, cell[:, None, None].expand(-1, 6, 1))[..., 0]
@@ -102,10 +107,30 @@ class Network(nn.Module):
         half = told[:, 3:].clamp(-4, 6).exp() / 2
         at = ((centre[:, None] + half[:, None] * self.points) * (2 / side) - 1)[:, :, None, None].flip(-1)
         seen = F.grid_sample(volume, at, padding_mode="border", align_corners=False).flatten(2)
-        share = self.inside / self.inside.sum(0)
-        means = seen @ share
-        spread = ((seen - means @ self.inside.T) ** 2 @ share).sqrt()
-        return torch.stack([means, spread], dim=1).transpose(2, 3).flatten(1)
+        means = seen @ self.share
+        apart = seen - means @ self.inside.T
+        waves = torch.zeros(*means.shape[:2], WAVES * SHELLS).index_add_(2, self.owner, (apart @ self.waves) ** 2)
+        parts = torch.cat([means, (apart**2 @ self.share).sqrt(), waves.sqrt()], dim=2)
+        return parts.transpose(1, 2).flatten(1)
+
+
+def waves_of(points: torch.Tensor, here: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """For 1 to `WAVES` waves around a shell, the places (v,) of which are told: (v, functions), and the number less 1.
+
+    A degree's functions are the polynomials of the direction that lower degrees cannot make.
+    """
+    way = F.normalize(points[here].double(), dim=1)
+    known, parts = torch.ones(len(way), 1, dtype=torch.double) / len(way) ** 0.5, []
+    for degree in range(1, WAVES + 1):
+        powers = torch.combinations(torch.arange(3), degree, with_replacement=True)
+        columns = way[:, powers].prod(2)
+        new, strength, _ = torch.linalg.svd(columns - known @ (known.T @ columns), full_matrices=False)
+        new = new[:, strength > 1e-6 * len(way) ** 0.5]
+        wide = torch.zeros(len(points), new.shape[1], dtype=torch.double)
+        wide[here] = new / len(way) ** 0.5
+        known = torch.cat([known, new], dim=1)
+        parts.append((wide, degree - 1))
+    return parts
 
 
 def pooled(heat: torch.Tensor, box: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:

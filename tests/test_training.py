@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates, minimum_filter, rotate
+from scipy.special import sph_harm_y
 from sklearn.linear_model import LogisticRegression
 
 from lungct import runs, training
@@ -166,12 +167,12 @@ def test_a_network_for_ct_does_not_look_at_the_pet():
 def test_pet_moves_with_the_voxels_and_is_not_disturbed():
     few = glowing(toys(4), without=[2])
     plain = training.augment(few.ct_hu, few.boxes_zyx, np.random.default_rng(5))
-    hu, boxes, suv = training.augment(few.ct_hu, few.boxes_zyx, np.random.default_rng(5), pet_suv=few.pet_suv)
+    hu, _, suv = training.augment(few.ct_hu, few.boxes_zyx, np.random.default_rng(5), pet_suv=few.pet_suv)
     assert np.array_equal(np.asarray(plain[0]), np.asarray(hu))  # CT is what it is without PET, to the last bit
     assert np.isnan(np.asarray(suv)[2]).all()
     like_hu = np.where(np.isnan(few.pet_suv), 0, few.pet_suv) * 100 - 1000
     calm = dict.fromkeys(("gain", "offset_hu", "noise_hu"), 0)
-    asked, _ = training.augment(like_hu, boxes, np.random.default_rng(5), **calm)
+    asked, _ = training.augment(like_hu, few.boxes_zyx, np.random.default_rng(5), **calm)
     known = ~np.isnan(np.asarray(suv))
     inside = known & (np.asarray(asked) > -960)  # away from the edge, where the unknown weighs nothing
     assert np.allclose(np.asarray(suv)[inside], (np.asarray(asked)[inside] + 1000) / 100, atol=0.3)
@@ -320,7 +321,7 @@ def test_boxes_follow_the_voxels(seed):
     hu = np.full((2, 32, 32, 32), -1000, "int16")
     hu[:, 11:17, 13:21, 9:15] = 1000
     moved, boxes = training.augment(hu, [np.array([[11, 13, 9, 17, 21, 15]])] * 2, np.random.default_rng(seed),
-                                    turn=0, noise_hu=0, offset_hu=0)
+                                    turn=0, cut=0, noise_hu=0, offset_hu=0)
     for volume, box in zip(np.asarray(moved) + 1000, boxes, strict=True):
         for axis in range(3):
             weight = volume.sum(axis=tuple({0, 1, 2} - {axis}))
@@ -338,7 +339,8 @@ def test_the_box_of_a_turned_ellipsoid_is_its_box(seed, turn):
     inside = ((at - centre[:, None, None, None]) / half[:, None, None, None]) ** 2
     hu = np.where(inside.sum(axis=0) <= 1, 1000, -1000).astype("int16")
     moved, boxes = training.augment(hu[None], [np.array([[*(centre - half), *(centre + half)]])],
-                                    np.random.default_rng(seed), shift=0.05, bend=0, turn=turn, noise_hu=0, offset_hu=0)
+                                    np.random.default_rng(seed), shift=0.05, bend=0, turn=turn, cut=0, noise_hu=0,
+                                    offset_hu=0)
     air_free = np.asarray(moved)[0] + 1000
     for axis in range(3):
         weight = air_free.sum(axis=tuple({0, 1, 2} - {axis}))
@@ -362,13 +364,34 @@ def test_a_turn_is_that_of_scipy_and_the_same_on_every_device():
 def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
     hu = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 8, 8)).astype("int16")
     boxes = [np.array([[1, 2, 1, 3, 4, 4]], "float32")] * 6
-    none = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu", "noise_hu"), 0)
+    none = dict.fromkeys(("shift", "scale", "bend", "turn", "cut", "gain", "offset_hu", "noise_hu"), 0)
     moved, got = training.augment(hu, boxes, np.random.default_rng(1), **none)
     sides = [bool(box[0, 2] != 1) for box in got]
     assert set(sides) == {True, False}
     for volume, old, box, mirrored in zip(np.asarray(moved), hu, got, sides, strict=True):
         assert np.allclose(volume, old[..., ::-1] if mirrored else old, atol=1e-2)
         assert box.tolist() == [[1, 2, 4, 3, 4, 7] if mirrored else [1, 2, 1, 3, 4, 4]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_cut_scan_keeps_its_lesions_and_is_air_elsewhere(seed):
+    few = glowing(toys(8))
+    bright = replace(few, ct_hu=few.ct_hu.clip(-900))
+    still = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu", "noise_hu"), 0)
+    for share in (0, 0.5, 1):
+        hu, boxes, suv = training.augment(bright.ct_hu, bright.boxes_zyx, np.random.default_rng(seed), **still,
+                                          cut=share, pet_suv=bright.pet_suv)
+        scanned = (np.asarray(hu) > -950).all(axis=(2, 3))                     # (n, z)
+        assert (np.isnan(suv).all(axis=(2, 3)) == ~scanned).all()              # what was not scanned has no uptake
+        assert ((np.asarray(hu) == -1000).all(axis=(2, 3)) == ~scanned).all()
+        for row, box in zip(scanned, boxes, strict=True):
+            assert row[int(box[0, 0]) : int(box[0, 3])].all() and len(box) == 1
+            assert np.count_nonzero(np.diff(row.astype(int))) == 2 - row[0] - row[-1]      # one piece
+        assert share or scanned.all()
+        assert share < 1 or not scanned.all()
+    nothing = training.augment(bright.ct_hu, [np.zeros((0, 6))] * 8, np.random.default_rng(seed), **still, cut=1)[0]
+    assert (np.asarray(nothing)[:, SIZE // 2] > -950).all()
 
 
 def test_margins_are_air_and_lost_boxes_are_dropped():
@@ -516,18 +539,33 @@ def shells_of(box, volume, cells=8, size=16):
     heat[(0, *cell)] = 0.8
     told[(0, *cell)] = [*(centre - cell - 0.5), *np.log(extent)]
     rows = training.Shells()([heat, told, volume[None].astype("float32")])
-    return training.ops.convert_to_numpy(rows)[0].reshape(2, training.SHELLS, -1)
+    return training.ops.convert_to_numpy(rows)[0].reshape(2 + training.WAVES, training.SHELLS, -1)
+
+
+def harmonics(directions_zyx, degree):
+    """Real spherical harmonics of one degree at (3, v) directions: (v, 2 * degree + 1)."""
+    z, y, x = directions_zyx / np.linalg.norm(directions_zyx, axis=0)
+    values = [sph_harm_y(degree, order, np.arccos(z.clip(-1, 1)), np.arctan2(y, x)) for order in range(degree + 1)]
+    return np.stack([v.real for v in values] + [v.imag for v in values[1:]], axis=1)
 
 
 def shells_by_scipy(box, volume):
+    """Mean and deviation of each shell, and what least squares on harmonics of 1 to 4 waves explain of the latter."""
     n = training.POINTS
     points = ((np.arange(n) + 0.5) / n * 2 - 1) * 1.5
     unit = np.stack(np.meshgrid(points, points, points, indexing="ij")).reshape(3, -1)
     at = (box[:3] + box[3:])[:, None] / 2 + unit * (box[3:] - box[:3])[:, None] / 2 - 0.5
     values = np.stack([map_coordinates(volume[..., c].astype(float), at, order=1, mode="nearest")
                        for c in range(volume.shape[-1])], axis=1)
-    shell = np.floor(np.linalg.norm(unit, axis=0) * 4)
-    return np.array([[getattr(values[shell == k], how)(axis=0) for k in range(6)] for how in ("mean", "std")])
+    shell, parts = np.floor(np.linalg.norm(unit, axis=0) * 4), []
+    for k in range(6):
+        here, functions, explained = values[shell == k], np.ones((np.count_nonzero(shell == k), 1)), []
+        for degree in range(1, 5):
+            functions = np.hstack([functions, harmonics(unit[:, shell == k], degree)])
+            fitted = functions @ np.linalg.lstsq(functions, here)[0]
+            explained.append(fitted.var(axis=0))
+        parts.append([here.mean(axis=0), here.std(axis=0), *np.sqrt(np.diff(explained, axis=0, prepend=0).clip(0))])
+    return np.array(parts).swapaxes(0, 1)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -536,7 +574,24 @@ def test_shells_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
     centre, half = rng.uniform(0, 16, 3), rng.uniform(0.5, 9, 3)              # some reach far out of the volume
     box, volume = np.concatenate([centre - half, centre + half]), rng.random((16, 16, 16, 2))
-    assert np.allclose(shells_of(box, volume), shells_by_scipy(box, volume), atol=1e-4)
+    assert np.allclose(shells_of(box, volume), shells_by_scipy(box, volume), atol=1e-3)
+
+
+@given(st.integers(1, training.WAVES), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_waves_are_counted_whichever_way_they_are_turned(degree, seed):
+    rng, size = np.random.default_rng(seed), 32
+    places = np.stack(np.meshgrid(*[np.arange(size) + 0.5 - size / 2] * 3, indexing="ij")).reshape(3, -1)
+    weights = rng.normal(size=2 * degree + 1)
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    box, seen = np.repeat([4.0, 28.0], 3), []
+    for directions in (places, turn @ places):
+        volume = (harmonics(directions, degree) @ weights).reshape(size, size, size, 1)
+        _, spread, *waves = shells_of(box, volume, size=size)[:, 2:, 0]       # too few voxels further in
+        seen.append(np.array(waves))
+        assert np.allclose(waves[degree - 1], spread, rtol=0.05)
+        assert max(np.delete(waves, degree - 1, axis=0).max(axis=0) / spread) < 0.2
+    assert np.allclose(seen[0][degree - 1], seen[1][degree - 1], rtol=0.05)
 
 
 def test_shells_do_not_depend_on_the_grid_or_the_size_of_a_lesion():
@@ -553,7 +608,7 @@ def test_shells_do_not_depend_on_the_grid_or_the_size_of_a_lesion():
 
 
 def test_shells_of_an_even_volume_do_not_spread():
-    spread = shells_of(np.array([2, 3, 4, 9, 12, 15]), np.full((16, 16, 16, 2), 0.743))[1]
+    spread = shells_of(np.array([2, 3, 4, 9, 12, 15]), np.full((16, 16, 16, 2), 0.743))[1:]
     assert spread.max() < 1e-5
 
 
@@ -563,7 +618,7 @@ def test_the_evidence_is_a_row_of_float32(precision, pet):
     net = network(size=8, precision=precision, pet=pet)
     evidence = training.keras.Model(net.input, net.get_layer("evidence").output)(np.zeros((2, *net.input.shape[1:])))
     channels = net.input.shape[-1]
-    assert evidence.shape == (2, 8 + 6 + 2 * training.SHELLS * channels)
+    assert evidence.shape == (2, 8 + 6 + (2 + training.WAVES) * training.SHELLS * channels)
     assert training.ops.convert_to_numpy(evidence).dtype == np.float32
 
 
@@ -628,6 +683,16 @@ def test_the_refit_touches_the_subtype_layer_and_its_scale_alone():
     assert train_loss["val_subtype_loss"] < 0.9 * spoilt["val_subtype_loss"]
     answers = training.predict(net, examples.ct_hu)
     assert max(answer.probabilities[2] for answer in answers) < 0.2            # nobody has G here
+
+
+def test_half_of_the_refit_sees_tumours_at_their_own_size_and_place():
+    examples, net = toys(8), network()
+    own = {stack: training.normalise(hu[None])[0] for stack, hu in zip(examples.stack_id, examples.ct_hu, strict=True)}
+    for augmented, share in ((True, 0.5), (False, 1.0)):
+        drawn = training._refit_draws(net, examples, quick(augmented=augmented), None)
+        as_it_is = [np.array_equal(seen, own[stack]) for stacks, inputs, _ in drawn
+                    for stack, seen in zip(stacks, inputs, strict=True)]
+        assert np.mean(as_it_is) == share
 
 
 def test_every_subtype_weighs_alike_however_often_it_is_drawn():
@@ -791,7 +856,7 @@ def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
 def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
     monkeypatch.setattr(training, "_has_gpu", lambda: True)
     hu = np.zeros((2, 12, 12, 12), "int16")
-    strong = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu"), 0) | {"noise_hu": 100}
+    strong = dict.fromkeys(("shift", "scale", "bend", "turn", "cut", "gain", "offset_hu"), 0) | {"noise_hu": 100}
     nothing = [np.zeros((0, 6))] * 2
     one, two, other = (np.asarray(training.augment(hu, nothing, np.random.default_rng(seed), **strong)[0])
                        for seed in (0, 0, 1))
@@ -802,8 +867,8 @@ def test_a_gpu_draws_its_own_noise_and_repeats_it(monkeypatch):
 def test_noise_has_the_asked_strength_and_every_volume_its_own():
     grain = training._grain((40, 40, 40), np.random.default_rng(0))
     assert abs(grain.mean()) < 0.02 and abs(grain.std() - 1) < 0.02
-    hu = np.zeros((40, 12, 12, 12), "int16")
-    calm = dict.fromkeys(("shift", "scale", "bend", "turn", "gain", "offset_hu"), 0)
+    hu = np.zeros((40, 24, 24, 24), "int16")  # in a smaller volume two may begin at the same grain
+    calm = dict.fromkeys(("shift", "scale", "bend", "turn", "cut", "gain", "offset_hu"), 0)
     noisy = training.augment(hu, [np.zeros((0, 6))] * 40, np.random.default_rng(0), **calm, noise_hu=100)[0]
     spread = noisy.std(axis=(1, 2, 3))
     assert spread.max() <= 103 and 30 < spread.mean() < 70                     # drawn from 0 to 100
