@@ -856,7 +856,7 @@ class Settings:
     patience: int = 30              # epochs without a better validation loss
     augmented: bool = True
     transplants: float = 0.5        # share of volumes that get a lesion of another patient
-    pet_dropout: float = 0.25       # share of augmented volumes whose PET is withheld
+    pet_dropout: float = 0.25       # share of volumes whose PET is withheld
     seed: int = 0
     jit_compile: bool = False       # XLA, or torch.compile; never on a CPU
     stands_for: str = ""            # after a crash: what was asked for, see `retreat`
@@ -1011,7 +1011,9 @@ def _batches(network: keras.Model, train: Examples, settings: Settings, epoch: i
         hu, boxes, suv = _on_device(batch, train, chosen, held), batch.boxes_zyx, batch.pet_suv
         if settings.augmented:
             hu, boxes, *moved = augment(hu, boxes, rng, pet_suv=suv if takes_pet(network) else None)
-            suv = _withhold(moved[0], rng, settings.pet_dropout) if moved else None
+            suv = moved[0] if moved else None
+        if takes_pet(network) and suv is not None:
+            suv = _withhold(suv, rng, settings.pet_dropout)
         targets = _targets(network, boxes, batch.target, settings)
         if "subtype" in targets:
             targets["subtype"] *= weights[batch.target, None]
@@ -1295,7 +1297,7 @@ def refit_subtypes(network: keras.Model, train: Examples, settings: Settings, he
 
 
 def _refit_draws(network: keras.Model, train: Examples, settings: Settings, held) -> Iterator[tuple]:
-    # no training has seen these draws; no guests: at half its size one tells the wrong size
+    # no guests: at half its size one tells the wrong size
     for epoch in range(settings.epochs + 1, settings.epochs + 1 + REFIT_EPOCHS):
         moved = settings.augmented and bool(epoch % 2)
         yield from _batches(network, train, replace(settings, transplants=0.0, augmented=moved), epoch, held)

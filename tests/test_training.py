@@ -695,6 +695,15 @@ def test_half_of_the_refit_sees_tumours_at_their_own_size_and_place():
         assert np.mean(as_it_is) == share
 
 
+def test_the_refit_sees_patients_without_their_pet():
+    shining, net = glowing(toys(8)), network(pet=True)
+    for augmented in (True, False):
+        asked = quick(augmented=augmented, pet_dropout=0.5)
+        known = np.concatenate([inputs[..., 3].max(axis=(1, 2, 3)) for _, inputs, _ in
+                                training._refit_draws(net, shining, asked, None)])
+        assert 0.2 < known.mean() < 0.8 and set(known) == {0, 1}
+
+
 def test_every_subtype_weighs_alike_however_often_it_is_drawn():
     names = np.array([f"p{i}" for i in range(30)])
     target = np.array([0] * 20 + [2] * 4 + [-1] * 6)
