@@ -574,7 +574,9 @@ def test_shells_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
     centre, half = rng.uniform(0, 16, 3), rng.uniform(0.5, 9, 3)              # some reach far out of the volume
     box, volume = np.concatenate([centre - half, centre + half]), rng.random((16, 16, 16, 2))
-    assert np.allclose(shells_of(box, volume), shells_by_scipy(box, volume), atol=1e-3)
+    got, wanted = shells_of(box, volume), shells_by_scipy(box, volume)
+    assert np.allclose(got[:2], wanted[:2], atol=1e-4)
+    assert np.allclose(got[2:], wanted[2:], atol=1e-3)                         # roots of small sums
 
 
 @given(st.integers(1, training.WAVES), st.integers(0, 2**32 - 1))
@@ -1096,13 +1098,15 @@ def test_saved_and_loaded_predicts_the_same(tmp_path):
     net = network()
     fill_head(net)
     saved(net, tmp_path)
-    for met in (4, 3):                              # after which TensorFlow compiles it for batches of any length
-        training.predict(net, toys(met).ct_hu)
     loaded, facts = training.load_model(tmp_path, size=SIZE, spacing_mm=6.0)
     assert facts["classes"] == ["A", "G"] and facts["grid"] == {"size": SIZE, "spacing_mm": 6.0}
     one, two = (training.predict(model, toys(1).ct_hu)[0] for model in (net, loaded))
-    assert np.array_equal(one.heat, two.heat) and abs(one.probabilities[0] - 0.5) > 0.01
-    assert np.allclose(one.probabilities, two.probabilities, atol=1e-5)
+    assert np.array_equal(one.heat, two.heat) and np.array_equal(one.probabilities, two.probabilities)
+    assert abs(one.probabilities[0] - 0.5) > 0.01
+    for met in (4, 3):                              # after which TensorFlow compiles it for batches of any length
+        training.predict(net, toys(met).ct_hu)
+    one = training.predict(net, toys(1).ct_hu)[0]
+    assert np.array_equal(one.heat, two.heat) and np.allclose(one.probabilities, two.probabilities, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.keras"]
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         assert {info.date_time[0] for info in archive.infolist()} == {1980}
