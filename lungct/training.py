@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'SHELLS', 'POINTS', 'WAVES', 'LUNG_HU', 'LOSSES', 'GB',
            'LOWER', 'WORK', 'LAYER_BYTES', 'OUT_OF_MEMORY', 'REFIT_EPOCHS', 'MODEL_SCHEMA', 'TOGETHER', 'Examples',
-           'make_examples', 'gather', 'normalise', 'layer_costs', 'predecessor_cnn', 'ChannelNorm', 'Place', 'HeatPool',
-           'Shells', 'Standardise', 'build_network', 'takes_pet', 'parse_filters', 'reproducible', 'encode_targets',
-           'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges',
-           'axis_matrices', 'move_boxes', 'turn_boxes', 'augment', 'transplant', 'sample_patients', 'subtype_weights',
-           'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit', 'best_epoch',
-           'refit_subtypes', 'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction', 'predict',
-           'save_model', 'load_model']
+           'make_examples', 'gather', 'normalise', 'layer_costs', 'predecessor_cnn', 'NormedConv3D', 'Place',
+           'HeatPool', 'Shells', 'Standardise', 'build_network', 'takes_pet', 'parse_filters', 'reproducible',
+           'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes',
+           'draw_edges', 'axis_matrices', 'move_boxes', 'turn_boxes', 'augment', 'transplant', 'sample_patients',
+           'subtype_weights', 'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit',
+           'best_epoch', 'refit_subtypes', 'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction',
+           'predict', 'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
@@ -213,27 +213,32 @@ STRIDE = 2  # grid voxels between neighbouring cells of the heat map
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4c1de0a2
+@ops.custom_gradient
+def _unit(rows):
+    # rows (k, c) over the root of their mean square
+    share = ops.full((rows.shape[-1], 1), 1 / rows.shape[-1], dtype="float32")
+    factor = ops.rsqrt(ops.matmul(ops.square(rows), share) + 1e-3)
+    unit = rows * factor
+
+    def gradient(*known, upstream=None):
+        upstream = known[0] if upstream is None else upstream  # torch names it
+        return (upstream - unit * ops.matmul(unit * upstream, share)) * factor
+
+    return unit, gradient
+
+# %% ../nbs/05_train_3d_cnn.ipynb #4c1de0a4
 @keras.saving.register_keras_serializable(package="lungct")
-class ChannelNorm(layers.Layer):
-    """`keras.layers.LayerNormalization` over the channels (n, s, s, s, c) of each place, as products of matrices."""
+class NormedConv3D(layers.Conv3D):
+    """`keras.layers.Conv3D` with a layer normalisation over its filters, without scale, in front of the bias."""
 
-    def build(self, shape):
-        self.gamma = self.add_weight(shape=shape[-1:], initializer="ones", autocast=False, name="gamma")
-        self.beta = self.add_weight(shape=shape[-1:], initializer="zeros", autocast=False, name="beta")
-
-    def call(self, x):
-        share = ops.full((x.shape[-1], 1), 1 / x.shape[-1], dtype="float32")
-        rows = ops.cast(ops.reshape(x, (-1, x.shape[-1])), "float32")  # a variance needs more than half precision
-        rows = rows - ops.matmul(rows, share)
-        variance = ops.matmul(ops.square(rows), share)
-        rows = rows * ops.rsqrt(variance + 1e-3) * self.gamma + self.beta
-        return ops.cast(ops.reshape(rows, ops.shape(x)), self.compute_dtype)
+    def convolution_op(self, inputs, kernel):
+        x = super().convolution_op(inputs, kernel - ops.mean(kernel, axis=-1, keepdims=True))
+        rows = ops.cast(ops.reshape(x, (-1, self.filters)), "float32")  # a square needs more than half precision
+        return ops.cast(ops.reshape(_unit(rows), ops.shape(x)), x.dtype)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
 def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
-    x = layers.Conv3D(width, 3, strides=stride, padding="same", name=name, dtype=dtype)(x)
-    x = ChannelNorm(name=f"{name}_norm", dtype=dtype)(x)
-    return layers.Activation("relu", name=f"{name}_relu", dtype=dtype)(x)
+    return NormedConv3D(width, 3, strides=stride, padding="same", activation="relu", name=name, dtype=dtype)(x)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #6f0feab4
 def _up(x, skip, width: int, name: str, dtype: str):
@@ -242,20 +247,24 @@ def _up(x, skip, width: int, name: str, dtype: str):
     return _conv(layers.Add(name=f"{name}_add", dtype=dtype)([x, skip]), width, name, dtype)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8380156d
+def _positions(side: int):
+    # (side, side, side, 3) where each place lies, z y x from -1 to 1
+    axis = (ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1
+    return ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
+
+
 @keras.saving.register_keras_serializable(package="lungct")
 class Place(layers.Layer):
     """Appends the position to a map (n, s, s, s, c): three channels z y x from -1 to 1."""
 
     def call(self, x):
-        axis = (ops.arange(x.shape[1], dtype="float32") + 0.5) * (2 / x.shape[1]) - 1
-        grid = ops.stack(ops.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)[None]
-        grid = ops.cast(grid, x.dtype)  # TensorFlow counts in no half precision
+        grid = ops.cast(_positions(x.shape[1])[None], x.dtype)  # TensorFlow counts in no half precision
         return ops.concatenate([x, ops.broadcast_to(grid, (*ops.shape(x)[:4], 3))], axis=-1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #e514792e
 @keras.saving.register_keras_serializable(package="lungct")
 class HeatPool(layers.Layer):
-    """Means of feature maps and of the box size, weighted by the squared heat map, in one row (n, channels).
+    """Means of feature maps, of the position and of the box size, weighted by the squared heat map: rows (n, channels).
 
     Takes a list: heat (n, s, s, s, 1), box (n, s, s, s, 6), then maps (n, s/f, s/f, s/f, c) with integer f.
     No gradient passes in training; outside, one to the maps does, for pictures of what counted.
@@ -263,14 +272,16 @@ class HeatPool(layers.Layer):
 
     def call(self, inputs, training=False):
         heat, box, *maps = inputs
-        weight, log_size = ops.square(ops.stop_gradient(heat)), ops.stop_gradient(box[..., 3:])
-        row = ops.concatenate([self._mean(weight, x) for x in (*maps, log_size)], axis=-1)
+        weight = ops.square(ops.stop_gradient(heat))
+        place, size = _positions(heat.shape[1]), self._mean(weight, ops.stop_gradient(box))[:, 3:]
+        row = ops.concatenate([*(self._mean(weight, x) for x in (*maps, place)), size], axis=-1)
         return ops.stop_gradient(row) if training else row
 
     def _mean(self, weight, x):
-        factor = weight.shape[1] // x.shape[1]
+        factor, places = weight.shape[1] // x.shape[-2], x.shape[-2] ** 3
         weight = ops.average_pool(weight, factor, factor) if factor > 1 else weight
-        return ops.sum(weight * x, axis=(1, 2, 3)) / (ops.sum(weight, axis=(1, 2, 3)) + 1e-6)
+        weight = ops.reshape(weight, (-1, 1, places))
+        return ops.matmul(weight, ops.reshape(x, (-1, places, x.shape[-1])))[:, 0] / (ops.sum(weight, axis=2) + 1e-6)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #117ad015
 SHELLS, POINTS = 6, 24  # shells a quarter of a half box thick, the last two outside; points a side they are read from
@@ -292,18 +303,18 @@ def _harmonics(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 # %% ../nbs/05_train_3d_cnn.ipynb #117ad014
 @cache
 def _shells() -> tuple[np.ndarray, ...]:
-    # where values are read along an axis, in half boxes; the shell of each place (k, v), and so that a product is a
-    # mean; then `_waves`
+    # where values are read along an axis, in half boxes; the shell of each place (k, v); so that a product is a mean
+    # (v, k); then `_waves`
     axis = (np.arange(POINTS) + 0.5) * (2 / POINTS) - 1
     places = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     shell = np.floor(np.linalg.norm(places, axis=1) * SHELLS)
     inside = shell == np.arange(SHELLS)[:, None]
-    arrays = axis * SHELLS / 4, inside, inside / inside.sum(axis=1, keepdims=True), *_waves(places, shell)
+    arrays = axis * SHELLS / 4, inside, (inside / inside.sum(axis=1, keepdims=True)).T, *_waves(places, shell)
     return tuple(array.astype("float32") for array in arrays)
 
 
 def _waves(places: np.ndarray, shell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # (w, v): each row times the values at v places is the strength of one wave in one shell; (g, w): which of their
+    # (v, w): the values at v places times each column are the strength of one wave in one shell; (w, g): which of their
     # squares belong together, the shells with 1 wave first
     rows, group = [], []
     for k in range(SHELLS):
@@ -312,7 +323,7 @@ def _waves(places: np.ndarray, shell: np.ndarray) -> tuple[np.ndarray, np.ndarra
             rows.append(np.zeros(len(places)))
             rows[-1][here] = wave / len(here) ** 0.5
             group.append((degree - 1) * SHELLS + k)
-    return np.stack(rows), np.equal.outer(np.arange(WAVES * SHELLS), group)
+    return np.stack(rows, axis=1), np.equal.outer(group, np.arange(WAVES * SHELLS))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #117ad011
 @keras.saving.register_keras_serializable(package="lungct")
@@ -332,12 +343,14 @@ class Shells(layers.Layer):
         centre, half = _surest(heat, box)
         at = centre[..., None] + ops.multiply(half[..., None], self.points)
         seen = _sampled(volume, at * (volume.shape[1] / heat.shape[1]) - 0.5)
-        means = ops.einsum("kv,nvc->nkc", self.share, seen)
-        apart = seen - ops.einsum("kv,nkc->nvc", self.inside, means)  # before squares are taken: they would cancel
-        spread = ops.einsum("kv,nvc->nkc", self.share, ops.square(apart))
-        waves = ops.einsum("gw,nwc->ngc", self.sums, ops.square(ops.einsum("wv,nvc->nwc", self.waves, apart)))
+        seen, channels = ops.reshape(seen, (-1, POINTS**3)), volume.shape[-1]
+        means = ops.matmul(seen, self.share)
+        apart = seen - ops.matmul(means, self.inside)  # before squares are taken: they would cancel
+        spread = ops.matmul(ops.square(apart), self.share)
+        waves = ops.matmul(ops.square(ops.matmul(apart, self.waves)), self.sums)
         parts = ops.concatenate([means, ops.sqrt(spread), ops.sqrt(waves)], axis=1)
-        return ops.reshape(parts, (-1, (2 + WAVES) * SHELLS * volume.shape[-1]))
+        rows = ops.swapaxes(ops.reshape(parts, (-1, channels, parts.shape[1])), 1, 2)
+        return ops.reshape(rows, (-1, (2 + WAVES) * SHELLS * channels))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #117ad012
 def _surest(heat, box):
@@ -356,12 +369,14 @@ def _placed(cells, told):
 
 
 def _sampled(volume, at):
-    # (n, POINTS**3, c) of a volume (n, m, m, m, c) where `at` (n, 3, POINTS) tells along each axis; linear in between
-    last = volume.shape[1] - 1
-    near = ops.maximum(0, 1 - ops.abs(ops.clip(at, 0, last)[..., None] - ops.arange(last + 1, dtype="float32")))
-    for axis, sides in enumerate(("npz,nzyxc->npyxc", "npy,nzyxc->nzpxc", "npx,nzyxc->nzypc")):
-        volume = ops.einsum(sides, near[:, axis], volume)
-    return ops.reshape(volume, (-1, POINTS**3, volume.shape[-1]))
+    # (n, c, POINTS**3) of a volume (n, m, m, m, c) where `at` (n, 3, POINTS) tells along each axis; linear in between
+    side, channels = volume.shape[1], volume.shape[-1]
+    near = ops.maximum(0, 1 - ops.abs(ops.clip(at, 0, side - 1)[..., None] - ops.arange(side, dtype="float32")))
+    z, y, x = near[:, 0], near[:, 1:2], ops.swapaxes(near[:, 2:], 2, 3)
+    volume = ops.matmul(z, ops.reshape(volume, (-1, side, side * side * channels)))
+    volume = ops.matmul(y, ops.reshape(volume, (-1, POINTS, side, side * channels)))
+    volume = ops.moveaxis(ops.reshape(volume, (-1, POINTS**2, side, channels)), 3, 1)
+    return ops.reshape(ops.matmul(volume, x), (-1, channels, POINTS**3))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57a4da02
 @keras.saving.register_keras_serializable(package="lungct")
@@ -425,14 +440,13 @@ def takes_pet(network: keras.Model) -> bool:
 
 def _detection_head(x) -> dict:
     rare = keras.initializers.Constant(-4.6)  # sigmoid(-4.6) = 0.01
-    return {"heat": layers.Conv3D(1, 1, activation="sigmoid", bias_initializer=rare, dtype="float32", name="heat")(x),
-            "box": layers.Conv3D(6, 1, dtype="float32", name="box")(x)}
+    return {"heat": layers.Dense(1, activation="sigmoid", bias_initializer=rare, dtype="float32", name="heat")(x),
+            "box": layers.Dense(6, dtype="float32", name="box")(x)}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #fab65606
 def _subtype_head(volume, found: Mapping, features: Sequence, classes: int, dropout: float, shrink: float):
-    boxes, (*coarse, finest) = [found["heat"], found["box"]], features
-    finest = Place(dtype="float32", name="evidence_place")(finest)
-    pooled = HeatPool(dtype="float32", name="evidence_pool")([*boxes, *coarse, finest])
+    boxes = [found["heat"], found["box"]]
+    pooled = HeatPool(dtype="float32", name="evidence_pool")([*boxes, *features])
     shells = Shells(dtype="float32", name="evidence_shells")([*boxes, volume])
     x = layers.Concatenate(dtype="float32", name="evidence")([pooled, shells])
     x = Standardise(dtype="float32", name="evidence_scale")(x)
@@ -558,7 +572,7 @@ def heat_loss(true, predicted):
     p = ops.clip(predicted, 1e-6, 1 - 1e-6)
     centre = ops.cast(true >= 1, p.dtype)
     at_centre = centre * ops.square(1 - p) * ops.log(p)
-    elsewhere = (1 - centre) * (1 - true) ** 4 * ops.square(p) * ops.log(1 - p)
+    elsewhere = (1 - centre) * ops.square(ops.square(1 - true)) * ops.square(p) * ops.log(1 - p)
     axes = (1, 2, 3, 4)
     return -ops.sum(at_centre + elsewhere, axis=axes) / ops.maximum(ops.sum(centre, axis=axes), 1.0)
 
@@ -926,7 +940,7 @@ def _kept_bytes(layer: layers.Layer, output: int) -> int:
     # inputs and sums are only passed on; a normalisation keeps the normalised values beside its output
     if isinstance(layer, (layers.InputLayer, layers.Add, layers.Dropout)):
         return 0
-    return output * (2 if isinstance(layer, ChannelNorm) else 1)
+    return output * (2 if isinstance(layer, NormedConv3D) else 1)
 
 
 def _weighted(network: keras.Model) -> int:
@@ -1503,7 +1517,7 @@ def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: i
     return [Prediction(*pair, p, heat[..., 0]) for pair, p, heat in zip(found, subtypes, outputs["heat"], strict=True)]
 
 # %% ../nbs/05_train_3d_cnn.ipynb #24c008af
-MODEL_SCHEMA = 2
+MODEL_SCHEMA = 3
 
 # %% ../nbs/05_train_3d_cnn.ipynb #57694245
 def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequence[str], spacing_mm: float,

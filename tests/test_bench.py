@@ -90,15 +90,14 @@ def take_over(ours, theirs):
     names = {f"down{i}": block for i, block in enumerate(theirs.downs)}
     names |= {f"level{i}": block for i, block in enumerate(theirs.levels, 1)}
     names |= {f"up{levels - 2 - i}": block for i, block in enumerate(theirs.ups)} | {"bottom": theirs.bottom}
-    pairs = {name: block.conv for name, block in names.items()}
-    pairs |= {f"{name}_norm": block.norm for name, block in names.items()}
-    pairs |= {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
+    pairs = {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
     pairs |= {name: getattr(theirs, name) for name in ("heat", "box", "subtype")}
-    for name, module in pairs.items():
+    weights = {name: (block.conv.weight, block.bias) for name, block in names.items()}
+    weights |= {name: (module.weight, module.bias) for name, module in pairs.items()}
+    for name, (weight, shift) in weights.items():
         kernel, bias = map(np.asarray, ours.get_layer(name).get_weights())
-        order = (4, 3, 0, 1, 2) if kernel.ndim == 5 else (1, 0) if kernel.ndim == 2 else (0,)
-        module.weight.data.copy_(torch_from(kernel.transpose(order)))
-        module.bias.data.copy_(torch_from(bias))
+        weight.data.copy_(torch_from(np.moveaxis(kernel, (-1, -2), (0, 1))).reshape(weight.shape))
+        shift.data.copy_(torch_from(bias))
     for name, values in zip(("mean", "variance"), ours.get_layer("evidence_scale").get_weights(), strict=False):
         getattr(theirs.scale, name).copy_(torch_from(values))
 
