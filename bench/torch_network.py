@@ -19,17 +19,17 @@ def place(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Convolution, layer norm over the channels of each place without scale, bias, ReLU."""
+    """Convolution, layer norm over the channels of each place without scale and shift, ReLU."""
 
     def __init__(self, channels: int, width: int, stride: int = 1, at_end: bool = False):
         super().__init__()
         self.at_end = at_end and stride == 2
-        self.conv = nn.Conv3d(channels, width, 3, stride, padding=0 if self.at_end else 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.conv = nn.Conv3d(channels, width, 3, stride, padding=0 if self.at_end else 1)
+        self.norm = nn.LayerNorm(width, eps=1e-3, elementwise_affine=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(F.pad(x, (0, 1) * 3) if self.at_end else x)
-        x = F.layer_norm(x.permute(0, 2, 3, 4, 1), self.bias.shape, None, self.bias.to(x.dtype), eps=1e-3)
+        x = self.norm(x.permute(0, 2, 3, 4, 1))
         return F.relu(x, inplace=True).permute(0, 4, 1, 2, 3)  # a fifth of the step faster than in the other order
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'SHELLS', 'POINTS', 'WAVES', 'LUNG_HU', 'LOSSES', 'GB',
-           'LOWER', 'WORK', 'LAYER_BYTES', 'OUT_OF_MEMORY', 'REFIT_EPOCHS', 'MODEL_SCHEMA', 'TOGETHER', 'Examples',
-           'make_examples', 'gather', 'normalise', 'layer_costs', 'predecessor_cnn', 'NormedConv3D', 'Place',
-           'HeatPool', 'Shells', 'Standardise', 'build_network', 'takes_pet', 'parse_filters', 'reproducible',
+           'LOWER', 'WORK', 'LAYER_BYTES', 'OUT_OF_MEMORY', 'LOOK_BACK', 'REFIT_EPOCHS', 'MODEL_SCHEMA', 'TOGETHER',
+           'Examples', 'make_examples', 'gather', 'normalise', 'layer_costs', 'predecessor_cnn', 'NormedConv3D',
+           'Place', 'HeatPool', 'Shells', 'Standardise', 'build_network', 'takes_pet', 'parse_filters', 'reproducible',
            'encode_targets', 'decode_detections', 'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes',
            'draw_edges', 'axis_matrices', 'move_boxes', 'turn_boxes', 'augment', 'transplant', 'sample_patients',
            'subtype_weights', 'Settings', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit',
@@ -229,12 +229,13 @@ def _unit(rows):
 # %% ../nbs/05_train_3d_cnn.ipynb #4c1de0a4
 @keras.saving.register_keras_serializable(package="lungct")
 class NormedConv3D(layers.Conv3D):
-    """`keras.layers.Conv3D` with a layer normalisation over its filters, without scale, in front of the bias."""
+    """`keras.layers.Conv3D` with a layer normalisation over its filters, without scale and shift, before activation."""
 
-    def convolution_op(self, inputs, kernel):
-        x = super().convolution_op(inputs, kernel - ops.mean(kernel, axis=-1, keepdims=True))
+    def call(self, inputs):
+        kernel, bias = (weight - ops.mean(weight, axis=-1, keepdims=True) for weight in (self.kernel, self.bias))
+        x = self.convolution_op(inputs, kernel) + bias
         rows = ops.cast(ops.reshape(x, (-1, self.filters)), "float32")  # a square needs more than half precision
-        return ops.cast(ops.reshape(_unit(rows), ops.shape(x)), x.dtype)
+        return self.activation(ops.cast(ops.reshape(_unit(rows), ops.shape(x)), x.dtype))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #3c595e88
 def _conv(x, width: int, name: str, dtype: str, stride: int = 1):
@@ -1218,7 +1219,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray] | None:
 def fit(network: keras.Model, train: Examples, validation: Examples | None = None, settings: Settings | None = None,
         folder: str | os.PathLike | None = None, report: Callable[[dict], None] | None = None,
         log_dir: str | os.PathLike | None = None) -> pd.DataFrame:
-    """Train `network` in place and leave it with its best weights (lowest validation loss; else the last).
+    """Train `network` in place and leave it with the weights of its `best_epoch`.
 
     Parameters
     ----------
@@ -1281,10 +1282,17 @@ def _check_devices(settings: Settings) -> None:
         log.warning("jit_compile stays off: on a CPU, XLA makes 3D convolutions several times slower")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d9824fe7
+LOOK_BACK = 10  # epochs whose validation losses are averaged: with few patients a single one is luck
+
+
 def best_epoch(history: Sequence[Mapping]) -> int:
-    """Number of the epoch whose weights are kept: the lowest validation loss, or the last epoch without validation."""
+    """Number of the epoch whose weights are kept: the lowest mean validation loss of it and the `LOOK_BACK` - 1 before.
+
+    Without validation it is the last epoch.
+    """
     losses = [row.get("val_loss", -row["epoch"]) for row in history]
-    return int(np.argmin(losses)) + 1 if losses else 0
+    means = [np.mean(losses[max(0, end - LOOK_BACK):end]) for end in range(1, len(losses) + 1)]
+    return int(np.argmin(means)) + 1 if means else 0
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d1456c38
 def _stalled(history: Sequence[Mapping], patience: int) -> bool:

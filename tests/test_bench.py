@@ -90,14 +90,13 @@ def take_over(ours, theirs):
     names = {f"down{i}": block for i, block in enumerate(theirs.downs)}
     names |= {f"level{i}": block for i, block in enumerate(theirs.levels, 1)}
     names |= {f"up{levels - 2 - i}": block for i, block in enumerate(theirs.ups)} | {"bottom": theirs.bottom}
-    pairs = {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
+    pairs = {name: block.conv for name, block in names.items()}
+    pairs |= {f"up{levels - 2 - i}_mix": mix for i, mix in enumerate(theirs.mixes)}
     pairs |= {name: getattr(theirs, name) for name in ("heat", "box", "subtype")}
-    weights = {name: (block.conv.weight, block.bias) for name, block in names.items()}
-    weights |= {name: (module.weight, module.bias) for name, module in pairs.items()}
-    for name, (weight, shift) in weights.items():
+    for name, module in pairs.items():
         kernel, bias = map(np.asarray, ours.get_layer(name).get_weights())
-        weight.data.copy_(torch_from(np.moveaxis(kernel, (-1, -2), (0, 1))).reshape(weight.shape))
-        shift.data.copy_(torch_from(bias))
+        module.weight.data.copy_(torch_from(np.moveaxis(kernel, (-1, -2), (0, 1))).reshape(module.weight.shape))
+        module.bias.data.copy_(torch_from(bias))
     for name, values in zip(("mean", "variance"), ours.get_layer("evidence_scale").get_weights(), strict=False):
         getattr(theirs.scale, name).copy_(torch_from(values))
 
@@ -129,7 +128,8 @@ def test_contenders_are_timed_in_turn_and_a_missing_one_is_named(tmp_path, monke
 def test_the_bare_step_of_keras_learns():
     import train
 
-    step = train.keras_step(train.example_batch(16, 2), half=True)
+    # not smaller: on maps of 2^3, oneDNN's bfloat16 gradient of a kernel reads memory that nobody wrote
+    step = train.keras_step(train.example_batch(32, 2), half=True)
     first = step()
     assert min(step() for _ in range(5)) < first
 
