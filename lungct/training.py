@@ -218,18 +218,21 @@ def _unit(rows):
     # rows (k, c) over the root of their mean square
     share = ops.full((rows.shape[-1], 1), 1 / rows.shape[-1], dtype="float32")
     factor = ops.rsqrt(ops.matmul(ops.square(rows), share) + 1e-3)
-    unit = rows * factor
 
     def gradient(*known, upstream=None):
+        # `rows` again, not the result: torch would keep a result that its own gradient holds on to
         upstream = known[0] if upstream is None else upstream  # torch names it
-        return (upstream - unit * ops.matmul(unit * upstream, share)) * factor
+        return (upstream - rows * (ops.square(factor) * ops.matmul(rows * upstream, share))) * factor
 
-    return unit, gradient
+    return rows * factor, gradient
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4c1de0a4
 @keras.saving.register_keras_serializable(package="lungct")
 class NormedConv3D(layers.Conv3D):
-    """`keras.layers.Conv3D` with a layer normalisation over its filters, without scale and shift, before activation."""
+    """`keras.layers.Conv3D` with a layer normalisation over its filters, without scale and shift, before activation.
+
+    Needs its bias, and the channels last.
+    """
 
     def call(self, inputs):
         kernel, bias = (weight - ops.mean(weight, axis=-1, keepdims=True) for weight in (self.kernel, self.bias))
@@ -868,7 +871,7 @@ class Settings:
     subtype_weight: float = 1.0     # of the subtype loss in the sum; heat and box count 1
     smoothing: float = 0.1
     balance: float = 0.25
-    patience: int = 30              # epochs without a better validation loss
+    patience: int = 30              # epochs without a better mean validation loss
     augmented: bool = True
     transplants: float = 0.5        # share of volumes that get a lesion of another patient
     pet_dropout: float = 0.25       # share of volumes whose PET is withheld
@@ -1286,13 +1289,13 @@ LOOK_BACK = 10  # epochs whose validation losses are averaged: with few patients
 
 
 def best_epoch(history: Sequence[Mapping]) -> int:
-    """Number of the epoch whose weights are kept: the lowest mean validation loss of it and the `LOOK_BACK` - 1 before.
+    """Number of the epoch whose weights are kept: the last of the `LOOK_BACK` with the lowest mean validation loss.
 
-    Without validation it is the last epoch.
+    Without validation, and in a training that is no longer than that, it is the last epoch.
     """
     losses = [row.get("val_loss", -row["epoch"]) for row in history]
-    means = [np.mean(losses[max(0, end - LOOK_BACK):end]) for end in range(1, len(losses) + 1)]
-    return int(np.argmin(means)) + 1 if means else 0
+    means = [np.mean(losses[end - LOOK_BACK:end]) for end in range(LOOK_BACK, len(losses) + 1)]
+    return LOOK_BACK + int(np.argmin(means)) if means else len(losses)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d1456c38
 def _stalled(history: Sequence[Mapping], patience: int) -> bool:

@@ -56,6 +56,15 @@ apart = max(float(np.abs(a - b).max()) for a, b in zip(one[1], two[1], strict=Tr
 print("said", json.dumps({"losses": [one[0], two[0]], "apart": apart, "devices": [one[2], two[2]], "made": two[3],
                           "refused": refused}))
 """
+FREED = PRELUDE + """
+import gc, weakref
+gc.disable()
+unit = training._unit(2 * training.keras.Variable(np.ones((4, 16), "float32")).value)
+training.ops.sum(unit).backward()
+gone = weakref.ref(unit)
+del unit
+print("said", json.dumps(gone() is None))
+"""
 LOGICAL = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -102,6 +111,12 @@ def test_another_backend_takes_the_same_step(backend, reference, tmp_path):
     assert said["val_loss"] == pytest.approx(row.val_loss, rel=1e-3) and abs(row.val_loss - row.loss) > 1e-3
     back, _ = training.load_model(tmp_path)  # and a model of the other backend here
     assert np.allclose(said["later"], [p.heat.max() for p in training.predict(back, toys.toys(4).ct_hu)], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [installed("torch", "bench")])
+def test_features_are_freed_after_the_step_and_not_when_the_collector_comes_by(backend):
+    assert child(backend, FREED) is True
 
 
 @pytest.mark.slow
