@@ -506,6 +506,19 @@ def test_the_normalisation_is_that_of_keras(precision, tolerance, size):
     assert np.allclose(got, ops.convert_to_numpy(wanted), rtol=tolerance, atol=tolerance) and got.std() > 0.5
 
 
+def test_half_precision_divides_in_full_precision():
+    ops, rng = training.ops, np.random.default_rng(0)
+    layer = training.NormedConv3D(16, 1, dtype="mixed_bfloat16")
+    features, kernel = rng.normal(3, 5, (2, 3, 4, 5, 16)), np.eye(16).reshape(1, 1, 1, 16, 16)
+    features = ops.cast(features.astype("float32"), layer.compute_dtype)
+    layer.build(features.shape)
+    layer.set_weights([kernel, np.zeros(16)])
+    convolved = layer.convolution_op(features, ops.cast(kernel - 1 / 16, layer.compute_dtype))
+    got, rows = (ops.convert_to_numpy(ops.cast(x, "float32")).astype(float) for x in (layer(features), convolved))
+    wanted = rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + 1e-3)
+    assert np.allclose(got, wanted, rtol=2**-8, atol=1e-5) and got.std() > 0.5
+
+
 @pytest.mark.parametrize("size", [1, 0.03])                      # in the small rows the 1e-3 under the root counts
 def test_the_gradient_written_out_is_the_one_of_small_differences(size):
     ops, rng = training.ops, np.random.default_rng(1)
