@@ -1,7 +1,7 @@
 """Training steps on this machine's accelerator, with whichever backend Keras finds: python bench/gpu.py
 
 Needs keras, numpy and one backend (KERAS_BACKEND=tensorflow, jax or torch), nothing else. Prints a Markdown section;
---append FILE adds it to a file. The network is the one of chapter 5, and so is the loss; volumes lie on the device.
+--append FILE adds it to a file. Network and loss are those of chapter 5; batches come from the host's memory.
 """
 
 import argparse

@@ -1004,17 +1004,20 @@ def model_card(lines: Sequence[Mapping[str, str]], metrics: Mapping[str, Estimat
     lines
         From `headline`.
     side_car
-        model.json: grid, classes, hashes.
+        model.json: grid, inputs, classes, hashes.
     counts
         Patients, scans and lesions (columns) of each role (index).
     """
     source = "generated phantoms, not patients" if phantoms else "the DICOM series and annotations given by path"
     grid, rows = side_car["grid"], "\n".join(f"| {role} | {' | '.join(map(str, row))} |" for role, row in
                                            zip(counts.index, counts.to_numpy().tolist(), strict=True))
+    inputs = "CT in HU" + (", with the SUV of a PET where there is one," if "pet" in side_car["inputs"] else "")
     return CARD.format(
-        source=source, size=grid["size"], spacing=grid["spacing_mm"], classes=", ".join(side_car["classes"]) or "none",
-        model_hash=side_car["model_hash"], training_hash=side_car["training_hash"], roles=rows,
-        headline="\n".join(f"- **{line['label']}**: {line['text']}" for line in lines), metrics=metric_lines(metrics))
+        source=source, inputs=inputs, size=grid["size"], spacing=grid["spacing_mm"],
+        classes=", ".join(side_car["classes"]) or "none", model_hash=side_car["model_hash"],
+        training_hash=side_car["training_hash"], roles=rows,
+        headline="\n".join(f"- **{line['label']}**: {line['text']}" for line in lines),
+        metrics=metric_lines(metrics))
 
 # %% ../nbs/06_evaluate.ipynb #33cb4e50
 CARD_REST = """
@@ -1024,7 +1027,7 @@ CARD_REST = """
 {metrics}
 
 A hit is a box whose centre lies in the lesion's box, or whose IoU with it reaches the number in the metric's name. The
-rows "validation" are optimistic: the training was stopped by them. "shuffled_labels" and "shuffled_training" are ranges
+rows "validation" are optimistic: the epoch was chosen by them. "shuffled_labels" and "shuffled_training" are ranges
 of chance. "network_calibrated" is the network after a temperature that was fitted on the validation patients.
 
 ## Limits
@@ -1044,7 +1047,7 @@ Proposes 3D boxes for lung tumours on chest CT, with a score, and probabilities 
 model is built and measured. Not for diagnosis, triage, treatment, or any decision about a person.
 
 ## Model
-- Input: CT in HU on a grid of {size} x {size} x {size} voxels of {spacing} mm, centred on the lungs.
+- Input: {inputs} on a grid of {size} x {size} x {size} voxels of {spacing} mm, centred on the lungs.
 - Subtype classes: {classes} (A adenocarcinoma, B small cell, E large cell, G squamous cell).
 - Model hash {model_hash}, training data hash {training_hash}.
 

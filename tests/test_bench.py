@@ -16,7 +16,7 @@ import runpy, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("pandas", "scipy", "pyarrow", "sklearn", "pydicom"):
+        if name.split(".")[0] in ("pandas", "scipy", "pyarrow", "sklearn", "pydicom", "psutil"):
             raise ModuleNotFoundError(name=name)
 
 sys.meta_path.insert(0, Absent())

@@ -667,13 +667,16 @@ def test_prediction_table_keeps_unknown_subtypes_empty():
 
 def test_model_card_says_what_it_must():
     few = ev.not_estimable("at least 10 patients needed", 1)
-    side_car = {"grid": {"size": 64, "spacing_mm": 6.0}, "classes": [], "model_hash": "m", "training_hash": "t"}
+    side_car = {"grid": {"size": 64, "spacing_mm": 6.0}, "classes": [], "model_hash": "m", "training_hash": "t",
+                "inputs": ["ct"]}
     counts = pd.DataFrame({"patients": [1], "scans": [2], "lesions": [3]}, index=["test"])
     card = ev.model_card([{"label": "L", "text": "T"}], {"some/metric": few}, side_car, counts, phantoms=True)
     for words in ("Not for clinical use", "generated phantoms, not patients", "| test | 1 | 2 | 3 |", "- **L**: T",
                   "| some/metric | not estimable (at least 10 patients needed) | 1 |", "64 x 64 x 64 voxels of 6.0 mm"):
         assert words in card
     assert "phantom" not in ev.model_card([], {}, side_car, counts, phantoms=False)
+    both = ev.model_card([], {}, side_car | {"inputs": ["ct", "pet"]}, counts, phantoms=False)
+    assert "SUV" in both and "SUV" not in card
 
 
 # pictures and sentences -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import threading
 import zipfile
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,6 +39,13 @@ def toys(n=4, size=SIZE, targets=(0, 1), seed=0):
         boxes.append(np.array([[*low, *high]], "float32"))
     names = np.array([f"p{i}" for i in range(n)])
     return Examples(hu.astype("int16"), boxes, np.array([targets[i % len(targets)] for i in range(n)]), names, names)
+
+
+def walled(examples):
+    """The same volumes with tissue in front and behind, as lung has."""
+    hu = examples.ct_hu.copy()
+    hu[:, :, [0, -1]] = 0
+    return replace(examples, ct_hu=hu)
 
 
 def glowing(examples, without=()):
@@ -180,13 +188,13 @@ def test_pet_moves_with_the_voxels_and_is_not_disturbed():
 
 
 def test_a_guest_brings_its_uptake_along():
-    train = glowing(toys(4, targets=(0,)), without=[3])
+    train = walled(glowing(toys(4, targets=(0,)), without=[3]))
     got = training._with_guests(train, train, np.random.default_rng(1), share=1.0)  # 0 puts one into a corner
     for row in range(3):
         z, y, x = ((got.boxes_zyx[row][1, :3] + got.boxes_zyx[row][1, 3:]) / 2).astype(int)
         assert got.pet_suv[row, z, y, x] > 4
     assert np.isnan(got.pet_suv[3]).all() and len(got.boxes_zyx[3]) == 2
-    dark = glowing(toys(4, targets=(0,)), without=[1, 2, 3])
+    dark = walled(glowing(toys(4, targets=(0,)), without=[1, 2, 3]))
     lonely = training._with_guests(dark.take([0]), dark.take([1, 2, 3]), np.random.default_rng(0), share=1.0)
     assert len(lonely.boxes_zyx[0]) == 1  # nobody with a PET to give
 
@@ -436,14 +444,14 @@ def test_a_transplanted_patch_has_the_same_bits_with_one_and_two_blas_threads():
 
 
 def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
-    train = toys(4)
+    train = walled(toys(4))
     train.ct_hu[:] = np.where(train.ct_hu > 0, 40 + 10 * np.arange(4)[:, None, None, None], train.ct_hu)
     got = training._with_guests(train, train, np.random.default_rng(0), share=1.0)
     assert [len(b) for b in got.boxes_zyx] == [2] * 4 and got.target.tolist() == train.target.tolist()
     for row in range(4):
         others = {40 + 10 * other for other in range(4) if train.target[other] != train.target[row]}
         assert not others & set(got.ct_hu[row].ravel().tolist())
-    alone = toys(2, targets=(-1, 0)).take([0])
+    alone = walled(toys(2, targets=(-1, 0))).take([0])
     same = training._with_guests(alone, train, np.random.default_rng(0), share=1.0)
     assert np.array_equal(same.ct_hu, alone.ct_hu)  # no donor of its kind
     twice = replace(train, patient_id=np.array(["p0", "p1", "p0", "p1"]))       # 0 and 2 share a patient and a subtype
@@ -453,17 +461,36 @@ def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
 
-def test_a_guest_is_put_into_lung_and_not_into_skin():
-    volume = np.full((16, 16, 16), -1000, "int16")
-    volume[4:12, 2:14, 2:14] = -800                            # a block of lung in plain air: its rim is like skin
-    volume[6:8] = 40
-    allowed = {tuple(place) for place in np.argwhere(
-        (minimum_filter(volume, 5) > -950) & (volume > -950) & (volume < -650)).tolist()}
-    rng = np.random.default_rng(0)
-    got = [tuple(training._in_lung(volume, rng).tolist()) for _ in range(2000)]
+def in_a_body(depth, size=24):
+    """Air, in it a body, in that a block of lung so many voxels deep with a lump; behind the body a flat table."""
+    volume = np.full((size,) * 3, -1000, "int16")
+    volume[:, 2:18, 2:22] = 40
+    volume[6:18, 4 : 4 + depth, 4:20] = -800
+    volume[10:12, :, 8:10] = 40
+    volume[:, 18:20] = -800                                    # foam, and the plate that holds it
+    volume[:, 20] = 100
+    return volume
+
+
+def test_a_guest_is_put_into_lung_and_not_into_skin_or_table():
+    rng, volume = np.random.default_rng(0), in_a_body(depth=12)
+    lung = np.zeros(volume.shape, bool)
+    lung[6:18, 4:16, 4:20] = True
+    allowed = {tuple(place) for place in np.argwhere(lung & (volume == -800)).tolist()}
+    got = [tuple(training._in_lung(volume, rng).tolist()) for _ in range(30_000)]
     count = np.unique(got, axis=0, return_counts=True)[1]
-    assert set(got) == allowed and count.max() < 4 * 2000 / len(allowed)     # all of them, none of them preferred
+    assert set(got) == allowed and count.max() < 4 * len(got) / len(allowed)      # all of them, none of them preferred
     assert training._in_lung(np.full((8, 8, 8), 40, "int16"), rng) is None
+    assert training._in_lung(in_a_body(depth=2), rng) is None                # a slit
+    assert training._in_lung(volume[:, :16], rng) is None                    # the scan ends in the lung
+
+
+def test_a_guest_is_not_put_where_air_is_near():
+    volume = in_a_body(depth=12)
+    volume[11:13, 9:11, 13:15] = -1000                         # a windpipe
+    near = minimum_filter(volume, 5) <= -950
+    got = np.array([training._in_lung(volume, np.random.default_rng(i)) for i in range(500)])
+    assert not near[tuple(got.T)].any()
 
 
 # ---- sampling
@@ -908,6 +935,35 @@ def test_an_error_while_a_batch_is_made_reaches_the_caller():
         list(training._ahead(made()))
 
 
+def shown(net, few, settings, epoch):
+    return [(*stacks, inputs.sum(dtype=float)) for stacks, inputs, _ in training._stream(net, few, settings, epoch)]
+
+
+@pytest.mark.parametrize("echoes", [1, 2, 3])
+def test_each_batch_is_used_as_often_as_asked_with_others_in_between(echoes):
+    used = [*islice(training._order(echoes), 90)]
+    whole = range(90 // echoes - echoes * training.ECHO_AFTER)   # the last ones are still to come back
+    assert [used.count(number) for number in whole] == [echoes] * len(whole)
+    apart = [np.diff(np.flatnonzero(np.array(used) == number)) for number in whole]
+    assert all((gaps >= training.ECHO_AFTER).all() for gaps in apart)
+
+
+@pytest.mark.parametrize("echoes", [1, 2, 3])
+def test_batches_after_an_interruption_are_those_of_an_undisturbed_training(echoes):
+    net, few, settings = network(), toys(4), quick(epochs=14, batch_size=2, echoes=echoes)
+    whole, steps = shown(net, few, settings, 1), settings.steps(few)
+    assert len(whole) == 14 * steps == 28 and len(set(whole)) >= 28 / echoes > len(set(whole)) - 9
+    for epoch in (2, 5, 8, 14):
+        assert shown(net, few, settings, epoch) == whole[(epoch - 1) * steps:]
+
+
+def test_a_batch_is_made_once_however_often_it_is_used(monkeypatch):
+    made, one = [], training._batch
+    monkeypatch.setattr(training, "_batch", lambda *given: made.append(1) or one(*given))
+    used = shown(network(), toys(4), quick(epochs=20, batch_size=2, echoes=2), 1)
+    assert len(used) == 40 and len(made) == len(set(used)) == 22
+
+
 def test_volumes_held_on_the_device_give_the_same_batches():
     few, net = glowing(toys(4), without=[1]), network(pet=True)
     held = training.ops.convert_to_tensor(few.ct_hu)
@@ -1068,6 +1124,15 @@ def test_one_lucky_epoch_is_not_the_best():
     falling = np.linspace(3, 1.2, 30)
     assert training.best_epoch(history_of([0.5, *falling])) == 31
     assert training.best_epoch(history_of([*falling[:15], 0.9, *falling[15:]])) == 31
+
+
+def test_the_epoch_of_a_detector_is_judged_by_its_detection():
+    falling = np.linspace(3, 1, 30)
+    rows = [{"epoch": i, "val_loss": 9, "val_heat_loss": loss, "val_box_loss": loss / 2, "val_subtype_loss": 9 - loss}
+            for i, loss in enumerate([*falling, *falling[::-1]], 1)]
+    summed = [row | {"val_loss": row["val_heat_loss"] + row["val_box_loss"] + row["val_subtype_loss"]} for row in rows]
+    assert training.best_epoch(rows) == training.best_epoch(summed) == 35
+    assert training.best_epoch([{"epoch": row["epoch"], "val_loss": row["val_heat_loss"]} for row in rows]) == 35
 
 
 def test_best_weights_are_kept(monkeypatch):
