@@ -913,6 +913,18 @@ def test_a_device_that_runs_out_of_memory_names_what_to_lower(monkeypatch):
 # ---- the input
 
 
+@pytest.mark.skipif(training.keras.backend.backend() != "tensorflow", reason="TensorFlow alone traces")
+def test_a_step_is_traced_once(monkeypatch):
+    calls, few, net = [], toys(4), network()
+    monkeypatch.setitem(training.LOSSES, "heat", lambda *pair: calls.append(1) or training.heat_loss(*pair))
+    trainer = training._trainer(net, quick(), 2)
+    before, weights = len(calls), net.get_weights()
+    for _, *batch in training._batches(trainer, few, quick(), 1):
+        trainer.train_on_batch(*batch)
+    assert len(calls) == before + 1
+    assert not all(np.array_equal(a, b) for a, b in zip(weights, net.get_weights(), strict=True))
+
+
 def test_the_next_batch_is_made_while_the_device_works():
     second = threading.Event()
 
