@@ -962,7 +962,7 @@ def test_each_batch_is_used_as_often_as_asked_with_others_in_between(echoes):
 
 @pytest.mark.parametrize("echoes", [1, 2, 3])
 def test_batches_after_an_interruption_are_those_of_an_undisturbed_training(echoes):
-    net, few, settings = network(), toys(4), quick(epochs=14, batch_size=2, echoes=echoes)
+    net, few, settings = network(), walled(toys(4)), quick(epochs=14, batch_size=2, echoes=echoes)
     whole, steps = shown(net, few, settings, 1), settings.steps(few)
     assert len(whole) == 14 * steps == 28 and len(set(whole)) >= 28 / echoes > len(set(whole)) - 9
     for epoch in (2, 5, 8, 14):
@@ -976,13 +976,15 @@ def test_a_batch_is_made_once_however_often_it_is_used(monkeypatch):
     assert len(used) == 40 and len(made) == len(set(used)) == 22
 
 
-def test_volumes_held_on_the_device_give_the_same_batches():
-    few, net = glowing(toys(4), without=[1]), network(pet=True)
-    held = training.ops.convert_to_tensor(few.ct_hu)
+def test_volumes_held_on_the_device_give_the_same_batches(monkeypatch):
+    few, net = walled(glowing(toys(4, targets=(0,)), without=[1])), network(pet=True)
+    held, guests, add = training.ops.convert_to_tensor(few.ct_hu), [], training.transplant
+    monkeypatch.setattr(training, "transplant", lambda *given: guests.append(1) or add(*given))
     for one, two in zip(*(training._batches(net, few, quick(), 1, h) for h in (None, held)), strict=True):
         assert one[0].tolist() == two[0].tolist()
         assert np.array_equal(np.asarray(one[1]), np.asarray(two[1]))
         assert all(np.array_equal(one[2][name], two[2][name]) for name in one[2])
+    assert guests                                              # volumes with one are sent anew
 
 
 def test_volumes_go_to_the_gpu_only_where_they_fit(monkeypatch):
@@ -1140,10 +1142,12 @@ def test_one_lucky_epoch_is_not_the_best():
 
 def test_the_epoch_of_a_detector_is_judged_by_its_detection():
     falling = np.linspace(3, 1, 30)
-    rows = [{"epoch": i, "val_loss": 9, "val_heat_loss": loss, "val_box_loss": loss / 2, "val_subtype_loss": 9 - loss}
+    rows = [{"epoch": i, "val_loss": 9, "val_heat_loss": loss, "val_box_loss": loss / 2,
+             "val_subtype_loss": 9 - 3 * loss}
             for i, loss in enumerate([*falling, *falling[::-1]], 1)]
     summed = [row | {"val_loss": row["val_heat_loss"] + row["val_box_loss"] + row["val_subtype_loss"]} for row in rows]
     assert training.best_epoch(rows) == training.best_epoch(summed) == 35
+    assert training.best_epoch([{"epoch": row["epoch"], "val_loss": row["val_loss"]} for row in summed]) != 35
     assert training.best_epoch([{"epoch": row["epoch"], "val_loss": row["val_heat_loss"]} for row in rows]) == 35
 
 
@@ -1180,7 +1184,8 @@ import test_training as t
 def unplug(row):
     if row["epoch"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-t.training.fit(t.network(filters=(8, 16)), t.toys(4), t.toys(2, seed=9), t.quick(epochs=4), sys.argv[1], unplug)
+few, watched = t.walled(t.toys(4)), t.toys(2, seed=9)
+t.training.fit(t.network(filters=(8, 16)), few, watched, t.quick(epochs=4), sys.argv[1], unplug)
 """
 
 
@@ -1194,7 +1199,7 @@ def test_killed_and_called_again_ends_with_the_same_bits(tmp_path):
     def finish(folder, seen):
         net = network(filters=(8, 16))
         report = lambda row: seen.append(row["epoch"])  # noqa: E731
-        return net, training.fit(net, toys(4), toys(2, seed=9), quick(epochs=4), folder, report)
+        return net, training.fit(net, walled(toys(4)), toys(2, seed=9), quick(epochs=4), folder, report)
 
     resumed, late = finish(tmp_path, after := [])
     whole, history = finish(None, every := [])
