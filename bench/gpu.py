@@ -66,7 +66,7 @@ def seconds_a_step(training, size: int, batch: int, precision: str, jit: bool, s
     """Median seconds of one `train_on_batch`, after the steps that compile and warm up."""
     training.reproducible(0, exact=not jit)  # with deterministic operations TensorFlow would leave XLA off, unasked
     network = training.build_network(size, CLASSES, FILTERS, precision=precision)
-    trainer = training._trainer(network, training.Settings(batch_size=batch), steps)
+    trainer = training._trainer(network, training.Settings(batch_size=batch))
     trainer.compile(trainer.optimizer, trainer.loss, loss_weights=training._weights(network, training.Settings()),
                     jit_compile=jit)
     if trainer.jit_compile is not jit:

@@ -118,7 +118,7 @@ def test_xla_stays_off_on_a_processor_and_says_so(caplog):
     asked = training.Settings(jit_compile=True)
     training._check_devices(asked)
     assert caplog.text.count("jit_compile stays off: on a CPU") == 1
-    assert not training._compiled(asked) and not training._trainer(toys.network(), asked, 4).jit_compile
+    assert not training._compiled(asked) and not training._trainer(toys.network(), asked).jit_compile
 
 
 # ---- whose checkpoint it is
@@ -145,7 +145,7 @@ def test_moments_of_half_precision_go_on_in_float32(tmp_path):
     trainers = []
     for precision in ("mixed_float16", "float32"):
         training.reproducible(0)
-        trainers.append(training._trainer(training.build_network(16, "AG", (8,), precision=precision), toys.quick(), 4))
+        trainers.append(training._trainer(training.build_network(16, "AG", (8,), precision=precision), toys.quick()))
     half, whole = trainers
     assert isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
     for at, variable in enumerate(half.optimizer.inner_optimizer.variables):
@@ -173,7 +173,7 @@ def test_what_was_asked_for_plainly_is_tried_again_as_it_was():
 def states(tmp_path_factory):
     """Two states of a training, its key, and its trainer."""
     folder, network, history = tmp_path_factory.mktemp("states"), toys.network(), []
-    trainer = training._trainer(network, toys.quick(), 4)
+    trainer = training._trainer(network, toys.quick())
     for epoch in (1, 2):
         history.append({"epoch": epoch, "loss": 1 / epoch})
         training._save_state(folder, "c0ffee" * 2, trainer, network.get_weights(), history)

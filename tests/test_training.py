@@ -461,7 +461,7 @@ def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
 
-def in_a_body(depth, size=24):
+def in_a_body(depth, size=36):
     """Air, in it a body, in that a block of lung so many voxels deep with a lump; behind the body a flat table."""
     volume = np.full((size,) * 3, -1000, "int16")
     volume[:, 2:18, 2:22] = 40
@@ -764,11 +764,11 @@ def test_the_refit_touches_the_subtype_layer_and_its_scale_alone():
     examples, net, settings = toys(12), network(classes=("A", "B", "G")), quick(epochs=3)
     training.fit(net, examples, None, settings)
     before = {weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights}
-    train_loss = training._validate(training._trainer(net, settings, 4), examples, settings)
+    train_loss = training._validate(training._trainer(net, settings), examples, settings)
     for name in ("kernel", "bias"):
         weight = getattr(net.get_layer("subtype"), name)
         weight.assign(weight * 0)
-    spoilt = training._validate(training._trainer(net, settings, 4), examples, settings)
+    spoilt = training._validate(training._trainer(net, settings), examples, settings)
     training.refit_subtypes(net, examples, settings)
     after = {weight.path: training.ops.convert_to_numpy(weight) for weight in net.weights}
     assert all(np.array_equal(before[path], after[path]) for path in before)   # it ends where `fit` had ended
@@ -917,12 +917,34 @@ def test_a_device_that_runs_out_of_memory_names_what_to_lower(monkeypatch):
 def test_a_step_is_traced_once(monkeypatch):
     calls, few, net = [], toys(4), network()
     monkeypatch.setitem(training.LOSSES, "heat", lambda *pair: calls.append(1) or training.heat_loss(*pair))
-    trainer = training._trainer(net, quick(), 2)
+    trainer = training._trainer(net, quick())
     before, weights = len(calls), net.get_weights()
     for _, *batch in training._batches(trainer, few, quick(), 1):
         trainer.train_on_batch(*batch)
     assert len(calls) == before + 1
     assert not all(np.array_equal(a, b) for a, b in zip(weights, net.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(130, 34), (2, 7), (1, 1)])
+def test_the_rates_are_those_of_a_cosine_with_a_warm_start(epochs, steps):
+    whole, warm = epochs * steps, max(1, epochs * steps // 10)
+    other = training.keras.optimizers.schedules.CosineDecay(
+        0.03 / 20, max(1, whole - warm), alpha=0.01, warmup_target=0.03, warmup_steps=warm)
+    rates = training.learning_rates(Settings(learning_rate=0.03, epochs=epochs), whole)
+    some = [*range(0, whole, 97), whole - 1]
+    assert len(rates) == whole and np.allclose(rates[some], [float(other(step)) for step in some], rtol=1e-4)
+
+
+def test_each_step_has_its_own_rate(monkeypatch):
+    met, settings, step = [], quick(epochs=3, batch_size=2), training.keras.Model.train_on_batch
+
+    def watch(trainer, *given, **more):
+        met.append(float(trainer.optimizer.learning_rate))
+        return step(trainer, *given, **more)
+
+    monkeypatch.setattr(training.keras.Model, "train_on_batch", watch)
+    training.fit(network(), toys(4), settings=settings)
+    assert np.allclose(met, training.learning_rates(settings, 6)) and len(set(met)) == 6
 
 
 def test_the_next_batch_is_made_while_the_device_works():
@@ -948,7 +970,8 @@ def test_an_error_while_a_batch_is_made_reaches_the_caller():
 
 
 def shown(net, few, settings, epoch):
-    return [(*stacks, inputs.sum(dtype=float)) for stacks, inputs, _ in training._stream(net, few, settings, epoch)]
+    return [(*stacks, np.asarray(inputs).sum(dtype=float))
+            for stacks, inputs, _ in training._stream(net, few, settings, epoch)]
 
 
 @pytest.mark.parametrize("echoes", [1, 2, 3])
