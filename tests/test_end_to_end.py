@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lungct import runs
+from lungct import course, runs
 
 LUNGCT = [sys.executable, "-c", "from lungct.course import main; main()"]
 SMALL = ["-p", "phantom_patients", "14", "-p", "epochs", "2", "-p", "filters", "8 16 16", "-p", "grid_size", "32",
@@ -129,7 +129,7 @@ def test_each_chapter_runs_alone_under_papermill(small_run, tmp_path, name):
     assert outputs(run_dir)[name] == before, "the same chapter on the same inputs leaves the same bytes"
 
 
-def test_a_run_killed_in_chapter_3_ends_like_an_undisturbed_one(small_run, tmp_path):
+def test_a_run_killed_in_chapter_3_goes_on_like_an_undisturbed_one(small_run, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "killed"
     command = [*LUNGCT, "run", "--run-dir", str(run_dir), *SMALL]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -140,9 +140,11 @@ def test_a_run_killed_in_chapter_3_ends_like_an_undisturbed_one(small_run, tmp_p
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert runs.load_manifest(run_dir, "03_build_volumes") is None
-    done = lungct("run", "--run-dir", run_dir, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("already done") == 2
+    again = course.plan_course(str(run_dir), dict(zip(SMALL[1::3], SMALL[2::3], strict=True)))
+    # up to the files that a training reads; that the same files give the same model is asked of each chapter above
+    monkeypatch.setattr(runs, "CHAPTERS", runs.CHAPTERS[:4])
+    course.run_course(again, course.Progress())
+    assert capsys.readouterr().err.count("already done") == 2
     assert outputs(run_dir) == outputs(small_run[0])
 
 
