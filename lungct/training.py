@@ -165,12 +165,12 @@ def normalise(ct_hu, pet_suv=None):
 def _windowed(parts: Sequence[tuple]) -> np.ndarray:
     # one volume at a time and in place: what stays in the processor's cache is done sooner
     shape = parts[0][0].shape
-    seen, place = np.empty((*shape, len(parts)), "float32"), np.empty(shape[1:], "float32")
-    for i, channel in np.ndindex(shape[0], len(parts)):
-        part, low, high = parts[channel]
-        np.clip(part[i], np.float32(low), np.float32(high), out=place, casting="unsafe")
-        place -= np.float32(low)
-        np.divide(place, np.float32(high - low), out=seen[i, ..., channel])
+    seen, place = np.empty((*shape, len(parts)), "float32"), np.empty(shape[-3:], "float32")
+    for at in np.ndindex(*shape[:-3]):
+        for channel, (part, low, high) in enumerate(parts):
+            np.clip(part[at], np.float32(low), np.float32(high), out=place, casting="unsafe")
+            place -= np.float32(low)
+            np.divide(place, np.float32(high - low), out=seen[(*at, ..., channel)])
     return seen
 
 
@@ -938,7 +938,7 @@ LOSSES = {"heat": heat_loss, "box": box_loss, "subtype": subtype_loss}
 def _trainer(network: keras.Model, settings: Settings) -> keras.Model:
     # a second Model object on the same layers: `network` stays free of optimizer and loss, and so does its file
     optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
-        settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
+        float(settings.learning_rate), weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
     if _precision(network) == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # or small gradients would be rounded to zero
     trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output, name="trainer")
@@ -957,7 +957,7 @@ def _meet_losses(trainer: keras.Model, settings: Settings) -> None:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d80b639f
 def learning_rates(settings: Settings, steps: int) -> np.ndarray:
-    """Rate (steps,) of each step: a tenth of them climbs to the peak, a cosine comes down to 1 % of it."""
+    """Rate (steps,) of all steps of a training: a tenth climbs to the peak, a cosine leads towards 1 % of it."""
     warm = max(1, steps // 10)
     climb = np.linspace(0.05, 1, warm, endpoint=False)
     descent = 0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(steps - warm) / max(1, steps - warm))) / 2
@@ -1163,7 +1163,7 @@ def _on_device(batch: Examples, train: Examples, rows: np.ndarray, held):
 def _targets(network: keras.Model, boxes: Sequence, target: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     wanted = {}
     if "heat" in network.output:
-        wanted = dict(zip(("heat", "box"), _encode(boxes, network.input.shape[1]), strict=True))
+        wanted["heat"], wanted["box"] = _encode(boxes, network.input.shape[1])
     if "subtype" in network.output:
         wanted["subtype"] = encode_subtypes(target, _subtypes(network), settings.smoothing)
     return wanted
@@ -1338,13 +1338,13 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 # %% ../nbs/05_train_3d_cnn.ipynb #26a32043
 def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.DataFrame:
     key, steps = _key(network, train, watched, settings), settings.steps(train)
-    trainer, rates = _trainer(network, settings), learning_rates(settings, settings.epochs * steps)
+    trainer, rates = _trainer(network, settings), learning_rates(settings, settings.epochs * steps).reshape(-1, steps)
     history, best = (_load_state(folder, key, trainer) if folder else None) or ([], network.get_weights())
     board, held = _board(log_dir, history), _hold(network, settings, train)
     batches = _ahead(_stream(trainer, train, settings, len(history) + 1, held))
     while len(history) < settings.epochs and not _stalled(history, settings.patience):
-        epoch, done = len(history) + 1, len(history) * steps
-        row = {"epoch": epoch} | _epoch(trainer, islice(batches, steps), rates[done:][:steps], settings, epoch)
+        epoch = len(history) + 1
+        row = {"epoch": epoch} | _epoch(trainer, islice(batches, steps), rates[epoch - 1], settings, epoch)
         history.append(row | (_validate(trainer, watched, settings) if watched else {}))
         if not np.isfinite(history[-1].get("val_loss", 0)):
             raise FloatingPointError(f"validation loss is {history[-1]['val_loss']} after epoch {epoch}, though the "

@@ -131,6 +131,7 @@ def test_each_chapter_runs_alone_under_papermill(small_run, tmp_path, name):
 
 def test_a_run_killed_in_chapter_3_goes_on_like_an_undisturbed_one(small_run, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "killed"
+    shutil.copytree(small_run[0], run_dir, ignore=shutil.ignore_patterns("0[3-6]_*", "report"))
     command = [*LUNGCT, "run", "--run-dir", str(run_dir), *SMALL]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300

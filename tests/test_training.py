@@ -482,6 +482,7 @@ def test_a_guest_is_put_into_lung_and_not_into_skin_or_table():
     assert set(got) == allowed and count.max() < 4 * len(got) / len(allowed)      # all of them, none of them preferred
     assert training._in_lung(np.full((8, 8, 8), 40, "int16"), rng) is None
     assert training._in_lung(in_a_body(depth=2), rng) is None                # a slit
+    assert training._in_lung(in_a_body(depth=3), rng) is not None            # above a twelfth of the grid
     assert training._in_lung(volume[:, :16], rng) is None                    # the scan ends in the lung
 
 
@@ -944,7 +945,23 @@ def test_each_step_has_its_own_rate(monkeypatch):
 
     monkeypatch.setattr(training.keras.Model, "train_on_batch", watch)
     training.fit(network(), toys(4), settings=settings)
+    training._trainer(network(), quick(learning_rate=1))                      # a whole number is one, too
     assert np.allclose(met, training.learning_rates(settings, 6)) and len(set(met)) == 6
+
+
+def test_no_two_generators_of_an_epoch_are_one(monkeypatch):
+    first, real = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda *given: first.append(real(*given).random()) or real(*given))
+    list(training._batches(network(), toys(8), quick(batch_size=2), 3))
+    assert len(first) > 4 and len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3), (4, 3, 2), (2, 4, 3, 2), (0, 4, 4, 4)])
+def test_arrays_of_any_dimension_are_windowed(shape):
+    hu = np.random.default_rng(0).integers(-2000, 2000, shape).astype("int16")
+    wanted = np.stack([((hu - low) / (high - low)).clip(0, 1) for low, high in training.WINDOWS_HU], axis=-1)
+    got = training.normalise(np.asarray(hu))
+    assert got.dtype == np.float32 and got.shape == wanted.shape and np.allclose(got, wanted, atol=1e-6)
 
 
 def test_the_next_batch_is_made_while_the_device_works():
