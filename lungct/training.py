@@ -532,18 +532,25 @@ def _encode(boxes: Sequence[np.ndarray], size: int, stride: int = STRIDE) -> tup
 # %% ../nbs/05_train_3d_cnn.ipynb #d2372cf0
 def _mark(low: np.ndarray, high: np.ndarray, heat: np.ndarray, box: np.ndarray) -> None:
     centre, extent = (low + high) / 2, np.maximum(high - low, 1e-3)
-    bell = _bell(centre, extent, len(heat))
-    own = np.nonzero(bell > np.maximum(heat, 0.1))  # where lesions overlap, the nearer one is asked for
-    np.maximum(heat, bell, out=heat)
-    away = centre - (np.stack(own, axis=1) + 0.5)
-    box[own] = np.concatenate([away, np.broadcast_to(np.log(extent), away.shape), bell[own][:, None]], axis=1)
+    near, bell = _bell(centre, extent, len(heat))
+    place = np.ix_(*near)
+    own = np.nonzero(bell > np.maximum(heat[place], 0.1))  # where lesions overlap, the nearer one is asked for
+    heat[place] = np.maximum(heat[place], bell)
+    cells = tuple(at[some] for at, some in zip(near, own, strict=True))
+    away = centre - (np.stack(cells, axis=1) + 0.5)
+    box[cells] = np.concatenate([away, np.broadcast_to(np.log(extent), away.shape), bell[own][:, None]], axis=1)
 
 
-def _bell(centre: np.ndarray, extent: np.ndarray, cells: int) -> np.ndarray:
-    at, peak = np.arange(cells), np.clip(np.floor(centre), 0, cells - 1)
-    z, y, x = (np.exp(-0.5 * ((at - p) / max(e / 5, 0.8)) ** 2).astype("float32")
-               for p, e in zip(peak, extent, strict=True))
-    return (z[:, None] * y)[..., None] * x
+def _bell(centre: np.ndarray, extent: np.ndarray, cells: int) -> tuple[list[np.ndarray], np.ndarray]:
+    # (cells along each axis, heat there); beyond six deviations 1 minus the heat is 1 in float32
+    near, sides = [], []
+    for peak, side in zip(np.clip(np.floor(centre), 0, cells - 1), extent, strict=True):
+        wide = max(side / 5, 0.8)
+        at = np.arange(max(0, int(peak - 6 * wide)), min(cells, int(peak + 6 * wide) + 1))
+        near.append(at)
+        sides.append(np.exp(-0.5 * ((at - peak) / wide) ** 2).astype("float32"))
+    z, y, x = sides
+    return near, (z[:, None] * y)[..., None] * x
 
 # %% ../nbs/05_train_3d_cnn.ipynb #5d27b6b5
 def decode_detections(heat, box, top: int = 10, min_score: float = 0.02, stride: int = STRIDE) -> list:
@@ -803,11 +810,14 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
 
 # %% ../nbs/05_train_3d_cnn.ipynb #684efea6
 def _sample(volume: np.ndarray, at_zyx: Sequence[np.ndarray]) -> np.ndarray:
-    # linear, axis by axis, with the nearest voxel outside; no BLAS, whose sums depend on its number of threads
-    for axis, at in enumerate(at_zyx):
-        low = np.floor(at - 0.5).astype(int)
+    # linear, axis by axis, at rising places, with the nearest voxel outside; no BLAS, whose sums depend on its number
+    # of threads
+    lows = [np.floor(at - 0.5).astype(int) for at in at_zyx]
+    ends = [np.clip([low, low + 1], 0, size - 1) for low, size in zip(lows, volume.shape, strict=True)]
+    volume = volume[tuple(slice(below[0], above[-1] + 1) for below, above in ends)]
+    for axis, (at, low) in enumerate(zip(at_zyx, lows, strict=True)):
         share = np.expand_dims(at - 0.5 - low, [other for other in range(3) if other != axis]).astype("float32")
-        below, above = (np.take(volume, np.clip(i, 0, volume.shape[axis] - 1), axis) for i in (low, low + 1))
+        below, above = (np.take(volume, end - ends[axis][0, 0], axis) for end in ends[axis])
         volume = (1 - share) * below + share * above
     return volume
 
@@ -937,10 +947,12 @@ LOSSES = {"heat": heat_loss, "box": box_loss, "subtype": subtype_loss}
 # %% ../nbs/05_train_3d_cnn.ipynb #d80b639e
 def _trainer(network: keras.Model, settings: Settings) -> keras.Model:
     # a second Model object on the same layers: `network` stays free of optimizer and loss, and so does its file
-    optimizer = (_SharedAdamW if _strategic() else keras.optimizers.AdamW)(
+    adamw, scaled = ((_SharedAdamW, _SharedLossScale) if _strategic() else
+                     (keras.optimizers.AdamW, keras.optimizers.LossScaleOptimizer))
+    optimizer = adamw(
         float(settings.learning_rate), weight_decay=settings.weight_decay, clipnorm=settings.clip_norm, name="adamw")
     if _precision(network) == "mixed_float16":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # or small gradients would be rounded to zero
+        optimizer = scaled(optimizer)  # or small gradients would be rounded to zero
     trainer = (_Shared if _strategic() else keras.Model)(network.input, network.output, name="trainer")
     losses = {name: LOSSES[name] for name in network.output}
     trainer.compile(optimizer, losses, loss_weights=_weights(network, settings), jit_compile=_compiled(settings))
@@ -1499,6 +1511,14 @@ class _SharedAdamW(keras.optimizers.AdamW):
         here = tensorflow.distribute.get_replica_context()
         whole = here.all_reduce(tensorflow.distribute.ReduceOp.SUM, list(grads))
         return [grad / here.num_replicas_in_sync for grad in super()._clip_gradients(whole)]  # they are added once more
+
+
+class _SharedLossScale(keras.optimizers.LossScaleOptimizer):
+    def check_finite(self, grads):  # Keras asks one device only, but infinity on another one is added to all
+        import tensorflow
+        here = tensorflow.distribute.get_replica_context()
+        fine = ops.cast(super().check_finite(grads), "float32")
+        return here.all_reduce(tensorflow.distribute.ReduceOp.SUM, fine) == here.num_replicas_in_sync
 
 
 def _strategic() -> bool:

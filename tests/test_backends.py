@@ -56,6 +56,25 @@ apart = max(float(np.abs(a - b).max()) for a, b in zip(one[1], two[1], strict=Tr
 print("said", json.dumps({"losses": [one[0], two[0]], "apart": apart, "devices": [one[2], two[2]], "made": two[3],
                           "refused": refused}))
 """
+# gradients of half precision: nobody's are infinite, then those of the first device, then those of the second
+OVERFLOW = PRELUDE + """
+import tensorflow as tf
+with training.on_devices(2):
+    network = training.build_network(16, "AG", (8,), precision="mixed_float16")
+    trainer = training._trainer(network, t.quick())
+    @tf.function
+    def step(bad):
+        def each():
+            here = tf.distribute.get_replica_context().replica_id_in_sync_group
+            some = tf.where(here == bad, float("inf"), 1.0)
+            trainer.optimizer.apply([some + tf.zeros(v.shape) for v in trainer.trainable_variables])
+        tf.distribute.get_strategy().run(each)
+    seen = []
+    for bad in (9, 0, 1, 9):
+        step(tf.constant(bad))
+        seen.append([float(trainer.optimizer.dynamic_scale.numpy()), *map(float, network.get_weights()[0].ravel()[:2])])
+print("said", json.dumps(seen))
+"""
 FREED = PRELUDE + """
 import gc, weakref
 gc.disable()
@@ -128,6 +147,14 @@ def test_two_devices_share_a_batch_and_end_where_one_does(backend, tmp_path):
     assert np.allclose(*said["losses"], rtol=1e-4)
     assert said["apart"] < 1e-3, "two steps of Adam, each of 0.01 at most"
     assert "batch_size 3 cannot be shared evenly by 2 devices" in said["refused"]
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_device_is_nobodys_step():
+    (scale, *moved), *skipped, (last, *on) = child("tensorflow", LOGICAL + OVERFLOW)
+    assert np.isfinite([scale, *moved, last, *on]).all()
+    assert skipped == [[scale / 2, *moved], [scale / 4, *moved]]
+    assert last == scale / 4 and on != moved
 
 
 def test_more_devices_than_there_are_is_the_users_to_mend():

@@ -255,6 +255,20 @@ def test_encode_and_decode_are_inverse(boxes):
         assert np.abs(full - one).max(axis=1).min() < 1e-3
 
 
+@settings(max_examples=40, deadline=None)
+@given(separate_boxes())
+def test_heat_is_a_bell_around_each_centre_and_nothing_where_float32_could_not_tell(boxes):
+    heat, box = training.encode_targets(boxes, 32)
+    low, high = boxes[:, :3] / 2, boxes[:, 3:] / 2
+    peak, wide = np.floor((low + high) / 2), np.maximum((high - low) / 5, 0.8)
+    steps = [(np.arange(16) - peak[:, [axis]]) / wide[:, [axis]] for axis in range(3)]
+    squares = sum(np.square(step).reshape(len(boxes), *np.roll((1, 1, 16), axis + 1))
+                  for axis, step in enumerate(steps))
+    bells = np.exp(-squares / 2)
+    assert np.allclose(heat[..., 0], bells.max(axis=0), rtol=1e-5, atol=2**-25)
+    assert np.array_equal(box[..., 6] > 0, bells.max(axis=0) > 0.1)
+
+
 def test_no_boxes_give_an_empty_map_and_no_detections():
     heat, box = training.encode_targets(np.zeros((0, 6)), 16)
     assert heat.shape == (8, 8, 8, 1) and box.shape == (8, 8, 8, 7) and not heat.any() and not box.any()
