@@ -33,9 +33,9 @@ def example_batch(size: int, count: int) -> dict[str, np.ndarray]:
     from lungct import training
 
     few = examples(size, count)
-    maps = [training.encode_targets(boxes, size) for boxes in few.boxes_zyx]
-    return {"seen": np.asarray(training.normalise(few.ct_hu)), "heat": np.stack([heat for heat, _ in maps]),
-            "box": np.stack([box for _, box in maps]), "subtype": training.encode_subtypes(few.target, len(CLASSES))}
+    heat, box = map(np.stack, zip(*(training.encode_targets(boxes, size) for boxes in few.boxes_zyx), strict=True))
+    return {"seen": training.normalise(few.ct_hu), "heat": heat, "box": box,
+            "subtype": training.encode_subtypes(few.target, len(CLASSES))}
 
 
 def examples(size: int, count: int):

@@ -1124,7 +1124,7 @@ def _step_back() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7d0374ff
 def _order(echoes: int) -> Iterator[int]:
