@@ -156,8 +156,8 @@ def _save(run_dir: Path, places: Sequence[Path], metrics: Mapping, n: int, seed:
              **{name: part["metrics"][name]["value"] for name in FOR_EACH_FOLD}} for k, part in enumerate(parts, 1)]
     phantoms, patients = parts[0]["data"] == "phantoms", sum(row["patients"] for row in each)
     withheld = evaluation.not_estimable("the network has no subtype head in some fold", patients)
-    asked = (*FOR_EACH_FOLD, "subtype/network_minus_tabular/balanced_accuracy")
-    lines = evaluation.headline({name: metrics.get(name, withheld) for name in asked}, patients, phantoms)
+    told = dict.fromkeys(FOR_EACH_FOLD, withheld) | metrics
+    lines = evaluation.headline(told, patients, phantoms)
     summary = {"headline": lines, "metrics": evaluation.as_plain(dict(metrics)), "folds": each,
                "data": parts[0]["data"], "seed": seed, "bootstrap_samples": n}
     runs.save_json(summary, run_dir / "crossval" / "metrics.json")

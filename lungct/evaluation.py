@@ -6,11 +6,12 @@
 __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_CLASS', 'MIN_EACH_CLASS', 'MAX_UNDEFINED',
            'CORNERS_GRID', 'RULES', 'CARD_REST', 'CARD', 'iou_matrix', 'match_detections', 'Scored', 'score_scans',
            'froc', 'sensitivity_at', 'average_precision', 'resamples', 'Estimate', 'not_estimable', 'summarise',
-           'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior', 'wrong_scans',
-           'score_rules', 'detection_scores', 'estimate_all', 'paired_difference', 'network_minus_others',
-           'compare_detections', 'operating_threshold', 'share_by', 'lesions_found', 'size_groups', 'scan_groups',
-           'localisation', 'localisation_estimates', 'annotation_agreement', 'patient_probabilities', 'subtype_scores',
-           'averaged_classes', 'subtype_estimates', 'compare_subtypes', 'chance_range', 'acquisition_features',
+           'perfect_margin', 'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior',
+           'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
+           'network_minus_others', 'compare_detections', 'operating_threshold', 'share_by', 'lesions_found',
+           'at_threshold', 'size_groups', 'scan_groups', 'localisation', 'localisation_estimates',
+           'annotation_agreement', 'patient_probabilities', 'subtype_scores', 'averaged_classes', 'subtype_estimates',
+           'auc_margin', 'recall_draws', 'compare_subtypes', 'chance_range', 'acquisition_features',
            'shuffled_training', 'with_temperature', 'fit_temperature', 'calibration_table', 'occlusion_map',
            'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions', 'false_alarms', 'headline', 'metric_lines',
            'model_card', 'as_plain']
@@ -22,9 +23,10 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import gammaln
 from sklearn.cluster import KMeans
-from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from . import labels, volumes
 from .annotations import CORNERS_MM, longer_side_mm
@@ -232,7 +234,8 @@ def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
     return Estimate(None, None, None, int(n), False, reason, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a0
-def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "") -> Estimate:
+def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "",
+              margin: float | None = None) -> Estimate:
     """Estimate from a statistic's values on the sample (first) and on its resamples (the others).
 
     Parameters
@@ -242,6 +245,8 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     bounds
         Smallest and greatest possible value; an interval that is collapsed or reaches one is widened within them.
         None: it is left as it is.
+    margin
+        By how much it is widened; None: by what a perfect result on `n` units leaves open.
     """
     values = np.asarray(values, float)
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
@@ -251,10 +256,16 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
         return not_estimable(f"undefined in {1 - len(drawn) / (len(values) - 1):.0%} of the resamples", n, unit)
     low, high = np.percentile(drawn, [2.5, 97.5])
     if bounds is not None:
-        low, high = _widened(value, low, high, 1 - 0.025 ** (1 / n), bounds)
-    return Estimate(*(round(float(x), 6) for x in (value, low, high)), int(n), True, None, unit)
+        low, high = _widened(value, low, high, perfect_margin(n) if margin is None else margin, bounds)
+    ends = (value, min(low, value), max(high, value))
+    return Estimate(*(round(float(x), 6) for x in ends), int(n), True, None, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a1
+def perfect_margin(n: int) -> float:
+    """How far below 1 the truth may lie after `n` of `n` (the exact 95 % bound of a share)."""
+    return 1 - 0.025 ** (1 / n)
+
+
 def _widened(value: float, low: float, high: float, margin: float, bounds: tuple[float, float]) -> tuple[float, float]:
     # no surer than a perfect result: from a bound that is reached at least the margin, both ways from a point
     if np.isclose(low, high):
@@ -411,22 +422,24 @@ def estimate_all(statistics: Callable[[np.ndarray | None], Mapping[str, float]],
     return {name: summarise(values[name].to_numpy(), len(patients)) for name in values}, values
 
 # %% ../nbs/06_evaluate.ipynb #6aaf5cde
-def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ours: Estimate,
-                      theirs: Estimate) -> Estimate:
+def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ours: Estimate, theirs: Estimate,
+                      margin: float | None = None) -> Estimate:
     """Estimate of a metric's difference between two models from their tables of resamples; withheld if either is."""
     for estimate in (ours, theirs):
         if not estimate.estimable:
             return not_estimable(estimate.reason, estimate.n)
-    return summarise((drawn[metric] - others[metric]).to_numpy(), ours.n, bounds=(-1.0, 1.0))
+    fixed = theirs.low == theirs.high                      # a constant leaves ours no more room than 0 to 1
+    bounds = (-theirs.value, 1 - theirs.value) if fixed else (-1.0, 1.0)
+    return summarise((drawn[metric] - others[metric]).to_numpy(), ours.n, bounds, margin=margin)
 
 
 def network_minus_others(group: str, metrics: Mapping[str, Estimate], drawn: Mapping[str, pd.DataFrame],
-                         names: Sequence[str]) -> dict[str, Estimate]:
+                         names: Sequence[str], margin: float | None = None) -> dict[str, Estimate]:
     """Paired differences of the network to every other model in `drawn`: <group>/network_minus_<other>/<metric>."""
     others = [name for name in drawn if not name.startswith("network")] if "network" in drawn else []
     return {f"{group}/network_minus_{other}/{name}": paired_difference(
-        drawn["network"], drawn[other], name, metrics[f"{group}/network/{name}"], metrics[f"{group}/{other}/{name}"])
-        for other in others for name in names}
+        drawn["network"], drawn[other], name, metrics[f"{group}/network/{name}"], metrics[f"{group}/{other}/{name}"],
+        margin) for other in others for name in names}
 
 # %% ../nbs/06_evaluate.ipynb #640ce853
 def compare_detections(proposals: Mapping[str, pd.DataFrame], lesions: pd.DataFrame, scans: pd.DataFrame,
@@ -493,6 +506,23 @@ def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float) -> np
     """For each row of `lesions` (column lesion_id) whether a detection at or above the threshold hit it."""
     found = scored.table.loc[scored.hit & (scored.score >= threshold), "lesion_id"]
     return lesions["lesion_id"].isin(set(found)).to_numpy()
+
+# %% ../nbs/06_evaluate.ipynb #5b0e71a2
+def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+    """Sensitivity and false positives per scan of all detections from a threshold on, with intervals over patients."""
+    names, patients = ("sensitivity_at_threshold", "false_positives_at_threshold"), len(scored.patients)
+    if threshold is None or patients < MIN_PATIENTS:
+        why = "no threshold was chosen" if threshold is None else f"at least {MIN_PATIENTS} patients needed"
+        return dict.fromkeys(names, not_estimable(why, patients))
+
+    def both(weights):
+        false, found, cut = froc(scored, weights)
+        last = np.flatnonzero(cut >= threshold)[-1]
+        return dict(zip(names, (found[last], false[last]), strict=True))
+
+    values = resampled(both, scored.patients, n, seed)
+    return {names[0]: summarise(values[names[0]], patients),
+            names[1]: summarise(values[names[1]], patients, bounds=None, unit="per scan")}
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
@@ -611,10 +641,9 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
     """
     rows = np.repeat(np.arange(len(truth)), 1 if weights is None else weights)
     y, p = np.asarray(truth)[rows], np.asarray(probability, float)[rows]
-    classes = range(p.shape[1])
-    averaged = list(classes if averaged is None else averaged)
+    averaged = list(range(p.shape[1]) if averaged is None else averaged)
     auc = _aucs(y, p)
-    brier = brier_score_loss(y, p, labels=list(classes), scale_by_half=False) if len(y) else np.nan
+    brier = np.square(p - np.eye(p.shape[1])[y]).sum(axis=1).mean() if len(y) else np.nan
     macro = np.mean([auc[k] for k in averaged]) if averaged else np.nan
     return {"balanced_accuracy": _balanced_accuracy(y, p, averaged), "brier": float(brier), "auc_macro": float(macro),
             **{f"auc_{k}": float(value) for k, value in enumerate(auc)}, **_rates(y, p)}
@@ -665,40 +694,86 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
     truth : (patients,) class index.
     constant : the answers are the same for every patient by construction, so collapsed intervals are right.
     """
-    truth = np.asarray(truth)
-    counts = np.bincount(truth, minlength=len(classes))
+    counts = np.bincount(np.asarray(truth), minlength=len(classes))
     estimates = {}
     for column in values:
         metric, _, k = column.rpartition("_")
         k = int(k) if k.isdecimal() else None
-        reason, units_here = _too_few(column, counts, classes), len(truth)
-        if k is not None:
-            units_here = max(1, min(_sides(metric, int(counts[k]), len(truth))))
-        bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
-        made = not_estimable(reason) if reason else summarise(values[column].to_numpy(), units_here, bounds)
-        estimates[column if k is None else f"{metric}_{classes[k]}"] = replace(made, n=len(truth))
+        reason, patients = _too_few(column, counts, classes), len(truth)
+        if column == "balanced_accuracy":                  # its draws hold more than the sample: nothing to widen
+            bounds, margin, patients = None, None, int(counts[counts >= MIN_EACH_CLASS].sum())
+        else:
+            bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
+            margin = _margin(metric if k is not None else column, counts, k)
+        made = not_estimable(reason) if reason else summarise(values[column].to_numpy(), patients, bounds, "", margin)
+        estimates[column if k is None else f"{metric}_{classes[k]}"] = replace(made, n=patients)
     return estimates
 
 # %% ../nbs/06_evaluate.ipynb #83328670
-def _sides(metric, inside, patients):
-    """The numbers of patients on which a metric of one class rests."""
-    return {"sensitivity": (inside,), "specificity": (patients - inside,)}.get(metric, (inside, patients - inside))
+def auc_margin(inside: int, outside: int) -> float:
+    """How far below 1 an AUC may lie although all of `inside` patients came before all of `outside` (95 %, one side).
+
+    Under Lehmann's alternatives, one distribution function a power of the other, the chance of that has a closed form;
+    the margin is the larger of the two that come from naming either side first.
+    """
+    def margin(m, n):
+        def excess(x):
+            return gammaln(m + 1) + gammaln(x + 1) - gammaln(m + x + 1) - np.log(0.025)
+        return 1 - n / (n + brentq(excess, 1e-9, 1e9))
+    return max(margin(inside, outside), margin(outside, inside)) if min(inside, outside) else 1.0
 
 
+def _margin(metric, counts, k=None):
+    """What a perfect result leaves open; for a mean AUC the mean over its classes."""
+    patients = int(counts.sum())
+    if k is None and metric == "auc_macro":
+        each = [_margin("auc", counts, k) for k in np.flatnonzero(counts >= MIN_EACH_CLASS)]
+        return float(np.mean(each)) if each else 1.0
+    inside = patients if k is None else int(counts[k])
+    outside = patients - inside
+    if k is not None and metric == "auc":
+        return auc_margin(inside, outside)
+    return perfect_margin(max(1, outside if metric == "specificity" else inside))
+
+# %% ../nbs/06_evaluate.ipynb #83328671
 def _too_few(column, counts, classes):
     """Why a subtype metric is withheld, or None."""
     patients, (metric, _, k) = int(counts.sum()), column.rpartition("_")
     if patients < MIN_PATIENTS:
         return f"at least {MIN_PATIENTS} patients needed"
+    if column == "brier":
+        return None if len(classes) > 1 else "one class only: there is nothing to tell apart"
     if column in ("auc_macro", "balanced_accuracy"):
         few = (counts >= MIN_EACH_CLASS).sum() < 2
         has = ", ".join(f"{name} has {count}" for name, count in zip(classes, counts, strict=True))
         return f"two classes with at least {MIN_EACH_CLASS} patients needed, {has}" if few else None
-    if k.isdecimal():
-        inside = int(counts[int(k)])
-        if min(_sides(metric, inside, patients)) < MIN_PER_CLASS:
-            return f"{inside} in the class, {patients - inside} outside, at least {MIN_PER_CLASS} patients each needed"
+    inside = int(counts[int(k)])
+    outside = patients - inside
+    if min({"sensitivity": (inside,), "specificity": (outside,)}.get(metric, (inside, outside))) < MIN_PER_CLASS:
+        return f"{inside} in the class, {outside} outside, at least {MIN_PER_CLASS} patients each needed"
     return None
+
+# %% ../nbs/06_evaluate.ipynb #7c1e0f53
+def recall_draws(right: Sequence[bool], truth: np.ndarray, averaged: Sequence[int], first: bool, n: int = 1000,
+                 seed: int = 0) -> np.ndarray:
+    """Mean recall over some classes on the sample (first), and under `n` random weights of its patients: (n + 1,).
+
+    Parameters
+    ----------
+    right, truth
+        (patients,) whether each is called right, and the class index.
+    averaged
+        The classes, each with a patient; all values are NaN when there is none.
+    first
+        Whether the model is the first of two that are compared, or the second. Models of one seed share the weights.
+    """
+    rng, recalls = np.random.default_rng(seed), []
+    both, neither, first_only, second_only = 1, 0, first, not first
+    for k in averaged:
+        own = np.asarray(right, float)[np.asarray(truth) == k]
+        weights = rng.dirichlet([1.0] * len(own) + [0.5] * 4, n)
+        recalls.append(np.r_[own.mean(), weights @ [*own, both, neither, first_only, second_only]])
+    return np.mean(recalls, axis=0) if recalls else np.full(n + 1, np.nan)
 
 # %% ../nbs/06_evaluate.ipynb #a6ddce7a
 def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, classes: Sequence[str],
@@ -720,10 +795,14 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
     for name, given in answers.items():
         drawn[name] = resampled(lambda w, p=given: subtype_scores(truth, p, w, averaged), patients, n, seed, truth)
         constant = bool(len(given)) and not np.ptp(given, axis=0).any()
+        if not constant and len(given):
+            right = given.argmax(axis=1) == truth
+            drawn[name]["balanced_accuracy"] = recall_draws(right, truth, averaged, name.startswith("network"), n, seed)
         made = subtype_estimates(drawn[name], truth, classes, constant)
         metrics |= {f"subtype/{name}/{metric}": estimate for metric, estimate in made.items()}
+    margin = _margin("auc_macro", np.bincount(truth, minlength=len(classes)))
     names = ("balanced_accuracy", "auc_macro")
-    return metrics | network_minus_others("subtype", metrics, drawn, names), drawn
+    return metrics | network_minus_others("subtype", metrics, drawn, names, margin), drawn
 
 # %% ../nbs/06_evaluate.ipynb #2419b3bb
 def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed: int = 0) -> Estimate:
@@ -777,16 +856,22 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
-    """The temperature (0.05 to 20) under which the true classes (patients,) are most likely; None for few patients."""
+    """The temperature under which the true classes (patients,) are most likely.
+
+    None for few patients, and where there is no best one between 0.05 and 20: when all are called right, sharper answers
+    would look better without end.
+    """
     truth = np.asarray(truth)
-    if len(truth) < MIN_PATIENTS:
+    if len(truth) < MIN_PATIENTS or np.shape(probability)[1] < 2:
         return None
 
     def loss(log_temperature):
         given = with_temperature(probability, np.exp(log_temperature))
         return -np.log(given[np.arange(len(truth)), truth].clip(1e-300)).mean()
 
-    return round(float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)), 4)
+    ends = np.log([0.05, 20])
+    best = minimize_scalar(loss, bounds=ends, method="bounded")
+    return None if min(map(loss, ends)) <= best.fun + 1e-6 else round(float(np.exp(best.x)), 4)
 
 # %% ../nbs/06_evaluate.ipynb #e68d97e6
 def calibration_table(truth: np.ndarray, probability: np.ndarray, patients: Sequence[str], bins: int = 5, n: int = 1000,
@@ -956,22 +1041,26 @@ def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool,
     Parameters
     ----------
     metrics
-        As saved in metrics.json.
+        As saved in metrics.json; a line whose metric is not among them is left out.
     patients
-        Number of test patients.
+        Number of test patients, named where an estimate has no number of its own.
     phantoms
         Whether the patients are phantoms; every text says so.
     mean_of
         The classes that balanced accuracy and macro AUC average over.
     """
-    over = f" over {mean_of}" if mean_of else ""
-    who = f"{patients} {'phantom ' if phantoms else ''}test patient{'' if patients == 1 else 's'}"
+    over, kind = f" over {mean_of}" if mean_of else "", "phantom " if phantoms else ""
     rows = [("Lesion sensitivity at 1 false positive per scan", "detection/network/sensitivity_at_1"),
             ("Mean sensitivity from 1/8 to 8 false positives per scan (CPM)", "detection/network/cpm"),
+            ("Lesion sensitivity at the threshold that validation chose", "detection/network/sensitivity_at_threshold"),
+            ("False positives at that threshold", "detection/network/false_positives_at_threshold"),
             (f"Subtype, balanced accuracy{over}", "subtype/network/balanced_accuracy"),
             (f"Subtype, mean AUC{over}", "subtype/network/auc_macro")]
-    texts = [{"label": label, "text": f"{_words(metrics[name])} ({who})"} for label, name in rows]
-    return [*texts, {"label": "Network against tabular baseline", "text": f"{_verdict(metrics)} ({who})"}]
+    told = [(label, _words(metrics[name]), metrics[name]) for label, name in rows if name in metrics]
+    told.append(("Network against tabular baselines", *_verdict(metrics)))
+    counts = [estimate.n if estimate.estimable else patients for *_, estimate in told]
+    return [{"label": label, "text": f"{text} ({n} {kind}test patient{'' if n == 1 else 's'})"}
+            for (label, text, _), n in zip(told, counts, strict=True)]
 
 
 def _words(estimate):
@@ -980,13 +1069,18 @@ def _words(estimate):
 
 # %% ../nbs/06_evaluate.ipynb #505037dc
 def _verdict(metrics):
-    """Whether the network beats the tabular baseline, in words."""
-    difference = metrics["subtype/network_minus_tabular/balanced_accuracy"]
-    if not difference.estimable:
-        return _words(difference)
-    words = ("the network beats it" if difference.low > 0 else
-             "the network is worse" if difference.high < 0 else "not shown to beat the baseline")
-    return f"{words}: difference in balanced accuracy {difference}"
+    """Whether the network beats every tabular baseline, in words, and the difference that this hangs on."""
+    start, end = "subtype/network_minus_tabular_", "/balanced_accuracy"
+    minus = {name.removeprefix(start).removesuffix(end).replace("_", ", "): estimate for name, estimate
+             in metrics.items() if name.startswith(start) and name.endswith(end)}
+    known = {name: estimate for name, estimate in minus.items() if estimate.estimable}
+    if not known:
+        nothing = next(iter(minus.values()), not_estimable("no tabular baseline to compare with"))
+        return _words(nothing), nothing
+    name, least = min(known.items(), key=lambda item: item[1].low)
+    words = (f"the network beats each of {len(known)}, {name} by the least" if least.low > 0 else
+             f"the network is worse than {name}" if least.high < 0 else f"not shown to beat {name}")
+    return f"{words}: difference in balanced accuracy {least}", least
 
 # %% ../nbs/06_evaluate.ipynb #49d4ef73
 def metric_lines(metrics: Mapping[str, Estimate]) -> str:

@@ -15,6 +15,7 @@ __all__ = ['ROLES', 'LINKS', 'CHECKS', 'FACE_VOXELS', 'FEWEST', 'TWINS', 'ACQUIS
 # %% ../nbs/04_check_labels.ipynb #19c02553
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -856,6 +857,7 @@ def _acquisition(material):
     """The label can be told from scanner settings alone, above chance."""
     acquisition = [c for c in _ACQUISITION if c in material.cohort.columns]
     table = material.patients.merge(material.cohort[["stack_id", *acquisition]], on="stack_id", how="left")
+    table = table[~table["patient_id"].map(patient_groups(material.used)).duplicated()]  # one person, one row
     auc, p = acquisition_test(table, seed=material.seed)
     if p <= ALPHA:
         yield ("error" if auc >= ACQUISITION_AUC else "warning", "the label is predictable from acquisition alone",
@@ -903,9 +905,14 @@ def interval_width(n: int | np.ndarray, share: float = 0.8) -> np.ndarray:
 
 
 def patients_needed(width: float, share: float = 0.8) -> int:
-    """Smallest number of patients whose 95 % interval near `share` is at most `width` wide."""
-    counts = np.arange(1, 100_000)
-    return int(counts[np.argmax(interval_width(counts, share) <= width)])
+    """Smallest number of patients whose 95 % interval near `share` is at most `width` wide; `width` above 0."""
+    if not width > 0:
+        raise runs.InputError(f"promised_width is {width:g}: no number of patients gives such an interval; expected "
+                              "more than 0")
+    fewest, enough = 1, 1
+    while interval_width(enough, share) > width:
+        fewest, enough = enough, 2 * enough
+    return fewest + bisect_left(range(fewest, enough + 1), True, key=lambda n: bool(interval_width(n, share) <= width))
 
 # %% ../nbs/04_check_labels.ipynb #d187635e
 @check("too-few-patients")
@@ -993,7 +1000,8 @@ FEATURE_SETS = {
 
 
 def _grid_centres(cohort: pd.DataFrame) -> pd.DataFrame:
-    # LPS mm of the middle of each volume's grid, indexed by stack_id
+    # LPS mm of the middle of each volume's grid, indexed by stack_id; a stack that was not built has none
+    cohort = cohort[cohort["affine"].notna()]
     middle = [np.reshape(np.asarray(a, float), (4, 4)) @ [*[(n - 1) / 2] * 3, 1.0]
               for a, n in zip(cohort["affine"], cohort["grid_size"], strict=True)]
     columns = ["centre_x", "centre_y", "centre_z"]

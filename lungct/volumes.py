@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'RECIPE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights', 'resample_area',
-           'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions',
-           'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort',
-           'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
+           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights', 'resample_area', 'to_lattice',
+           'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions', 'choose_pets',
+           'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort', 'Entries',
+           'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import asyncio
@@ -507,8 +507,13 @@ def load_volume(path: str | os.PathLike) -> Volume:
     return Volume(**arrays, meta={**meta, "content_hash": expected})
 
 # %% ../nbs/03_build_volumes.ipynb #c62ab330
-RECIPE = 2  # raise it when a change of this module changes stored bytes: entries made by another recipe are rebuilt
-CODE_VERSION = f"{lungct.__version__}, recipe {RECIPE}"
+def _code_version(folder: Path) -> str:
+    # a changed comment builds everything anew, too: better once too often than a stale cube
+    sources = [runs.hash_file(folder / f"{name}.py") for name in ("dicom", "pixels", "volumes")]
+    return f"{lungct.__version__}, sources {runs.hash_value(sources)[:12]}"
+
+
+CODE_VERSION = _code_version(Path(lungct.__file__).parent)
 
 
 def _compute(job: dict) -> tuple[dict[str, np.ndarray], dict]:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV, calibration_curve
@@ -463,8 +464,14 @@ def test_temperature_agrees_with_scikit_learn(seed):
 
 def test_few_validation_patients_give_no_temperature():
     assert ev.fit_temperature(np.full((9, 2), 0.5), np.zeros(9, int)) is None
-    certain = np.tile([1.0, 0.0], (10, 1))                        # certain and wrong: no infinity comes out
-    assert ev.fit_temperature(certain, np.ones(10, int)) == pytest.approx(20, rel=0.01)
+
+
+def test_a_temperature_without_a_best_one_is_none():
+    told = np.tile([0.6, 0.4], (10, 1))
+    assert ev.fit_temperature(told, np.zeros(10, int)) is None                   # all right: the sharper the better
+    assert ev.fit_temperature(np.tile([1.0, 0.0], (10, 1)), np.ones(10, int)) is None        # all wrong and certain
+    assert ev.fit_temperature(np.ones((10, 1)), np.zeros(10, int)) is None                   # one class
+    assert ev.fit_temperature(told, np.array([0] * 8 + [1] * 2)) == pytest.approx(np.log(1.5) / np.log(4), rel=0.01)
 
 
 def test_calibration_agrees_with_scikit_learn():
@@ -518,6 +525,74 @@ def test_a_model_trained_on_shuffled_labels_knows_nothing():
     assert score(honest) == 1
     assert abs(np.mean([score(table) for table in answers]) - 0.5) < 0.25
     assert len({score(table) for table in answers}) > 1 and cohort["role"].eq("train").any()
+
+
+def test_recall_draws_hold_the_truth_with_three_patients_in_a_class():
+    rng, truth, held, better = np.random.default_rng(1), np.repeat([0, 1, 2], [5, 3, 3]), [], []
+    for _ in range(400):
+        recall = rng.uniform(0.35, 0.9, 3)
+        one, two = (ev.recall_draws(rng.random(11) < recall[truth], truth, range(3), first, 400)
+                    for first in (True, False))
+        low, high = np.percentile(one[1:], [2.5, 97.5])
+        held.append(low <= recall.mean() <= high)
+        better.append(np.percentile((one - two)[1:], 2.5) > 0)
+    assert 0.91 < np.mean(held) < 0.99 and np.mean(better) < 0.045  # by copies of patients: 0.83, and 0.08
+
+
+def test_recall_draws_are_the_posterior_of_a_share():
+    draws = ev.recall_draws([True] * 6 + [False] * 2, np.zeros(8, int), [0], True, n=20_000)
+    assert draws[0] == 0.75 and stats.kstest(draws[1:], stats.beta(7, 3).cdf).statistic < 0.015
+    assert np.isnan(ev.recall_draws([True], np.zeros(1, int), [], True, n=5)).all()
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(5, 7), (3, 9), (20, 20)])
+def test_a_perfect_auc_leaves_a_margin(inside, outside):
+    auc, rng = 1 - ev.auc_margin(inside, outside), np.random.default_rng(0)
+    assert ev.auc_margin(inside, outside) == ev.auc_margin(outside, inside)
+    waits, odds = rng.exponential(size=(100_000, inside + outside)), auc / (1 - auc)
+    longer = (waits[:, :inside] * odds).min(axis=1) > waits[:, inside:].max(axis=1)
+    shorter = (waits[:, :inside] / odds).max(axis=1) < waits[:, inside:].min(axis=1)
+    assert max(longer.mean(), shorter.mean()) == pytest.approx(0.025, abs=0.002)
+
+
+def test_one_quantity_has_one_interval():
+    truth = np.repeat([0, 1], 6)
+    made, _ = ev.compare_subtypes({"network": np.eye(2)[truth] * 0.8 + 0.1, "majority": np.full((12, 2), 0.5)}, truth,
+                                  ["A", "G"], [f"P{i}" for i in range(12)], n=100)
+    mean, one = made["subtype/network/auc_macro"], made["subtype/network/auc_A"]
+    assert (mean.value, mean.low, mean.high) == (one.value, one.low, one.high) == (1, one.low, 1)
+    difference = made["subtype/network_minus_majority/auc_macro"]
+    assert difference.value == difference.high == 0.5 and difference.low == pytest.approx(mean.low - 0.5)
+    recall = made["subtype/network/balanced_accuracy"]
+    assert recall.value == recall.high == 1 and 0.6 < recall.low < 0.8
+
+
+def test_the_mean_recall_counts_the_patients_of_its_classes():
+    truth = np.repeat([0, 1, 2, 3], [3, 3, 2, 2])
+    right = np.eye(4)[np.where(truth < 2, truth, 0)]
+    made, _ = ev.compare_subtypes({"network": right}, truth, list("ABEG"), [f"P{i}" for i in range(10)], n=200)
+    recall = made["subtype/network/balanced_accuracy"]
+    assert recall.value == 1 and recall.n == 6 and recall.low < 0.65  # six of six: 0.54 by the exact bound
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+def test_one_class_has_no_brier_score():
+    made, _ = ev.compare_subtypes({"network": np.ones((12, 1))}, np.zeros(12, int), ["A"],
+                                  [f"P{i}" for i in range(12)], n=20)
+    assert "one class only" in made["subtype/network/brier"].reason
+    assert ev.subtype_scores(np.zeros(12, int), np.ones((12, 1)))["brier"] == 0
+
+
+def test_what_a_threshold_costs_is_measured_on_the_test_patients():
+    truth = boxes([(f"s{i}", 0, 1) for i in range(12)])
+    found = boxes([(f"s{i}", 1, 0.9) for i in range(9)] + [(f"s{i}", 90, 0.8) for i in range(12)] +
+                  [(f"s{i}", 60, 0.7) for i in range(6)] + [("s11", 1, 0.1)]).drop(columns="lesion_id")
+    scored = ev.score_scans(found, truth, scans(*((f"s{i}", f"P{i:02d}") for i in range(12))))
+    for threshold, false in ((0.85, 0.0), (0.8, 1.0), (0.7, 1.5)):
+        made = ev.at_threshold(scored, threshold, n=100)
+        assert made["sensitivity_at_threshold"].value == 0.75 and made["false_positives_at_threshold"].value == false
+    assert made["false_positives_at_threshold"].low < 1.5 < made["false_positives_at_threshold"].high
+    assert "no threshold" in ev.at_threshold(scored, None)["sensitivity_at_threshold"].reason
 
 
 def test_models_are_compared_on_the_same_resamples():
@@ -701,14 +776,26 @@ def test_occlusion_of_two_heads_is_two_maps():
 def sentence(low, high, phantoms=True):
     one = ev.Estimate(0.5, low, high, 12, True, None)
     names = ("detection/network/sensitivity_at_1", "detection/network/cpm", "subtype/network/auc_macro",
-             "subtype/network/balanced_accuracy", "subtype/network_minus_tabular/balanced_accuracy")
-    items = ev.headline(dict.fromkeys(names, one), patients=12, phantoms=phantoms)
+             "subtype/network/balanced_accuracy", "subtype/network_minus_tabular_size/balanced_accuracy")
+    sure = {"subtype/network_minus_tabular_position/balanced_accuracy": ev.Estimate(0.6, 0.5, 0.7, 12, True, None)}
+    items = ev.headline(dict.fromkeys(names, one) | sure, patients=12, phantoms=phantoms)
     return {item["label"]: item["text"] for item in items}
 
 
 def test_headline_says_phantoms_and_who_wins():
     assert all("12 phantom test patients" in text for text in sentence(0.1, 0.9).values())
     assert not any("phantom" in text for text in sentence(0.1, 0.9, phantoms=False).values())
-    assert sentence(0.1, 0.9)["Network against tabular baseline"].startswith("the network beats it")
-    assert sentence(-0.1, 0.9)["Network against tabular baseline"].startswith("not shown to beat the baseline")
-    assert sentence(-0.5, -0.1)["Network against tabular baseline"].startswith("the network is worse")
+    label = "Network against tabular baselines"
+    assert sentence(0.1, 0.9)[label].startswith("the network beats each of 2, size by the least: difference in")
+    assert sentence(-0.1, 0.9)[label].startswith("not shown to beat size")
+    assert sentence(-0.5, -0.1)[label].startswith("the network is worse than size")
+
+
+def test_each_line_of_the_headline_counts_its_own_patients():
+    many, few = (ev.Estimate(0.5, 0.4, 0.6, n, True, None) for n in (12, 11))
+    told = {"detection/network/cpm": many, "subtype/network/balanced_accuracy": few,
+            "subtype/network/auc_macro": ev.not_estimable("too few", 3)}
+    texts = {line["label"]: line["text"] for line in ev.headline(told, patients=12, phantoms=False, mean_of="A, B")}
+    assert len(texts) == 4 and texts["Subtype, balanced accuracy over A, B"] == "0.50 [0.40, 0.60] (11 test patients)"
+    assert texts["Subtype, mean AUC over A, B"] == "not estimable: too few (12 test patients)"
+    assert texts["Network against tabular baselines"].startswith("not estimable: no tabular baseline")

@@ -731,6 +731,12 @@ def test_interval_width_is_wilsons():
     assert float(lab.interval_width(0)) == 1
     need = lab.patients_needed(0.2)
     assert lab.interval_width(need) <= 0.2 < lab.interval_width(need - 1)
+    many = lab.patients_needed(0.004)  # beyond a hundred thousand
+    assert many > 100_000 and lab.interval_width(many) <= 0.004 < lab.interval_width(many - 1)
+    assert lab.patients_needed(1.0) == 1
+    for width in (0.0, -1.0, float("nan")):
+        with pytest.raises(runs.InputError, match="promised_width is .*more than 0"):
+            lab.patients_needed(width)
 
 
 def tabular(n=90, seed=0, effect=3.0):
@@ -776,6 +782,46 @@ def test_baseline_for_the_test_patients_learns_from_training_alone(clean):
     changed.loc[test[0], "log_size"] = 99.0
     again = lab.baseline_probabilities(changed, clean["labels"])
     pd.testing.assert_frame_equal(chances.drop(index=test[0]), again.drop(index=test[0]))
+
+
+def test_a_stack_that_was_not_built_does_not_stop_the_chapter(clean):
+    from lungct import volumes
+
+    cohort, broken = clean["cohort"].copy(), clean["lesions"]["stack_id"].iloc[0]
+    row = volumes._excluded({"stack_id": broken}, volumes.BuildProblem.FAILED, "truncated")
+    at = cohort["stack_id"] == broken
+    cohort.loc[at, "reason"] = row["reason"]
+    for name in ("affine", "grid_size", "hu_min", "hu_mean", "hu_max", "lesions", "lesions_cut", "lesions_outside"):
+        cohort[name] = cohort[name].where(~at, None)
+    lesions = clean["lesions"].assign(**dict.fromkeys(("x0_mm", "y0_mm", "z0_mm"), 0.0),
+                                      **dict.fromkeys(("x1_mm", "y1_mm", "z1_mm"), 20.0))
+    labels = lab.split_patients(lab.make_labels(cohort, lesions))
+    features = lab.tabular_features(lesions, cohort)
+    others = lesions.loc[lesions["stack_id"] != broken, "patient_id"].unique()
+    assert set(features.index) == set(others) and features["lateral"].notna().all()
+    assert lab.verdict(lab.audit(labels, cohort, lesions=lesions)) != "failed"
+
+
+def test_tied_patients_are_one_in_the_acquisition_test():
+    """Scanners by lot, but each person is there under two names, with one scanner and one subtype: no finding."""
+    alarms = 0
+    for seed in range(30):
+        tables, rng = lab.example_cohort({"A": 20, "G": 20}, seed), np.random.default_rng(seed)
+        person = tables["labels"]["patient_id"].str[-2:].astype(int) // 2
+        tables["cohort"]["frame_of_reference_uid"] = ""
+        labels = tables["labels"].assign(frame_of_reference_uid=tables["labels"]["subtype"] + person.astype(str))
+        people = dict(zip(labels["stack_id"], labels["frame_of_reference_uid"], strict=True))
+        of_person = tables["cohort"]["stack_id"].map(people)
+
+        def by_lot(draw, of_person=of_person):
+            return of_person.map({name: draw() for name in of_person.unique()})
+
+        cohort = tables["cohort"].assign(
+            manufacturer=by_lot(lambda rng=rng: rng.choice(["GE", "SIEMENS", "PHILIPS"])), slices=60, has_pet=False,
+            kernel=by_lot(lambda rng=rng: rng.choice(list("abcdefgh"))),
+            slice_thickness_mm=by_lot(lambda rng=rng: rng.uniform(1, 5)))
+        alarms += "acquisition-predicts-label" in {f.name for f in lab.audit(labels, cohort)}
+    assert alarms <= 2
 
 
 def test_clinical_features_keep_gaps_as_gaps():

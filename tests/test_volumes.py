@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -583,6 +584,18 @@ def test_changed_parameters_and_inputs_rebuild_what_they_touch(source, tmp_path,
     monkeypatch.setattr(volumes, "CODE_VERSION", "another")
     _, outcomes = build(source, tmp_path, grid=Grid(20, 16.0))
     assert set(outcomes.values()) == {"built"}
+
+
+def test_another_source_is_another_code_version(tmp_path):
+    package = Path(volumes.lungct.__file__).parent
+    for name in ("dicom.py", "pixels.py", "volumes.py"):
+        shutil.copy(package / name, tmp_path)
+    assert volumes._code_version(tmp_path) == volumes.CODE_VERSION
+    for name in ("dicom.py", "pixels.py", "volumes.py"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text + "# changed\n", encoding="utf-8")
+        assert volumes._code_version(tmp_path) != volumes.CODE_VERSION
+        (tmp_path / name).write_text(text, encoding="utf-8")
 
 
 def test_one_bad_stack_costs_that_stack(source, tmp_path):
