@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -579,6 +580,17 @@ def _excluded(job: dict, problem: BuildProblem, detail: str) -> dict:
     return {"stack_id": job["stack_id"], "status": "excluded", "reason": problem.value, "detail": detail}
 
 # %% ../nbs/03_build_volumes.ipynb #8836f419
+def _changed_since(moment_ns: int, stacks: Sequence[dicom.OpenStack | None]) -> bool:
+    """Whether an image of these stacks was written after a moment; one that is gone was not."""
+    names = {os.path.join(stack.root, header["path"]) for stack in stacks if stack for header in stack.slices}
+    for name in names:
+        with suppress(OSError):
+            facts = os.stat(name)
+            if max(facts.st_mtime_ns, facts.st_ctime_ns) > moment_ns:
+                return True
+    return False
+
+
 def ensure_volume(job: dict) -> tuple[dict, str]:
     """Make sure the entry of one stack is in the store: (its row, "kept", "built" or "excluded")."""
     path = Path(job["path"])
@@ -587,7 +599,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
         meta = load_volume(path).meta
     except (FileNotFoundError, CorruptVolume):
         meta = {}  # nothing usable there: built below
-    if meta.get("key") == job["key"]:
+    if meta.get("key") == job["key"] and not _changed_since(path.stat().st_mtime_ns, (job["ct"], job["pet"])):
         return {**done, **meta["row"], "content_hash": meta["content_hash"]}, "kept"
     if job["ct"] is None:
         return _excluded(job, BuildProblem.FAILED, job["problem"]), "excluded"

@@ -586,6 +586,23 @@ def test_changed_parameters_and_inputs_rebuild_what_they_touch(source, tmp_path,
     assert set(outcomes.values()) == {"built"}
 
 
+def test_mended_pixels_under_the_same_header_are_built_anew(source, tmp_path):
+    original, instances, stacks, lesions, boxes = source
+    root, store = tmp_path / "images", tmp_path / "store"
+    shutil.copytree(original, root)
+    copied = root, instances, stacks, lesions, boxes
+    cohort, _ = build(copied, store)
+    assert set(build(copied, store)[1].values()) == {"kept"}
+    stack_id = cohort["stack_id"].iloc[0]
+    path = root / instances.loc[instances["stack_id"] == stack_id, "path"].iloc[0]
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-200:] = bytes(200)
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp --preserve and rsync leave it
+    outcomes = build(copied, store)[1]
+    assert [name for name, outcome in outcomes.items() if outcome == "built"] == [stack_id]
+
+
 def test_another_source_is_another_code_version(tmp_path):
     package = Path(volumes.lungct.__file__).parent
     for name in ("dicom.py", "pixels.py", "volumes.py"):
