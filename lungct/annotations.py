@@ -7,15 +7,15 @@ __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_CO
            'SECONDARY_CAPTURE_CLASS', 'LEDGER_COLUMNS', 'CORNERS_MM', 'LESION_COLUMNS', 'PAIR_COLUMNS',
            'CLINICAL_HEADERS', 'CLINICAL_COLUMNS', 'CONFLICT_COLUMNS', 'TOLERANCES', 'annotation_folder',
            'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
-           'read_annotations', 'Outcome', 'reconcile', 'count_outcomes', 'compare_rules', 'require_match',
-           'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions',
-           'longer_side_mm', 'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
+           'read_annotations', 'Outcome', 'name_patients', 'reconcile', 'count_outcomes', 'compare_rules',
+           'require_match', 'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d',
+           'pair_lesions', 'longer_side_mm', 'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import combinations
 from pathlib import Path
@@ -79,9 +79,13 @@ def subtype_of(label: str) -> str | None:
     return letter if letter in SUBTYPES else None
 
 # %% ../nbs/02_parse_annotations.ipynb #62345cbb
-def patient_of(folder: str) -> str:
-    """DICOM PatientID that an annotation folder stands for."""
-    return folder if folder.startswith(PATIENT_PREFIX) else PATIENT_PREFIX + folder
+def patient_of(folder: str, patients: Container[str] = ()) -> str:
+    """DICOM PatientID that a name in the annotations stands for.
+
+    The name itself when it is one of `patients`, the PatientIDs that have images; else the name in the collection,
+    which begins with `PATIENT_PREFIX`.
+    """
+    return folder if folder in patients or folder.startswith(PATIENT_PREFIX) else PATIENT_PREFIX + folder
 
 
 def patient_subtype(patient_id: str) -> str | None:
@@ -243,7 +247,8 @@ def read_annotations(root: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFram
 
     Returns
     -------
-    boxes : one row an object, sorted by file; columns and types as in `BOX_COLUMNS` (the last three still empty).
+    boxes : one row an object, sorted by file; columns and types as in `BOX_COLUMNS` (the last three still empty,
+        `patient_id` by the names of the collection until `name_patients` or `reconcile` knows the images).
     problems : one row for each file that gave no box and each folder without XML (`sop_uid` null), with the reason.
     InputError is raised when `root` does not exist.
     """
@@ -278,6 +283,7 @@ class Outcome(StrEnum):
     UNKNOWN_UID = "unknown UID"
     SECONDARY_CAPTURE = "on a secondary capture"
     EXCLUDED_STACK = "on an excluded stack"
+    SEVERAL_FRAMES = "on an image of several frames"
     DROPPED_SLICE = "on a dropped duplicate slice"
     UNKNOWN_LABEL = "unknown label"
     OTHER_SUBTYPE = "label against the patient's subtype"
@@ -289,6 +295,13 @@ class Outcome(StrEnum):
 
 CONTENT_OUTCOMES = (Outcome.UNKNOWN_LABEL, Outcome.OTHER_SUBTYPE, Outcome.NO_AREA, Outcome.OTHER_SIZE,
                     Outcome.OUTSIDE_IMAGE)
+
+# %% ../nbs/02_parse_annotations.ipynb #33056793
+def name_patients(table: pd.DataFrame, instances: pd.DataFrame) -> pd.DataFrame:
+    """A copy of boxes or problems with `patient_id` as the images of chapter 1 have it, see `patient_of`."""
+    patients = set(instances["patient_id"].dropna())
+    named = [patient_of(folder, patients) for folder in table["folder"]]
+    return table.assign(patient_id=pd.Series(named, table.index, _TEXT))
 
 # %% ../nbs/02_parse_annotations.ipynb #e2cb2a00
 SECONDARY_CAPTURE_CLASS = "1.2.840.10008.5.1.4.1.1.7"
@@ -308,6 +321,8 @@ def _images(instances: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     images["usable"] = images["accepted"] & images["slice_index"].notna()
     excluded = images["reason"].eq(Exclusion.SECONDARY_CAPTURE.value).fillna(False)
     images["capture"] = _is_capture(images["sop_class_uid"]) | excluded
+    images["frames"] = instances["frames"].to_numpy() if "frames" in instances else 1
+    images["several"] = images["accepted"] & (images["frames"] > 1).fillna(False)
     images["found"] = True
     return images.sort_values("usable", ascending=False, kind="stable").drop_duplicates(_PAIR)
 
@@ -352,6 +367,7 @@ def _answers(files: pd.DataFrame, content: pd.DataFrame, instances: pd.DataFrame
         Outcome.UNKNOWN_UID: ~found,
         Outcome.SECONDARY_CAPTURE: files["capture"],
         Outcome.EXCLUDED_STACK: ~files["accepted"],
+        Outcome.SEVERAL_FRAMES: files["several"],
         Outcome.DROPPED_SLICE: ~files["usable"],
     }
     inside = content.reindex(files["file"], fill_value=False).set_axis(files.index)
@@ -371,6 +387,8 @@ def _detail(row: Mapping, boxes_of: Mapping[str, pd.DataFrame]) -> str:
             return f"also annotated in {row['also']}" if row["also"] else ""
         case Outcome.EXCLUDED_STACK:
             return row["reason"] if isinstance(row["reason"], str) else "the image is in no stack"
+        case Outcome.SEVERAL_FRAMES:
+            return f"{row['frames']:.0f} frames in one image, and the annotation does not tell which one it is about"
         case Outcome.UNKNOWN_LABEL | Outcome.OTHER_SUBTYPE:
             return "labels " + ", ".join(sorted({repr(label[:20]) for label in boxes_of[row["file"]]["label"]}))
         case Outcome.NO_AREA | Outcome.OTHER_SIZE | Outcome.OUTSIDE_IMAGE:
@@ -404,12 +422,13 @@ def reconcile(instances: pd.DataFrame, stacks: pd.DataFrame, boxes: pd.DataFrame
 
     Returns
     -------
-    One row a file, sorted by path: `outcome` is a value of `Outcome`, the first that applies in its order;
+    One row a file, sorted by path: `patient_id` by `name_patients`; `outcome`, the first of `Outcome` that applies;
     `stack_id` and `slice_index` of the image where there is one; `objects` counts boxes; `detail` is in words.
     """
+    boxes, problems = (name_patients(table, instances) for table in (boxes, problems))
     images = _images(instances, stacks)
     files = _files(boxes, problems).merge(images, on=_PAIR, how="left")
-    for flag in ("found", "capture", "accepted", "usable"):
+    for flag in ("found", "capture", "accepted", "usable", "several"):
         files[flag] = files[flag].eq(True).fillna(False).astype(bool)
     owners = images.drop_duplicates("sop_uid").set_index("sop_uid")["patient_id"]
     files["owner"] = files["sop_uid"].map(owners)
@@ -417,8 +436,8 @@ def reconcile(instances: pd.DataFrame, stacks: pd.DataFrame, boxes: pd.DataFrame
     flags = [np.asarray(applies, bool) for applies in answers.values()]
     files["outcome"] = np.select(flags, [outcome.value for outcome in answers], default="")
     files["also"] = _other_folders(files)
-    doubtful = files.loc[files["outcome"].isin(CONTENT_OUTCOMES), "file"]
-    boxes_of = dict(tuple(boxes[boxes["file"].isin(doubtful)].groupby("file")))
+    doubtful = boxes["file"].isin(files.loc[files["outcome"].isin(CONTENT_OUTCOMES), "file"])
+    boxes_of = dict(tuple(boxes[doubtful].groupby("file")))
     files["detail"] = [_detail(row, boxes_of) for row in files.to_dict("records")]
     return files.reindex(columns=list(LEDGER_COLUMNS)).astype(LEDGER_COLUMNS)
 
@@ -469,10 +488,14 @@ def require_match(ledger: pd.DataFrame, stacks: pd.DataFrame, folder: str | os.P
                           f"{', '.join(wanted) or 'A0001'} that hold <SOPInstanceUID>.xml of accepted images")
 
 # %% ../nbs/02_parse_annotations.ipynb #e725886e
+_PLACE = ["stack_id", "slice_index"]
+
+
 def place_boxes(boxes: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Fill in `stack_id` and `slice_index` of the boxes in matched files; the others keep null and end here."""
-    matched = ledger.loc[ledger["outcome"] == Outcome.MATCHED.value, ["file", "stack_id", "slice_index"]]
-    placed = boxes.drop(columns=["stack_id", "slice_index"]).merge(matched, on="file", how="left")
+    """Take `patient_id` from the ledger, and in matched files `stack_id` and `slice_index`; other boxes end here."""
+    matched = ledger["outcome"] == Outcome.MATCHED.value
+    told = ledger[["file", "patient_id"]].assign(**{name: ledger[name].where(matched) for name in _PLACE})
+    placed = boxes.drop(columns=["patient_id", *_PLACE]).merge(told, on="file", how="left")
     return placed.reindex(columns=list(BOX_COLUMNS)).astype(BOX_COLUMNS)
 
 # %% ../nbs/02_parse_annotations.ipynb #da1a05d2
@@ -586,24 +609,55 @@ PAIR_COLUMNS = dict.fromkeys(("patient_id", "study_uid", "subtype", "lesion_a", 
     dict.fromkeys(("iou", "volume_ratio", "centre_distance_mm"), "float64"))
 
 
-def pair_lesions(lesions: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
+def pair_lesions(lesions: pd.DataFrame, stacks: pd.DataFrame,
+                 instances: pd.DataFrame | None = None) -> pd.DataFrame:
     """Link readings of the same lesion in two stacks of one study.
 
     Stacks must share study and frame of reference, lesions the subtype; two lesions are linked when each is the
     other's best overlap. The agreement of the pairs is the yardstick for a detector's boxes.
 
+    Parameters
+    ----------
+    lesions : from `join_lesions`; stacks, instances : of chapter 1; without the last, no acquisition is known.
+
     Returns
     -------
-    One row a pair: `kind` is "phase" within one series and "reconstruction" across two; `iou` of the hulls in 3D,
+    One row a pair: `kind` is "phase" for two acquisitions and "reconstruction" for one, as far as `instances` tell;
+    where they do not, stacks of one series count as phases, unless their kernels differ. `iou` of the hulls in 3D,
     `volume_ratio` smaller over larger, `centre_distance_mm`.
     """
     known = lesions.merge(stacks[["stack_id", "series_uid", "frame_of_reference_uid"]], on="stack_id", how="left")
+    known = known.merge(_acquired(stacks, instances), on="stack_id", how="left")
     rows = []
     for _, group in known.groupby(["patient_id", "study_uid", "frame_of_reference_uid", "subtype"]):
         readings = [reading for _, reading in group.groupby("stack_id")]
         for first, second in combinations(readings, 2):
             rows += _pairs(first, second)
     return _table(rows, PAIR_COLUMNS)
+
+# %% ../nbs/02_parse_annotations.ipynb #90d98ece
+def _acquired(stacks: pd.DataFrame, instances: pd.DataFrame | None) -> pd.DataFrame:
+    """For each stack its kernel, its only acquisition number, and when that began and ended; "" or NaN if not told."""
+    found = stacks[["stack_id"]].assign(kernel=stacks["kernel"].fillna("") if "kernel" in stacks else "")
+    if instances is None:
+        return found.assign(acquisition=np.nan, began="", ended="")
+    told = instances.reindex(columns=["stack_id", "acquisition_date", "study_date", "acquisition_time"]).astype(_TEXT)
+    told["when"] = told["acquisition_date"].fillna(told["study_date"]).fillna("") + told["acquisition_time"]
+    told["number"] = instances.get("acquisition_number", pd.Series(np.nan, told.index)).astype("float64")
+    each = told.groupby("stack_id").agg(lowest=("number", "min"), highest=("number", "max"),
+                                        began=("when", "min"), ended=("when", "max"))
+    each["acquisition"] = each["lowest"].where(each["lowest"] == each["highest"])
+    found = found.merge(each[["acquisition", "began", "ended"]], left_on="stack_id", right_index=True, how="left")
+    return found.fillna({"began": "", "ended": ""})
+
+
+def _kind(a: pd.Series, b: pd.Series) -> str:
+    apart = a["began"] and b["began"] and (a["ended"] < b["began"] or b["ended"] < a["began"])
+    numbers = {number for number in (a["acquisition"], b["acquisition"]) if pd.notna(number)}
+    if apart or len(numbers) == 2:
+        return "phase"
+    same_label = a["series_uid"] == b["series_uid"] and a["kernel"] == b["kernel"]
+    return "phase" if same_label else "reconstruction"
 
 # %% ../nbs/02_parse_annotations.ipynb #d2aaea70
 def _pairs(first: pd.DataFrame, second: pd.DataFrame) -> list[dict]:
@@ -617,7 +671,7 @@ def _pair(a: pd.Series, b: pd.Series, a_mm: np.ndarray, b_mm: np.ndarray, iou: f
     volumes = [(box[3:] - box[:3]).prod() for box in (a_mm, b_mm)]
     return {"patient_id": a["patient_id"], "study_uid": a["study_uid"], "subtype": a["subtype"],
             "lesion_a": a["lesion_id"], "lesion_b": b["lesion_id"],
-            "kind": "phase" if a["series_uid"] == b["series_uid"] else "reconstruction", "iou": iou,
+            "kind": _kind(a, b), "iou": iou,
             "volume_ratio": min(volumes) / max(volumes),
             "centre_distance_mm": float(np.linalg.norm((a_mm[:3] + a_mm[3:] - b_mm[:3] - b_mm[3:]) / 2))}
 
@@ -683,8 +737,8 @@ def _clean(field: str, value: object) -> tuple[str | None, str]:
     return (text, "") if re.fullmatch(_ALLOWED[field], text) else (None, f"{field} {text[:20]!r} is no known value")
 
 # %% ../nbs/02_parse_annotations.ipynb #b0f6c346
-def read_clinical(path: str | os.PathLike) -> pd.DataFrame:
-    """Read the clinical spreadsheet of the collection.
+def read_clinical(path: str | os.PathLike, patients: Container[str] = ()) -> pd.DataFrame:
+    """Read a clinical spreadsheet like that of the collection; `patients` are PatientIDs with images (`patient_of`).
 
     Returns
     -------
@@ -705,19 +759,19 @@ def read_clinical(path: str | os.PathLike) -> pd.DataFrame:
     missing = [name for name, column in CLINICAL_HEADERS.items() if column not in sheet.columns]
     if missing:
         raise runs.InputError(f"clinical table {path} has no column {', '.join(missing)}")
-    rows = [_clinical_row(row) for row in sheet.to_dict("records") if _plain(row["patient_id"])]
+    rows = [_clinical_row(row, patients) for row in sheet.to_dict("records") if _plain(row["patient_id"])]
     frame = _table(rows, CLINICAL_COLUMNS).sort_values("patient_id", kind="stable", ignore_index=True)
     frame.loc[frame.duplicated("patient_id", keep=False), "notes"] += "; patient listed more than once, first kept"
     return frame.drop_duplicates("patient_id", ignore_index=True)
 
 # %% ../nbs/02_parse_annotations.ipynb #78f2170f
-def _clinical_row(row: Mapping) -> dict:
+def _clinical_row(row: Mapping, patients: Container[str]) -> dict:
     cleaned = {field: _clean(field, row[field]) for field in _ALLOWED}
     values = {field: value for field, (value, _) in cleaned.items()}
     for field in ("age_years", "weight_kg", "smoking"):
         values[field] = None if values[field] is None else float(values[field])
     notes = "; ".join(note for _, note in cleaned.values() if note)
-    return {"patient_id": patient_of(_plain(row["patient_id"])), **values, "notes": notes}
+    return {"patient_id": patient_of(_plain(row["patient_id"]), patients), **values, "notes": notes}
 
 # %% ../nbs/02_parse_annotations.ipynb #29e240cd
 def find_clinical(annotations: str | os.PathLike) -> Path | None:

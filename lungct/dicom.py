@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INSTANCE_DTYPES', 'PROBLEM_DTYPES', 'FILES_A_BATCH', 'FILES_A_WORKER', 'SAME_POSITION_MM', 'GAP_STEPS',
-           'UNEVEN_STEPS', 'TILT_DEGREES', 'SAME_DIRECTION', 'SAME_SPACING_MM', 'LOCALIZER_THICKNESS_MM',
-           'SPARSE_STEPS', 'MOST_TOLD', 'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal', 'to_mm',
-           'to_voxel', 'Exclusion', 'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack', 'resample_to',
-           'BadFile', 'FileProblem', 'read_header', 'tag_name', 'SuvError', 'suv_factor']
+           'UNEVEN_STEPS', 'ROUNDED_MM', 'TILT_DEGREES', 'SAME_DIRECTION', 'SAME_SPACING_MM', 'LOCALIZER_THICKNESS_MM',
+           'LOWEST_HU', 'SPARSE_STEPS', 'MOST_TOLD', 'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal',
+           'to_mm', 'to_voxel', 'Exclusion', 'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack',
+           'first_readable', 'resample_to', 'BadFile', 'FileProblem', 'read_header', 'tag_name', 'SuvError',
+           'suv_factor']
 
 # %% ../nbs/01_explore_dicom.ipynb #e753f27d
 import gc
@@ -17,7 +18,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -384,6 +385,7 @@ class Exclusion(StrEnum):
     SECONDARY_CAPTURE = "secondary capture"
     OTHER_MODALITY = "not CT or PET"
     LOCALIZER = "localizer"
+    PROJECTION = "projection"
     TOO_FEW_SLICES = "too few slices"
     DUPLICATE_POSITIONS = "duplicate positions"
     GAP = "gap"
@@ -398,18 +400,21 @@ class Exclusion(StrEnum):
 
 SAME_POSITION_MM = 0.01         # closer slices lie at one position
 GAP_STEPS = 1.5                 # a step longer than this many usual steps is a gap
-UNEVEN_STEPS = 0.1              # a slice may be this part of a step away from the even grid
+UNEVEN_STEPS = 0.1              # a slice may be this part of a step away from the even grid,
+ROUNDED_MM = 0.1                # or as far as positions rounded to 0.1 mm are, a quarter of a step at most
 TILT_DEGREES = 0.5              # the walk from slice to slice may lean this far from the normal
 SAME_DIRECTION = 1e-3           # orientations that differ less in each number are one
 SAME_SPACING_MM = 1e-4          # pixel spacings that differ less are one
 LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
+LOWEST_HU = -900.0              # numbers that cannot be as low as this hold no air
 SPARSE_STEPS = 1.5              # slices further apart than this many thicknesses leave much of the patient out
 MOST_TOLD = 3                   # kinds of slices that a detail counts up
 
 # %% ../nbs/01_explore_dicom.ipynb #d0422027
 _SLICE_COLUMNS = (
     *(column for column in pixels.COLUMNS if column != "frame"), "patient_id", "series_uid", "sop_uid",
-    "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number", "position_mm", "orientation",
+    "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number",
+    "acquisition_time", "position_mm", "orientation",
     "pixel_spacing_mm", "slice_thickness_mm", "stack_id", "frame_of_reference_uid", "kernel",
     "rescale_type")
 
@@ -485,17 +490,34 @@ def _other_modality(part: _Part, min_slices: int) -> str | None:
     return None if modality in ("CT", "PT") else f"modality {modality}"
 
 # %% ../nbs/01_explore_dicom.ipynb #5ad003e4
+_PROJECTED = r"(?i)(?<![a-z0-9])(mip|max[ _]?ip|min[ _]?ip)(?![a-z0-9])"
+
+
 def _localizer(part: _Part, min_slices: int) -> str | None:
-    row = part.rows.iloc[0]
-    if _is_localizer(part.rows).any():
-        return f"image type {row['image_type']}, slice thickness {row['slice_thickness_mm']:g} mm"
-    return None
+    if not _is_localizer(part.rows).any():
+        return None
+    kind, thickness = part.rows["image_type"].iloc[0], part.rows["slice_thickness_mm"].iloc[0]
+    told = [f"image type {kind}"] * pd.notna(kind) + [f"slice thickness {thickness:g} mm"] * pd.notna(thickness)
+    return ", ".join(told)
+
+
+def _projection(part: _Part, min_slices: int) -> str | None:
+    found = _is_projection(part.rows)
+    return f"image type {part.rows['image_type'].iloc[found.argmax()]}" if found.any() else None
 
 
 def _is_localizer(rows: pd.DataFrame) -> np.ndarray:
+    thick = (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
+    return _of_type(rows, "LOCALIZER|SCOUT") | thick
+
+
+def _is_projection(rows: pd.DataFrame) -> np.ndarray:
+    return _of_type(rows, _PROJECTED)
+
+
+def _of_type(rows: pd.DataFrame, pattern: str) -> np.ndarray:
     which, types = pd.factorize(rows["image_type"])            # -1, the last below, where it is missing
-    named = np.array([*(re.search("LOCALIZER|SCOUT", text) is not None for text in types), False])
-    return named[which] | (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
+    return np.array([*(re.search(pattern, text) is not None for text in types), False])[which]
 
 # %% ../nbs/01_explore_dicom.ipynb #9ce32100
 def _too_few(part: _Part, min_slices: int) -> str | None:
@@ -540,7 +562,7 @@ def _uneven(part: _Part, min_slices: int) -> str | None:
     stray = np.linalg.norm(part.positions_mm - ideal, axis=1)
     step = (part.depth_mm[-1] - part.depth_mm[0]) / (count - 1)
     worst = stray.argmax()
-    if stray[worst] <= UNEVEN_STEPS * step:
+    if stray[worst] <= max(UNEVEN_STEPS * step, min(ROUNDED_MM, step / 4)) + 1e-6:
         return None
     steps = np.diff(part.depth_mm)
     return f"steps {steps.min():.3f} to {steps.max():.3f} mm; slice {worst} is {stray[worst]:.2f} mm off the even grid"
@@ -593,16 +615,32 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
     for column in ("rescale_slope", "rescale_intercept"):
         missing = int(part.rows[column].isna().sum())
         if missing:
-            return f"{tag_name(column)} missing in {missing} of {len(part.rows)} images"
+            several = (part.rows["frames"] > 1).any()              # the index holds one rescale an image
+            what = "missing, or not the same in all frames, which is not supported," if several else "missing"
+            return f"{tag_name(column)} {what} in {missing} of {len(part.rows)} {'frames' if several else 'images'}"
     flat = int((part.rows["rescale_slope"] == 0).sum())
     return f"{tag_name('rescale_slope')} is 0 in {flat} of {len(part.rows)} images" if flat else None
 
 # %% ../nbs/01_explore_dicom.ipynb #8646e6c4
 def _other_unit(part: _Part, min_slices: int) -> str | None:
+    if part.rows["modality"].iloc[0] != "CT":
+        return None
     told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
-    odd = sorted(told - {"HU", "US"})                 # US, unspecified, is what some makers write for plain CT
-    ct = part.rows["modality"].iloc[0] == "CT"
-    return f"{tag_name('rescale_type')} is {', '.join(odd)}" if ct and odd else None
+    if odd := sorted(told - {"HU", "US"}):            # US, unspecified, is what some makers write for plain CT
+        return f"{tag_name('rescale_type')} is {', '.join(odd)}"
+    if (part.rows["photometric"] == "PALETTE COLOR").any():
+        return f"{tag_name('photometric')} is PALETTE COLOR: the numbers stand for colours"
+    lowest = _lowest(part.rows)
+    return f"no stored number can mean less than {lowest:g} HU, and air is -1000" if lowest > LOWEST_HU else None
+
+
+def _lowest(rows: pd.DataFrame) -> float:
+    """The lowest value that bits, sign and rescale of some images allow; -inf where the header does not say."""
+    bits = rows["bits_stored"].fillna(rows["bits_allocated"]).to_numpy(float, na_value=np.nan)
+    sign = (rows["pixel_representation"] == 1).to_numpy(bool, na_value=False) * 2 ** (bits - 1)
+    slope, intercept = (rows[name].to_numpy(float, na_value=np.nan) for name in ("rescale_slope", "rescale_intercept"))
+    values = np.minimum(slope * -sign, slope * (2**bits - 1 - sign)) + intercept
+    return float(values.min()) if np.isfinite(values).all() else -np.inf
 
 # %% ../nbs/01_explore_dicom.ipynb #bc7338c8
 _LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allocated", "bits_stored", "high_bit",
@@ -625,8 +663,8 @@ _PLACED = {
 }                                                          # these need to know where the slices are
 _CHECKS = {
     Exclusion.SECONDARY_CAPTURE: _capture, Exclusion.OTHER_MODALITY: _other_modality, Exclusion.LOCALIZER: _localizer,
-    Exclusion.TOO_FEW_SLICES: _too_few, **_PLACED, Exclusion.NO_GEOMETRY: _no_geometry,
-    Exclusion.MIXED_SIZE: _mixed_size, Exclusion.MISSING_RESCALE: _no_rescale,
+    Exclusion.PROJECTION: _projection, Exclusion.TOO_FEW_SLICES: _too_few, **_PLACED,
+    Exclusion.NO_GEOMETRY: _no_geometry, Exclusion.MIXED_SIZE: _mixed_size, Exclusion.MISSING_RESCALE: _no_rescale,
     Exclusion.OTHER_UNIT: _other_unit, Exclusion.UNSUPPORTED_SYNTAX: _undecodable,
 }
 assert list(_CHECKS) == list(Exclusion)
@@ -641,6 +679,12 @@ def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> t
             return reason, evidence
     return None, ""
 
+# %% ../nbs/01_explore_dicom.ipynb #a6527c54
+def _one_frame(rows: pd.DataFrame) -> str | None:
+    """The only frame of reference that images tell, or None when they tell none or several."""
+    frames = rows["frame_of_reference_uid"].dropna().unique()
+    return frames[0] if len(frames) == 1 else None
+
 # %% ../nbs/01_explore_dicom.ipynb #255a11a0
 def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
     numbers = np.unique(labels)
@@ -649,8 +693,11 @@ def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
 
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
     direction = _cluster(_matrix(rows["orientation"], 6), SAME_DIRECTION)
-    frame, _ = pd.factorize(rows["frame_of_reference_uid"], use_na_sentinel=False)
-    return _pieces(rows, (frame * (direction.max() + 1) + direction) * 2 + _is_localizer(rows))
+    frames = rows["frame_of_reference_uid"]
+    told = _one_frame(rows)                                    # the only one that is told is meant where it is missing
+    frame, _ = pd.factorize(frames if told is None else frames.fillna(told), use_na_sentinel=False)
+    number = frame * (direction.max() + 1) + direction
+    return _pieces(rows, (number * 2 + _is_localizer(rows)) * 2 + _is_projection(rows))
 
 
 def _by_place(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -670,8 +717,21 @@ def _acquisitions(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _makings(rows: pd.DataFrame) -> np.ndarray:
+    """A number for each row; rows of one image type (its first three values) and one kernel share it."""
     kinds = zip(rows["image_type"].fillna(""), rows["kernel"].fillna(""), strict=True)
     return pd.factorize(np.array(["|".join([*kind.split("\\")[:3], kernel]) for kind, kernel in kinds]))[0]
+
+# %% ../nbs/01_explore_dicom.ipynb #1e314302
+def _by_making(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    return _pieces(rows, _makings(rows))
+
+
+def _by_time(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    part = _part(rows)
+    if part.depth_mm is None:
+        return [rows]
+    pieces = _pieces(rows, pd.factorize(rows["acquisition_time"])[0])
+    return pieces if len(pieces) == np.bincount(_places(part.depth_mm)).max() else [rows]
 
 # %% ../nbs/01_explore_dicom.ipynb #64a238d3
 def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | None:
@@ -716,7 +776,7 @@ def _by_turn(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return _pieces(numbered, np.arange(len(places)) % turns) if orderly else [rows]
 
 # %% ../nbs/01_explore_dicom.ipynb #75e93f8f
-_SPLITS = (_by_place, _by_size, _by_acquisition, _by_pass, _by_turn)
+_SPLITS = (_by_place, _by_size, _by_acquisition, _by_making, _by_time, _by_pass, _by_turn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -751,7 +811,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
 # %% ../nbs/01_explore_dicom.ipynb #7f1db476
 def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
     """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
-    for labels in (_acquisitions(rows), _makings(rows)):
+    for labels in (_acquisitions(rows), _makings(rows), pd.factorize(rows["acquisition_time"])[0]):
         if not 1 < len(np.unique(labels)) <= len(rows) // min_slices:
             continue
         parts = [_part(piece) for piece in _pieces(rows, labels)]
@@ -775,15 +835,15 @@ def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
 
 # %% ../nbs/01_explore_dicom.ipynb #d950981a
 def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[pd.DataFrame, dict]:
-    """Drop a slice that its acquisition holds again, with equal pixels: (rows kept, index dropped -> index kept)."""
+    """Drop a slice that was acquired and made once and is there again: (rows kept, index dropped -> index kept)."""
     part = _part(rows)
     if root is None or part.depth_mm is None or rows["instance"].duplicated().any():
         return rows, {}                                    # an image of many frames stays whole
     if (np.diff(part.depth_mm) >= SAME_POSITION_MM).all():
         return part.rows, {}                               # no place holds two
-    acquisitions = part.rows["acquisition_number"].fillna(-1).tolist()
-    places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), acquisitions, strict=True)
-    where = [(place, *position_mm, acquisition) for place, position_mm, acquisition in places]
+    origins = zip(_acquisitions(part.rows), part.rows["acquisition_time"].fillna(""), _makings(part.rows), strict=True)
+    places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), origins, strict=True)
+    where = [(place, *position_mm, *origin) for place, position_mm, origin in places]
     counts, kept, twins = Counter(where), {}, {}
     for k in [k for k, key in enumerate(where) if counts[key] > 1]:    # pixels are read only where it matters
         row = part.rows.iloc[k]
@@ -837,8 +897,8 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
     spacing = None if affine is None else np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return row | {
         "stack_id": _stack_id(row["patient_id"], row["series_uid"], phase), "slices": len(part.rows), "phase": phase,
-        "affine": None if affine is None else affine.ravel().tolist(),
-        "spacing_mm": spacing,
+        "affine": None if affine is None else affine.ravel().tolist(), "spacing_mm": spacing,
+        "frame_of_reference_uid": _one_frame(instances.iloc[images]),
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
         "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
         "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None,
@@ -977,12 +1037,6 @@ def _headers(slices: pd.DataFrame) -> list[dict]:
     columns = {name: slices[name].to_numpy(object, na_value=None).tolist() for name in told}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-# %% ../nbs/01_explore_dicom.ipynb #a6527c54
-def _one_frame(rows: pd.DataFrame) -> str | None:
-    """The frame of reference all images share, or None when they do not tell one and the same."""
-    frames = rows["frame_of_reference_uid"].unique()
-    return frames[0] if len(frames) == 1 and isinstance(frames[0], str) else None
-
 # %% ../nbs/01_explore_dicom.ipynb #638188fb
 @dataclass(frozen=True, eq=False)
 class OpenStack:
@@ -1043,6 +1097,24 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     frame = _one_frame(instances[["frame_of_reference_uid"]].iloc[order])
     return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], frame,
                      tuple(slices), os.fspath(root), factors)
+
+# %% ../nbs/01_explore_dicom.ipynb #44353a24
+def first_readable(candidates: Iterable, read: Callable) -> object | None:
+    """What `read` makes of the first candidate that can be read; None when there is none.
+
+    A candidate that cannot be read is one for which `read` raises OSError or ValueError (so, too, `runs.InputError` and
+    `SuvError`). One printed line tells how many were skipped, and why the first was.
+    """
+    found, skipped = None, []
+    for candidate in candidates:
+        try:
+            found = read(candidate)
+            break
+        except (OSError, ValueError) as error:
+            skipped.append(error)
+    if skipped:
+        print(f"skipped {len(skipped)} that cannot be read, the first because: {skipped[0]}")
+    return found
 
 # %% ../nbs/01_explore_dicom.ipynb #e79a89c1
 def resample_to(stack: Stack, like: Stack) -> Stack:

@@ -499,6 +499,7 @@ _FRAME_FIELDS = {
     "slice_thickness_mm": ("PixelMeasuresSequence", "SliceThickness"),
     "rescale_slope": ("PixelValueTransformationSequence", "RescaleSlope"),
     "rescale_intercept": ("PixelValueTransformationSequence", "RescaleIntercept"),
+    "rescale_type": ("PixelValueTransformationSequence", "RescaleType"),
 }
 
 

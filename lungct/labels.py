@@ -158,6 +158,8 @@ def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "kee
     target (index into `class_names`, -1 none), lesions, role, weight (a patient's volumes sum to 1), reason.
     """
     found = vote_subtypes(lesions)
+    nobody = "unknown, " + cohort["stack_id"].astype("str")  # whose scan it is, a header may not say
+    cohort = cohort.assign(patient_id=cohort["patient_id"].fillna(nobody))
     labels = cohort[["stack_id", "patient_id", *(c for c in LINKS if c in cohort.columns)]].copy()
     if "manufacturer" in cohort.columns:
         labels["vendor"] = vendor_names(cohort["manufacturer"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'AIR_HU', 'REMEDY', 'MOST_PIXELS', 'THREADS', 'SLICES_A_THREAD', 'MOST_LEAN_DEGREES', 'is_whole', 'to_hu',
-           'syntax_problem', 'layout_problem', 'read_stored', 'read_hu', 'read_scaled', 'straighten']
+           'syntax_problem', 'layout_problem', 'read_stored', 'read_picture', 'read_hu', 'read_scaled', 'straighten']
 
 # %% ../nbs/appendix/pixels.ipynb #f0633970
 import io
@@ -393,6 +393,21 @@ def read_stored(path: str | os.PathLike, header: Mapping, target: np.ndarray | N
     stored = _read_decoded(os.fspath(path), header, {} if opened is None else opened)
     if stored.shape != shape:
         raise ValueError(f"{path}: expected {shape[0]} x {shape[1]} pixels, got shape {stored.shape}")
+    return stored
+
+# %% ../nbs/appendix/pixels.ipynb #248b4eb2
+def read_picture(path: str | os.PathLike, header: Mapping) -> np.ndarray:
+    """One frame to be looked at: as `read_stored`, or (rows, columns, samples) where the image is in colour.
+
+    Raises what `read_stored` raises.
+    """
+    samples = int(_told(header, "samples_per_pixel") or 1)
+    if samples == 1:
+        return read_stored(path, header)
+    stored = _read_decoded(os.fspath(path), header, {})
+    expected = (int(header["rows"]), int(header["columns"]), samples)
+    if stored.shape != expected:
+        raise ValueError(f"{path}: expected pixels of shape {expected}, got {stored.shape}")
     return stored
 
 # %% ../nbs/appendix/pixels.ipynb #7e162ddc

@@ -1,19 +1,23 @@
 """Chapter 2: hostile XML, one outcome for every file, boxes joined into lesions, the clinical table."""
 
+import json
 import os
 import re
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from lungct import annotations as an
-from lungct import dicom, runs
+from lungct import dicom, plots, runs
 from lungct.annotations import Outcome, XmlProblem
 
 CT, CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
@@ -133,6 +137,8 @@ def test_labels_are_folded_and_unknown_ones_stay_unknown(label, subtype):
 
 def test_folders_and_patients():
     assert an.patient_of("A0001") == an.patient_of("Lung_Dx-A0001") == "Lung_Dx-A0001"
+    assert an.patient_of("P001", {"P001"}) == "P001" and an.patient_of("P002", {"P001"}) == "Lung_Dx-P002"
+    assert an.patient_of("A0001", {"Lung_Dx-A0001"}) == "Lung_Dx-A0001"
     assert an.patient_subtype("Lung_Dx-B0019") == "B"
     assert an.patient_subtype("Lung_Dx-Q0019") is None and an.patient_subtype("B0019") is None
 
@@ -224,17 +230,19 @@ def images(*rows):
     types = dict.fromkeys(["patient_id", "sop_uid", "sop_class_uid", "stack_id"], "str") | {"slice_index": "Int64"}
     frame = pd.DataFrame(rows, columns=list(types)).astype(types)
     size = {"rows": pd.Series(512, frame.index, "Int64"), "columns": pd.Series(400, frame.index, "Int64")}
-    return frame.assign(modality="CT", **size)
+    return frame.assign(modality="CT", frames=pd.Series(pd.NA, frame.index, "Int64"), **size)
 
 
 INSTANCES = images(
     ("Lung_Dx-A0001", "1.1", CT, "s1", 0), ("Lung_Dx-A0001", "1.2", CT, "s1", 1),
     ("Lung_Dx-A0001", "1.3", CAPTURE, None, None), ("Lung_Dx-A0001", "1.4", CT, "s2", 0),
     ("Lung_Dx-A0001", "1.5", CT, None, None), ("Lung_Dx-A0001", "1.6", CT, "s1", None),
-    ("Lung_Dx-G0002", "2.1", CT, "s3", 0))
+    ("Lung_Dx-G0002", "2.1", CT, "s3", 0), ("Lung_Dx-A0001", "1.7", CT, "s4", None),
+    ("Lung_Dx-A0001", "1.8", CT, "s2", None), ("Lung_Dx-A0001", "1.9", CT, "s1", 2))
+INSTANCES.loc[7:, "frames"] = [30, 30, 1]
 STACKS = pd.DataFrame(
     [("s1", "Lung_Dx-A0001", "accepted", None), ("s2", "Lung_Dx-A0001", "excluded", "too few slices"),
-     ("s3", "Lung_Dx-G0002", "accepted", None)],
+     ("s3", "Lung_Dx-G0002", "accepted", None), ("s4", "Lung_Dx-A0001", "accepted", None)],
     columns=["stack_id", "patient_id", "status", "reason"]).astype("str").assign(modality="CT")
 
 
@@ -267,6 +275,10 @@ ONE_OF_EACH = [
     (one("A0001", "1.4"), Outcome.EXCLUDED_STACK),
     (one("A0001", "1.5"), Outcome.EXCLUDED_STACK),
     (one("A0001", "1.6"), Outcome.DROPPED_SLICE),
+    (one("A0001", "1.7"), Outcome.SEVERAL_FRAMES),
+    (one("A0001", "1.7", "Q"), Outcome.SEVERAL_FRAMES),
+    (one("A0001", "1.8"), Outcome.EXCLUDED_STACK),
+    (one("A0001", "1.9"), Outcome.MATCHED),
     (one("A0001", "9.9"), Outcome.UNKNOWN_UID),
     (one("A0067", "9.9"), Outcome.NO_IMAGES),
     (one("A0001", "2.1"), Outcome.OTHER_PATIENT),
@@ -301,6 +313,52 @@ def test_an_image_size_that_disagrees_is_named():
     assert ledger["detail"].tolist() == ["boxes [[10, 20, 40, 60]] drawn on 512 x 512, image 400 x 512"]
     boxes = boxes.assign(image_width=None, image_height=None).astype(an.BOX_COLUMNS)
     assert an.reconcile(INSTANCES, STACKS, boxes, NO_PROBLEMS)["outcome"].tolist() == [Outcome.MATCHED.value]
+
+
+def test_an_image_of_several_frames_says_how_many():
+    ledger = an.reconcile(INSTANCES, STACKS, box_rows(one("A0001", "1.7")), NO_PROBLEMS)
+    detail = "30 frames in one image, and the annotation does not tell which one it is about"
+    assert ledger["detail"].tolist() == [detail]
+    places = [list(Outcome).index(o) for o in (Outcome.EXCLUDED_STACK, Outcome.SEVERAL_FRAMES, Outcome.UNKNOWN_LABEL)]
+    assert places == sorted(places)
+
+
+OWN = INSTANCES.assign(patient_id=INSTANCES["patient_id"].str.removeprefix("Lung_Dx-").str.replace("A0001", "P001"))
+OWN_STACKS = STACKS.assign(patient_id=STACKS["patient_id"].str.removeprefix("Lung_Dx-").str.replace("A0001", "P001"))
+
+
+def test_a_patient_of_ones_own_needs_no_prefix(tmp_path):
+    """Images of P001 and a folder P001 belong together; so does a folder of the collection beside them."""
+    for name in ("P001/1.1", "P001/1.2", "G0002/2.1", "Q999/1.1", "P001/broken"):
+        path = tmp_path / "Annotation" / f"{name}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        letter = "G" if name[0] == "G" else "A"
+        text = an.format_annotation([(letter, SQUARE)], 400, 512)
+        path.write_text(text[:50] if "broken" in name else text)
+    mixed = pd.concat([OWN[OWN["patient_id"] == "P001"], INSTANCES[INSTANCES["stack_id"] == "s3"]], ignore_index=True)
+    boxes, problems = an.read_annotations(tmp_path / "Annotation")
+    ledger = an.reconcile(mixed, STACKS, boxes, problems)
+    assert dict(zip(ledger["file"], zip(ledger["outcome"], ledger["patient_id"], strict=True), strict=True)) == {
+        "P001/1.1.xml": ("matched", "P001"), "P001/1.2.xml": ("matched", "P001"),
+        "G0002/2.1.xml": ("matched", "Lung_Dx-G0002"), "P001/broken.xml": ("unparseable", "P001"),
+        "Q999/1.1.xml": ("duplicate annotation", "Lung_Dx-Q999")}
+    placed = an.place_boxes(boxes, ledger)
+    assert placed.dtypes.astype(str).to_dict() == an.BOX_COLUMNS
+    assert dict(zip(placed["folder"], placed["patient_id"], strict=True)) == {
+        "P001": "P001", "G0002": "Lung_Dx-G0002", "Q999": "Lung_Dx-Q999"}
+    assert an.name_patients(problems, mixed)["patient_id"].tolist() == ["P001"]
+    rules = an.compare_rules(mixed, ledger)
+    assert rules.set_index(["rule", "place"]).loc[("folder and UID", "CT"), "files"] == 3
+
+
+def test_the_remedy_for_folders_is_one_that_helps():
+    """What the message asks for, a folder named like the patient, gives a match."""
+    ledger = an.reconcile(OWN, OWN_STACKS, box_rows(one("elsewhere", "9.9")), NO_PROBLEMS)
+    with pytest.raises(runs.InputError, match="folders named like G0002, P001 that hold"):
+        an.require_match(ledger, OWN_STACKS, "here")
+    for folder, uid, letter in (("P001", "1.1", "A"), ("G0002", "2.1", "G")):
+        ledger = an.reconcile(OWN, OWN_STACKS, box_rows(one(folder, uid, letter)), NO_PROBLEMS)
+        an.require_match(ledger, OWN_STACKS, "here")
 
 
 def test_an_image_annotated_in_two_folders_counts_where_its_patient_is():
@@ -386,7 +444,7 @@ def test_the_two_published_rules_differ_by_borrowers_and_by_the_unparseable_file
 
 
 def test_rules_on_pet_on_other_images_and_on_nothing():
-    instances = INSTANCES.assign(modality=["CT", "PT", "CT", "MR", "CT", "CT", "CT"])
+    instances = INSTANCES.assign(modality=["CT", "PT", "CT", "MR", *["CT"] * 6])
     boxes = box_rows(one("A0001", "1.1"), one("A0001", "1.2"), one("A0001", "1.3"), one("A0001", "1.4"))
     totals = rule_totals(an.reconcile(instances, STACKS, boxes, NO_PROBLEMS), instances)
     assert totals["UID alone"] == totals["folder and UID"] == {
@@ -411,8 +469,8 @@ def test_no_match_at_all_is_one_line_with_the_folders_expected(folder):
 def test_images_without_a_usable_ct_are_named_as_what_they_are(folder):
     ledger = an.reconcile(INSTANCES, STACKS, *an.read_annotations(folder))
     pet = STACKS.assign(modality="PT")
-    with pytest.raises(runs.InputError, match=r"no accepted CT volume among the 3 stacks of chapter 1 "
-                                              r"\(2 accepted PT, 1 too few slices\)"):
+    with pytest.raises(runs.InputError, match=r"no accepted CT volume among the 4 stacks of chapter 1 "
+                                              r"\(3 accepted PT, 1 too few slices\)"):
         an.require_match(ledger[ledger["outcome"] != "matched"], pet, "here")
 
 
@@ -638,6 +696,38 @@ def test_only_one_study_and_one_frame_of_reference_are_compared():
     assert pairs["iou"].tolist() == [pytest.approx(1.0)]
 
 
+def acquired(**stacks):
+    """Instances of stacks: name=(acquisition numbers, times)"""
+    rows = [(name, number, when, "20090507") for name, (numbers, times) in stacks.items()
+            for number, when in zip(numbers, times, strict=True)]
+    frame = pd.DataFrame(rows, columns=["stack_id", "acquisition_number", "acquisition_time", "study_date"])
+    return frame.astype({"acquisition_number": "Int64", "acquisition_time": "str"})
+
+
+@pytest.mark.parametrize("a, b, across, within", [
+    (([1, 1], ["101500", "101500"]), ([2, 2], ["101530", "101530"]), "phase", "phase"),
+    (([3, 3], ["101500", "101500"]), ([3, 3], ["101500", "101500"]), "reconstruction", "phase"),
+    (([1, 1], ["101500", "101500"]), ([1, 1], ["101530", "101530.5"]), "phase", "phase"),
+    (([1, 2], ["101500", "101510"]), ([1, 2], ["101500.5", "101509"]), "reconstruction", "phase"),  # step and shoot
+    (([None], ["190047"]), ([None], ["190047"]), "reconstruction", "phase"),
+    (([1], [None]), ([2], [None]), "phase", "phase"), (([None], [None]), ([None], [None]), "reconstruction", "phase")])
+def test_pairs_of_two_acquisitions_are_phases_whatever_series_they_are_in(a, b, across, within):
+    boxes = pd.concat([placed((5, 10, 10, 30, 30), stack_id=s) for s in ("s1", "s2")], ignore_index=True)
+    for series, expected in (("xy", across), ("xx", within)):
+        stacks = stack_table(("s1", series[0], "f", affine_of()), ("s2", series[1], "f", affine_of()))
+        lesions = an.join_lesions(boxes, stacks)[0]
+        assert an.pair_lesions(lesions, stacks, acquired(s1=a, s2=b))["kind"].tolist() == [expected]
+        same = an.pair_lesions(lesions, stacks, acquired(s1=a, s2=b).iloc[::-1])
+        assert same["kind"].tolist() == [expected]
+
+
+def test_two_kernels_of_one_acquisition_in_one_series_are_reconstructions():
+    boxes = pd.concat([placed((5, 10, 10, 30, 30), stack_id=s) for s in ("s1", "s2")], ignore_index=True)
+    stacks = stack_table(("s1", "x", "f", affine_of()), ("s2", "x", "f", affine_of())).assign(kernel=["B30f", "B70f"])
+    pairs = an.pair_lesions(an.join_lesions(boxes, stacks)[0], stacks, acquired(s1=([1], ["1"]), s2=([1], ["1"])))
+    assert pairs["kind"].tolist() == ["reconstruction"]
+
+
 def test_iou_by_hand():
     cube = (0, 0, 0, 2, 2, 2)
     iou = an.iou_3d([cube], [cube, (1, 0, 0, 3, 2, 2), (2, 0, 0, 4, 2, 2)])
@@ -678,6 +768,12 @@ def test_the_clinical_table_is_cleaned_and_what_is_not_understood_is_noted(tmp_p
     assert pd.isna(second["m"]) and pd.isna(second["age_years"]) and second["notes"] == "m '3' is no known value"
     assert third["sex"] == "F" and pd.isna(third["smoking"])
     assert third["notes"] == "age_years 'old' is no known value; n '9' is no known value"
+
+
+def test_the_clinical_table_knows_patients_by_their_own_names(tmp_path):
+    row = ["M", 58, 65, "2b", 3, "1b", "G2", 1]
+    path = spreadsheet(tmp_path / "c.xlsx", [1, "P001", *row], [2, "A0001", *row])
+    assert an.read_clinical(path, {"P001", "Lung_Dx-A0001"})["patient_id"].tolist() == ["Lung_Dx-A0001", "P001"]
 
 
 @pytest.mark.parametrize(("spelled", "grade"), [
@@ -840,3 +936,131 @@ def test_the_real_ledger_is_the_one_that_the_chapter_explains(real_data):
     per_stack = ledger[ledger["outcome"] == "matched"].groupby(["folder", "stack_id"]).size()
     assert {folder: sorted(part) for folder, part in per_stack.groupby("folder")} == {
         "A0001": [9, 11], "A0006": [5, 5], "E0003": [19, 20, 20, 20]}
+
+
+def test_the_real_pairs_are_phases_unless_they_share_an_acquisition(real_data):
+    """E0003: three acquisitions in one series, the third once more in another series with another kernel."""
+    instances, _ = dicom.index_dicom(real_data / "Lung-PET-CT-Dx", workers=1)
+    stacks, instances = dicom.build_stacks(instances, root=real_data / "Lung-PET-CT-Dx")
+    boxes, problems = an.read_annotations(real_data / "Annotation")
+    ledger = an.reconcile(instances, stacks, boxes, problems)
+    lesions, _ = an.join_lesions(an.place_boxes(boxes, ledger), stacks)
+    pairs = an.pair_lesions(lesions, stacks, instances)
+    number = instances.groupby("stack_id")["acquisition_number"].first()
+    of = lesions.set_index("lesion_id")["stack_id"].map(number)
+    for pair in pairs.itertuples():
+        same = pd.isna(of[pair.lesion_a]) or of[pair.lesion_a] == of[pair.lesion_b]
+        assert pair.kind == ("reconstruction" if same else "phase")
+    kinds = pairs[pairs["patient_id"] == "Lung_Dx-E0003"]["kind"].value_counts().to_dict()
+    assert kinds.get("reconstruction") == 1 and kinds.get("phase") == 5
+    assert set(pairs[pairs["patient_id"] != "Lung_Dx-E0003"]["kind"]) == {"reconstruction"}
+
+
+# ---------------------------------------------------------------- what the chapter draws
+
+def chapter_cells(*ids):
+    """Source of cells of the notebook."""
+    nbs = Path(__file__).resolve().parents[1] / "nbs"
+    cells = json.loads((nbs / "02_parse_annotations.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for wanted in ids for cell in cells if cell["id"] == wanted]
+
+
+def slice_at(folder, number, position, **changes):
+    """A CT slice of 8 x 8 pixels of patient P001."""
+    image = Dataset()
+    image.SOPClassUID, image.SOPInstanceUID = CT, changes.pop("uid", f"1.2.3.{number}")
+    image.PatientID, image.StudyInstanceUID, image.SeriesInstanceUID = "P001", "1.2.1", changes.pop("series", "1.2.2")
+    image.Modality, image.InstanceNumber = "CT", number
+    image.ImagePositionPatient, image.ImageOrientationPatient = [float(x) for x in position], [1, 0, 0, 0, 1, 0]
+    image.PixelSpacing, image.Rows, image.Columns, image.SamplesPerPixel = [1, 1], 8, 8, 1
+    image.PhotometricInterpretation, image.PixelRepresentation = "MONOCHROME2", 0
+    image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
+    image.RescaleSlope, image.RescaleIntercept = 1, -1024
+    image.PixelData = np.full((8, 8), number, np.uint16).tobytes()
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    for keyword, value in changes.items():
+        setattr(image, keyword, value)
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save_as(folder / f"{number:03}.dcm", enforce_file_format=True)
+    return folder / f"{number:03}.dcm"
+
+
+def world_of(root, files):
+    """The names that cells of the chapter see, for images below a folder and annotations (uid, box)."""
+    instances, _ = dicom.index_dicom(root, workers=1)
+    stacks, instances = dicom.build_stacks(instances, 4, root)
+    boxes = box_rows(*[("P001", uid, [("A", box)]) for uid, box in files]).assign(image_width=8, image_height=8)
+    ledger = an.reconcile(instances, stacks, boxes.astype(an.BOX_COLUMNS), NO_PROBLEMS)
+    boxes = an.place_boxes(boxes, ledger)
+    lesions, boxes = an.join_lesions(boxes, stacks)
+    return vars(an) | {"instances": instances, "stacks": stacks, "boxes": boxes, "ledger": ledger, "lesions": lesions,
+                       "dicom_root": root, "plt": plt, "plots": plots, "dicom": dicom, "seed": 0}
+
+
+@pytest.fixture
+def no_window(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    yield
+    plt.close("all")
+
+
+def test_the_gallery_draws_a_middle_frame_and_says_what_it_cannot_draw(tmp_path, no_window):
+    for k in range(3):
+        slice_at(tmp_path / "short", k, (0, 0, k), series="1.2.4", uid=f"1.2.4.{k}")
+    path = slice_at(tmp_path / "frames", 1, (0, 0, 0), uid="1.2.5.1", series="1.2.5", NumberOfFrames=5,
+                    PixelData=np.repeat(np.arange(5, dtype=np.uint16), 64).tobytes())
+    world = world_of(tmp_path, [("1.2.4.1", (1, 1, 5, 5)), ("1.2.5.1", (1, 1, 5, 5))])
+    sources = chapter_cells("2dd7e1dc", "d880f8b6")
+    exec(sources[0], world)
+    frames = world["instances"].set_index("sop_uid").loc["1.2.5.1"]
+    assert (world["picture_of"](frames) == 2).all()
+    short = world["ledger"].set_index("sop_uid").loc["1.2.4.1"].to_dict() | {"sop_uid": "1.2.4.1"}
+    ax = plt.subplots()[1]
+    world["draw_odd"](short, ax)
+    assert len(ax.images) == 1 and not ax.texts
+    world["instances"] = world["instances"].assign(transfer_syntax_uid="1.2.840.10008.1.2.4.100")     # a film
+    ax = plt.subplots()[1]
+    world["draw_odd"](short, ax)
+    assert not ax.images and "is not known to pydicom" in ax.texts[0].get_text().replace("\n", " ")
+    path.unlink()
+    exec(sources[1], world)
+
+
+def test_the_contact_sheet_reads_what_was_accepted_and_leaves_a_tile_empty_where_it_cannot(tmp_path, no_window, capsys):
+    for k in range(10):                                    # two neighbours alone would look like a leaning stack
+        slice_at(tmp_path / "a", k, (0.02 * (k % 2), 0, k))
+    world = world_of(tmp_path, [("1.2.3.5", (1, 1, 5, 5)), ("1.2.3.6", (1, 1, 5, 5))])
+    assert world["stacks"]["status"].tolist() == ["accepted"] and len(world["lesions"]) == 1
+    sources = chapter_cells("146bfd32", "1661493e")
+    exec(sources[0], world)
+    tile, box = world["tile_or_empty"](world["lesions"].iloc[0].to_dict())
+    assert (tile == 6 - 1024).all() and np.diff(box).tolist()[0] == 0
+    (tmp_path / "a" / "006.dcm").unlink()
+    tile, _ = world["tile_or_empty"](world["lesions"].iloc[0].to_dict())
+    assert np.isnan(tile).all() and "has an empty tile" in (said := capsys.readouterr().out) and "006.dcm" in said
+    exec(sources[1], world)
+
+
+def test_figures_of_lesions_pass_over_a_stack_that_cannot_be_read(tmp_path, no_window, capsys):
+    for series in ("1.2.4", "1.2.5"):
+        for k in range(10):
+            slice_at(tmp_path / series, k, (0, 0, k), series=series, uid=f"{series}.{k}", FrameOfReferenceUID="1.2.9")
+    world = world_of(tmp_path, [(f"{series}.{k}", (1, 1, 5, 5)) for series in ("1.2.4", "1.2.5") for k in (4, 5)])
+    assert len(world["lesions"]) == 2
+    sources = chapter_cells("596d0a99", "1b3d575d", "f6e11885", "1f354816", "21ef35c8", "39a3975c")
+    world["display"] = print
+    for source in sources:
+        exec(source, world)
+    assert world["pairs"]["kind"].tolist() == ["reconstruction"] and "skipped" not in capsys.readouterr().out
+    shown = world["shown"]["stack_id"]
+    path = world["instances"].set_index("stack_id")["path"].loc[shown].iloc[3]
+    (tmp_path / path).unlink()
+    for source in sources:
+        exec(source, world)
+    assert world["shown"]["stack_id"] != shown and "skipped 1 that cannot be read" in capsys.readouterr().out
+    for path in tmp_path.rglob("*.dcm"):
+        path.unlink()
+    for source in sources:
+        exec(source, world)
+    assert world["example"] is None and world["found"] is None

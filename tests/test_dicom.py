@@ -1,5 +1,6 @@
 """Chapter 1: every file accounted for, every series judged, voxels and millimetres as SimpleITK has them."""
 
+import json
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pydicom
@@ -33,7 +35,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from lungct import dicom, headers, pixels
+from lungct import dicom, headers, pixels, plots
 from lungct.dicom import Exclusion, FileProblem
 
 GEOMETRY_TOLERANCE_MM = 1e-4
@@ -471,6 +473,7 @@ REASONS = {
     Exclusion.SECONDARY_CAPTURE: (EVEN, {"SOPClassUID": SecondaryCaptureImageStorage}, "Secondary Capture"),
     Exclusion.OTHER_MODALITY: (EVEN, {"Modality": "MR"}, "modality MR"),
     Exclusion.LOCALIZER: (EVEN, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "LOCALIZER"),
+    Exclusion.PROJECTION: (EVEN, {"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MIP"]}, "AXIAL\\MIP"),
     Exclusion.TOO_FEW_SLICES: ([0, 5, 10], {}, "3 slices, at least 4 needed"),
     Exclusion.DUPLICATE_POSITIONS: ([7] * 6, {"number": 1, "pixels": lambda i: np.full((4, 6), i, np.uint16)},
                                     "6 images at 1 positions"),
@@ -492,6 +495,28 @@ def test_each_reason(tmp_path, reason):
     assert words in row["detail"]
     assert row["ordered_by"] == ("instance number" if reason is Exclusion.NO_GEOMETRY else "position")
     assert instances["stack_id"].eq(row["stack_id"]).all()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR: the numbers stand for colours"),
+    ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "RescaleSlope": 1, "RescaleIntercept": 0},
+     "no stored number can mean less than 0 HU"),
+    ({"BitsStored": 10, "HighBit": 9, "PixelRepresentation": 1, "RescaleSlope": -1, "RescaleIntercept": 0},
+     "no stored number can mean less than -511 HU"),
+])
+def test_numbers_that_are_no_hounsfield_units_are_excluded(tmp_path, changes, words):
+    def narrow(i):
+        return np.full((16, 16), i, np.uint8 if changes.get("BitsAllocated") == 8 else np.uint16)
+
+    row = only(stacks_of(write_series(tmp_path / "s", range(0, 50, 5), pixels=narrow, **changes))[0])
+    assert row["reason"] == Exclusion.OTHER_UNIT.value and words in row["detail"]
+
+
+def test_two_scans_half_a_step_apart_are_two_volumes(tmp_path):
+    depths = [*range(0, 100, 5), *(z + 2.5 for z in range(0, 100, 5))]
+    stacks, _ = stacks_of(write_series(tmp_path / "s", depths, AcquisitionNumber=1, pixels=different,
+                                       AcquisitionTime=lambda i: "120000" if i < 20 else "120500"))
+    assert stacks["status"].eq("accepted").all() and stacks["slices"].tolist() == [20, 20]
 
 
 def test_unsupported_syntax(tmp_path):
@@ -564,6 +589,32 @@ def test_thick_slice_is_a_localizer(tmp_path):
     assert only(stacks)["reason"] == "localizer"
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"SliceThickness": 410, "ImageType": None}, "slice thickness 410 mm"),
+    ({"SliceThickness": None, "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+     "image type ORIGINAL\\PRIMARY\\LOCALIZER")])
+def test_a_localizer_tells_only_what_its_header_tells(tmp_path, changes, words):
+    assert only(stacks_of(write_series(tmp_path / "s", [0], **changes))[0])["detail"] == words
+
+
+@pytest.mark.parametrize("value, projected", [
+    ("MIP", True), ("MINIP", True), ("MIN IP", True), ("MIN_IP", True), ("CT_SOM5 MIP", True), ("MAX IP", True),
+    ("AVERAGE", False), ("MPR", False), ("MIPS", False), ("CT_SOM7 SPI", False)])
+def test_projections_are_no_volume_and_averages_are(tmp_path, value, projected):
+    """A slab of the brightest or darkest values has numbers that no tissue has there."""
+    folder = write_series(tmp_path / "s", EVEN, ImageType=["DERIVED", "SECONDARY", "REFORMATTED", value])
+    row = only(stacks_of(folder)[0])
+    assert row["reason"] == "projection" if projected else row["status"] == "accepted"
+
+
+def test_projections_leave_the_volume_they_were_made_of(tmp_path):
+    write_series(tmp_path / "s", EVEN, pixels=noise)
+    write_series(tmp_path / "m", EVEN, ImageType=["DERIVED", "SECONDARY", "AXIAL", "MIP"], number=lambda i: 50 + i)
+    stacks, _ = stacks_of(tmp_path)
+    assert stacks["slices"].tolist() == [6, 6]
+    assert set(stacks["reason"].fillna("accepted")) == {"accepted", "projection"}
+
+
 def test_colour_is_a_capture_whatever_it_says(tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint16)
     stacks, _ = stacks_of(write_series(tmp_path / "s", EVEN, pixels=pixels, SamplesPerPixel=3, PlanarConfiguration=0,
@@ -612,6 +663,50 @@ def test_unordered_phases_are_not_guessed(tmp_path):
     stacks, _ = stacks_of(write_series(
         tmp_path / "s", EVEN * 2, pixels=different, number=lambda i: int(numbers[i])))
     assert only(stacks)["reason"] == "duplicate positions"
+
+
+UNORDERED = np.random.default_rng(1).permutation(40)
+DIFFERENCES = {
+    "kernel": {"ConvolutionKernel": lambda i: "B30f" if i < 20 else "B70f"},
+    "image type": {"ImageType": lambda i: ["ORIGINAL" if i < 20 else "DERIVED", "PRIMARY", "AXIAL"]},
+    "time": {"AcquisitionTime": lambda i: "101500" if i < 20 else "101545.5"},
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+@pytest.mark.parametrize("number", [lambda i: i % 20, lambda i: int(UNORDERED[i])], ids=["repeated", "unordered"])
+def test_volumes_of_one_series_are_told_apart_by_how_and_when_they_were_made(tmp_path, difference, number):
+    stacks, instances = stacks_of(write_series(
+        tmp_path / "s", list(range(0, 100, 5)) * 2, number=number, AcquisitionNumber=1, pixels=different,
+        **DIFFERENCES[difference]))
+    assert stacks["status"].eq("accepted").all() and stacks["slices"].tolist() == [20, 20]
+    halves = instances.assign(half=instances["path"] > "020.dcm").groupby("stack_id")["half"].nunique()
+    assert halves.tolist() == [1, 1]
+
+
+def test_two_kernels_in_two_phases_are_four_volumes(tmp_path):
+    stacks, _ = stacks_of(write_series(
+        tmp_path / "s", EVEN * 4, number=lambda i: i % 6, pixels=different, AcquisitionNumber=lambda i: 1 + i // 12,
+        ConvolutionKernel=lambda i: "B30f" if i // 6 % 2 else "B70f"))
+    assert stacks["status"].eq("accepted").all() and stacks["slices"].tolist() == [6] * 4
+
+
+def test_a_time_for_each_turn_of_the_tube_does_not_cut_phases_into_slabs(tmp_path):
+    stacks, _ = stacks_of(write_series(
+        tmp_path / "s", list(range(24)) * 2, pixels=different, AcquisitionTime=lambda i: f"1015{i // 8:02}"))
+    assert stacks["slices"].tolist() == [24, 24] and stacks["status"].eq("accepted").all()
+
+
+def test_equal_blank_slices_of_two_kernels_are_no_repeats(tmp_path):
+    stacks, _ = stacks_of(write_series(
+        tmp_path / "s", EVEN * 2, number=lambda i: i % 6, ConvolutionKernel=lambda i: "B30f" if i < 6 else "B70f"))
+    assert stacks["slices"].tolist() == [6, 6] and stacks["dropped_duplicates"].sum() == 0
+
+
+def test_a_slice_of_another_kernel_alone_costs_nothing(tmp_path):
+    folder = write_series(tmp_path / "s", EVEN, ConvolutionKernel=lambda i: "B70f" if i == 2 else "B30f")
+    row = only(stacks_of(folder)[0])
+    assert row["status"] == "accepted" and row["slices"] == 6
 
 
 def test_a_whole_phase_survives_a_broken_one(tmp_path):
@@ -756,6 +851,31 @@ def only_reason(depths):
     return found["reason"], found["detail"].split(" (")[0]
 
 
+@pytest.mark.parametrize("start", [0.0, -312.7, 0.05, 1.0375])
+@pytest.mark.parametrize("step", [0.5, 0.6, 0.625, 0.75, 0.8, 1.25])
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(step, start):
+    depths = [round(start + step * k, 1) for k in range(300)]
+    assert rounded(depths)["status"] == "accepted"
+    for lost in (1, 150, 298):                             # and a lost slice is still found
+        assert rounded(np.delete(depths, lost))["reason"] == "gap"
+
+
+@pytest.mark.parametrize("step", [0.2, 0.3, 0.5, 0.625, 1])
+def test_small_steps_with_holes_do_not_pass_for_larger_ones(step):
+    depths = [step * k for k in range(300)]
+    assert rounded([z for k, z in enumerate(depths) if k % 3])["status"] == "excluded"
+    assert rounded([z + 0.45 * step * (k == 77) for k, z in enumerate(depths)])["reason"] == "uneven spacing"
+
+
+def rounded(depths):
+    row = {"patient_id": "T", "series_uid": "1", "modality": "CT", "sop_class_uid": str(CTImageStorage),
+           "orientation": [1.0, 0, 0, 0, 1, 0], "pixel_spacing_mm": [1.0, 1.0], "rows": 4, "columns": 4,
+           "rescale_slope": 1.0, "rescale_intercept": 0.0, "transfer_syntax_uid": str(ImplicitVRLittleEndian)}
+    rows = [row | {"path": f"{i:03}", "instance_number": i, "position_mm": [0.0, 0.0, float(z)]}
+            for i, z in enumerate(depths)]
+    return only(dicom.build_stacks(dicom._table(rows, dicom.INSTANCE_DTYPES), 4)[0])
+
+
 angles = st.tuples(*[st.floats(-3.1, 3.1)] * 3)
 
 
@@ -892,6 +1012,21 @@ def test_frames_with_gaps_and_repeats_are_judged_too(tmp_path):
         told = pd.Series([[[0.0, 0.0, z] for z in depths]], dtype=object)
         stacks, _ = dicom.build_stacks(instances.assign(frame_positions_mm=told), 4, tmp_path / "s")
         assert only(stacks)["reason"] == reason
+
+
+def test_a_rescale_that_differs_from_frame_to_frame_is_not_called_missing(single_and_enhanced):
+    _, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    for k, groups in enumerate(image.PerFrameFunctionalGroupsSequence):
+        groups.PixelValueTransformationSequence = [Dataset()]
+        groups.PixelValueTransformationSequence[0].RescaleSlope = 1 + k
+        groups.PixelValueTransformationSequence[0].RescaleIntercept = -1024
+    image.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence", None)
+    image.save_as(folder / "all.dcm")
+    row = only(stacks_of(folder)[0])
+    n, what = image.NumberOfFrames, "missing, or not the same in all frames, which is not supported,"
+    assert row["reason"] == "missing rescale"
+    assert row["detail"] == f"RescaleSlope (0028,1053) {what} in {n} of {n} frames"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -1273,7 +1408,7 @@ def test_two_phases_between_each_other_are_not_one_thin_volume(tmp_path):
     assert instances.groupby("stack_id")["acquisition_number"].nunique().eq(1).all()
 
 
-@pytest.mark.parametrize("other", [{"ConvolutionKernel": "B70f"}, {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}])
+@pytest.mark.parametrize("other", [{"ConvolutionKernel": "B70f"}, {"ImageType": ["DERIVED", "SECONDARY", "AVERAGE"]}])
 def test_two_makings_between_each_other_are_apart(tmp_path, other):
     write_series(tmp_path / "a", np.arange(0, 40, 5), ConvolutionKernel="B30f")
     changes = {"ConvolutionKernel": "B30f", "number": lambda i: i + 50} | other
@@ -1324,6 +1459,22 @@ def test_two_frames_of_reference_are_two_stacks(tmp_path):
     write_series(tmp_path, range(10), FrameOfReferenceUID=lambda i: "1.2.9" if i < 5 else "1.2.10")
     stacks, _ = stacks_of(tmp_path)
     assert stacks["slices"].tolist() == [5, 5] and set(stacks["frame_of_reference_uid"]) == {"1.2.9", "1.2.10"}
+
+
+@pytest.mark.parametrize("lost", [0, 7])
+def test_a_slice_without_a_frame_of_reference_stays_in_its_volume(tmp_path, lost):
+    write_series(tmp_path, range(20), FrameOfReferenceUID=lambda i: None if i == lost else "1.2.9")
+    stacks, instances = stacks_of(tmp_path)
+    assert only(stacks)["status"] == "accepted" and only(stacks)["slices"] == 20
+    assert only(stacks)["frame_of_reference_uid"] == "1.2.9"
+    assert dicom.read_stack(instances, tmp_path).frame_of_reference_uid == "1.2.9"
+    assert dicom.open_stack(only(stacks), instances, tmp_path).frame_of_reference_uid == "1.2.9"
+
+
+def test_where_a_series_knows_two_frames_of_reference_none_is_guessed(tmp_path):
+    write_series(tmp_path, range(15), FrameOfReferenceUID=lambda i: [None, "1.2.9", "1.2.10"][i // 5])
+    stacks, _ = stacks_of(tmp_path)
+    assert stacks["slices"].tolist() == [5, 5, 5] and stacks["frame_of_reference_uid"].isna().sum() == 1
 
 
 def test_slices_that_change_places_after_the_index_are_noticed(tmp_path):
@@ -1398,3 +1549,59 @@ def test_packed_files_that_changed_places_are_noticed(tree):
     paths[1].write_bytes(one)
     with pytest.raises(ValueError, match="changed since it was indexed: another image than"):
         dicom.read_stack(instances[instances["stack_id"] == stacks["stack_id"][0]], tree)
+
+
+# ------------------------------------------------------------------ one example, not a certain one
+
+def packed_series(folder, names):
+    """Run-length encoded series, and a function that damages one of them so that only unpacking shows it."""
+    for name in names:
+        write_series(folder / name, range(10), SeriesInstanceUID=f"1.2.2.{ord(name)}", syntax=RLELossless, pixels=noise)
+    stacks, instances = stacks_of(folder)
+    assert stacks["status"].eq("accepted").all() and len(stacks) == len(names)
+
+    def damage(stack_id):
+        path = folder / instances.loc[instances["stack_id"] == stack_id, "path"].iloc[2]
+        raw = bytearray(path.read_bytes())
+        at = raw.index(b"\xe0\x7f\x10\x00")
+        raw[at + 28 : at + 92] = b"\xff" * 64
+        path.write_bytes(raw)
+
+    return stacks, instances, damage
+
+
+def test_a_candidate_that_cannot_be_read_is_passed_over_in_one_line(tmp_path, capsys):
+    stacks, instances, damage = packed_series(tmp_path, "abc")
+    names = stacks["stack_id"].tolist()
+    for name in names[:2]:
+        damage(name)
+
+    def read(stack_id):
+        return dicom.read_stack(instances[instances["stack_id"] == stack_id], tmp_path)
+
+    assert dicom.first_readable(names, read).stack_id == names[2]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "skipped 2 that cannot be read" in said and "003.dcm: frame 0 cannot" in said
+    assert dicom.first_readable(names[:2], read) is None and dicom.first_readable([], read) is None
+
+
+def chapter_cells(name, *ids):
+    """Source of cells of a notebook."""
+    cells = json.loads((Path(__file__).resolve().parents[1] / "nbs" / name).read_text())["cells"]
+    return ["".join(cell["source"]) for wanted in ids for cell in cells if cell["id"] == wanted]
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_chapter_that_meets_damage_looks_at_the_next_stack(tmp_path, capsys, damaged):
+    stacks, instances, damage = packed_series(tmp_path, "ab")
+    names = stacks["stack_id"].tolist()
+    for name in names[:damaged]:
+        damage(name)
+    world = vars(dicom) | {"stacks": stacks, "instances": instances, "root": tmp_path, "source": "toys", "plt": plt,
+                           "accepted": stacks[stacks["status"] == "accepted"], "plots": plots}
+    for source in chapter_cells("01_explore_dicom.ipynb", "8e7ba9fa", "80ebc001", "b3d00501", "9b55c7f7", "f65012c1",
+                                "c7eea3b5", "27880ecb"):
+        exec(source, world)
+    plt.close("all")
+    assert capsys.readouterr().out.count(f"skipped {damaged} that cannot be read") == 2
+    assert world["stack"] is None if damaged == 2 else world["stack"].stack_id == names[1]

@@ -299,6 +299,14 @@ def test_enhanced(tmp_path, uid, undefined):
     assert in_bulk(tmp_path, ["a.dcm"])["a.dcm"]["frame_positions_mm"] == [[1, 2, 0], [1, 2, 2.5]]
 
 
+def test_the_unit_of_an_enhanced_image_is_read(tmp_path):
+    frames = [frame(0), frame(2.5)]
+    for each in frames:
+        each.PixelValueTransformationSequence[0].RescaleType = "Z_EFF"
+    (tmp_path / "a.dcm").write_bytes(encoded(enhanced(frames)))
+    assert assert_one_answer(tmp_path / "a.dcm")["rescale_type"] == "Z_EFF"
+
+
 def test_enhanced_values_that_differ_stay_missing(tmp_path):
     frames = [frame(0), frame(1, slope=3, orientation=(0, 1, 0, 0, 0, 1))]
     (tmp_path / "a.dcm").write_bytes(encoded(enhanced(frames)))

@@ -802,6 +802,16 @@ def test_a_stack_that_was_not_built_does_not_stop_the_chapter(clean):
     assert lab.verdict(lab.audit(labels, cohort, lesions=lesions)) != "failed"
 
 
+def test_a_scan_of_nobody_is_a_patient_of_its_own(clean):
+    nobody = clean["cohort"].iloc[[0, 0]].assign(stack_id=["x1", "x2"], patient_id=None, lesions=0,
+                                                 **{link: ["x1", "x2"] for link in lab.LINKS})
+    cohort = pd.concat([clean["cohort"], nobody], ignore_index=True).astype({"patient_id": "str"})
+    labels = lab.split_patients(lab.make_labels(cohort, clean["lesions"]))
+    theirs = labels[labels["stack_id"].isin(["x1", "x2"])]
+    assert theirs["patient_id"].tolist() == ["unknown, x1", "unknown, x2"] and theirs["role"].eq("unused").all()
+    assert lab.verdict(lab.audit(labels, cohort, lesions=clean["lesions"])) != "failed"
+
+
 def test_tied_patients_are_one_in_the_acquisition_test():
     """Scanners by lot, but each person is there under two names, with one scanner and one subtype: no finding."""
     alarms = 0

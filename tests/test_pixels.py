@@ -299,6 +299,26 @@ def test_colour_is_refused(tmp_path):
         pixels.read_stored(path, header_of(path))
 
 
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_a_picture_in_colour_can_be_looked_at(tmp_path, syntax):
+    colours = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    path = write(tmp_path / "a.dcm", colours.reshape(4, 18), SamplesPerPixel=3, Columns=6, PlanarConfiguration=0,
+                 PhotometricInterpretation="RGB")
+    if syntax == RLELossless:
+        image = pydicom.dcmread(path)
+        image.compress(syntax)
+        image.save_as(path)
+    assert np.array_equal(pixels.read_picture(path, header_of(path)), colours)
+    with pytest.raises(ValueError, match=r"expected pixels of shape \(4, 6, 4\), got"):
+        pixels.read_picture(path, header_of(path) | {"samples_per_pixel": 4})
+
+
+def test_a_picture_in_grey_is_what_is_stored(tmp_path):
+    frames = np.arange(3 * 4 * 6, dtype=np.uint16).reshape(3, 4, 6)
+    header = header_of(write(tmp_path / "a.dcm", frames))
+    assert np.array_equal(pixels.read_picture(tmp_path / "a.dcm", header | {"frame": 1}), frames[1])
+
+
 # ---- files that promise more than they hold --------------------------------------------------------------------------
 
 def packed_frames(path, frames, syntax=JPEG2000Lossless, told=None, bot=True, each=1):

@@ -124,7 +124,7 @@ def test_the_ledger_reproduces_the_numbers_put_in(small, found):
     assert sm.check_ledger(truth, ledger).empty
     assert sm.check_numbers(put_in, sm.recount(instances, boxes, unread, ledger)).empty
     assert len(ledger) == len(truth) == len(list((small / "Annotation").rglob("*.xml"))) > 900
-    never = ["outcome image size disagrees", "outcome box outside the image"]
+    never = ["outcome image size disagrees", "outcome box outside the image", "outcome on an image of several frames"]
     assert (put_in.filter(like="outcome").drop(never) > 0).all()
 
 
