@@ -350,7 +350,7 @@ def _image(values_zyx: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
         raise InputError(f"expected a 4x4 affine that can be inverted, got {affine.tolist()}")
     if (lean := _lean_mm(affine, values.shape)) > LEAN_MM:
         raise InputError(f"the axes are not perpendicular (corners would move {lean:.2f} mm), which NIfTI's quaternion "
-                         "cannot say: read the stack with straighten=True")
+                         "cannot say: read the stack with straighten=True, or use JSON, SEG and SR")
     image = nib.Nifti1Image(values.T, flip_world(affine))
     image.header.set_xyzt_units("mm")
     image.set_sform(flip_world(affine), code="scanner")
@@ -662,6 +662,9 @@ def pseudonym(uid: str) -> str:
     return hashlib.blake2b(uid.encode(), digest_size=6).hexdigest()
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0009
+_POINTERS = {"frame_of_reference_uid": "frame of reference", "study_uid": "study", "sop_class_uid": "SOP class"}
+
+
 def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = None) -> list[pydicom.Dataset]:
     """Headers of the images of one stack for `to_seg` and `to_sr`, with nothing in them that is not needed.
 
@@ -673,14 +676,15 @@ def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = Non
     Raises
     ------
     InputError
-        Several images that hold several slices each, and images that name no frame of reference.
+        Several images that hold several slices each, and images that name no frame of reference, study or SOP class.
     """
     whole = len(slices) == 1 and slices["frames"].iloc[0] > 1
     slices = slices if whole else slices[slices["slice_index"].notna()].sort_values("slice_index")
     if slices.empty or (not whole and (slices["frames"].fillna(1) > 1).any()):
         raise InputError("no SEG and SR for several images that hold several slices each: use JSON or NIfTI")
-    if slices["frame_of_reference_uid"].isna().any():
-        raise InputError("no SEG and SR for images that name no frame of reference: use JSON or NIfTI")
+    for column, words in _POINTERS.items():
+        if slices[column].isna().any():
+            raise InputError(f"no SEG and SR for images that name no {words}: use JSON or NIfTI")
     nobody = pseudonym(slices["study_uid"].iloc[0])
     known = patient or dict.fromkeys(PATIENT, "") | {"PatientID": nobody, "PatientName": f"{nobody}^"}
     return [(_frames_header if whole else _source_header)(row, known) for row in slices.to_dict("records")]

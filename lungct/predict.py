@@ -12,6 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice, product
@@ -321,7 +322,8 @@ def _blank(number, row, wanted) -> dict:
               "slices": int(row["slices"]), "refused": None, "detail": None, "unlike_training": None, "facts": {},
               "boxes": [], "subtypes": {}, "subtype": None, "files": {}, "notes": []}
     if wanted.show_identity:
-        result |= {name: row[name] for name in ("patient_id", "study_uid", "series_uid")}
+        result |= {name: row[name] if isinstance(row[name], str) else None
+                   for name in ("patient_id", "study_uid", "series_uid")}
     return result
 
 
@@ -336,19 +338,26 @@ def _export(result, stack, slices, folder, info, wanted) -> None:
     """SEG, SR and NIfTI of one answered stack, as wanted."""
     blocks = np.array([[box[name] for name in PIXELS] for box in result["boxes"]])
     if wanted.nifti:
-        result["files"]["nifti"] = f"{result['stack']}_boxes.nii.gz"
-        labels = exchange.blocks_to_labels(blocks, _values(stack).shape)
-        exchange.write_nifti(labels, stack.affine, wanted.out / result["files"]["nifti"])
+        with _noted("NIfTI", result, slices, wanted):
+            name, labels = f"{result['stack']}_boxes.nii.gz", exchange.blocks_to_labels(blocks, _values(stack).shape)
+            exchange.write_nifti(labels, stack.affine, wanted.out / name)
+            result["files"]["nifti"] = name
     if wanted.dicom_files:
         found = exchange.Findings(blocks, [box["score"] for box in result["boxes"]], info["model_hash"],
                                   result["subtypes"])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                patient = exchange.patient_module(folder / slices["path"].iloc[0]) if wanted.show_identity else None
-                _save_dicom(result, exchange.source_headers(slices, patient), found, wanted.out)
-        except (ValueError, TypeError) as error:
-            result["notes"].append(_without_names(f"SEG and SR not written: {error}", slices, wanted))
+        with _noted("SEG and SR", result, slices, wanted):
+            patient = exchange.patient_module(folder / slices["path"].iloc[0]) if wanted.show_identity else None
+            _save_dicom(result, exchange.source_headers(slices, patient), found, wanted.out)
+
+
+@contextmanager
+def _noted(what, result, slices, wanted):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, TypeError) as error:
+        result["notes"].append(_without_names(f"{what} not written: {error}", slices, wanted))
 
 # %% ../nbs/appendix/predict.ipynb #7a3d0034
 def _save_dicom(result, sources, found, out) -> None:

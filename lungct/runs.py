@@ -192,21 +192,25 @@ def fingerprint(path: str | os.PathLike) -> str:
     rows = [_stamp(root.name, root.stat())] if root.is_file() else sorted(_walk(root, root, set()))
     return hash_value(rows)
 
-
-def _walk(folder: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-    # links to folders are followed, as the chapters do; each folder once, so that a loop of links ends
+# %% ../nbs/appendix/runs.ipynb #5809cd23
+def _walk(place: Path, root: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+    # links are followed, as the chapters do; each folder once, so that a loop of links ends
     try:
-        here = folder.stat()
-        entries = [] if (here.st_dev, here.st_ino) in seen else list(os.scandir(folder))
+        here = place.stat()
+        entries = [] if (here.st_dev, here.st_ino) in seen else list(os.scandir(place))
     except PermissionError:
-        yield os.path.relpath(folder, root), -1, 0
+        yield os.path.relpath(place, root), -1, 0
         return
     seen.add((here.st_dev, here.st_ino))
     for entry in sorted(entries, key=lambda e: e.name):
-        if entry.is_dir():
+        try:
+            folder, stat = entry.is_dir(), entry.stat()
+        except OSError:    # a link that leads nowhere, or to itself
+            folder, stat = False, entry.stat(follow_symlinks=False)
+        if folder:
             yield from _walk(Path(entry.path), root, seen)
         else:
-            yield _stamp(os.path.relpath(entry.path, root), entry.stat(follow_symlinks=not entry.is_symlink()))
+            yield _stamp(os.path.relpath(entry.path, root), stat)
 
 
 def _stamp(name: str, stat: os.stat_result) -> tuple[str, int, int]:

@@ -1,5 +1,6 @@
 """The runner on miniature chapters, and the command line on good and bad input."""
 
+import errno
 import io
 import json
 import os
@@ -144,6 +145,86 @@ def test_sockets_of_a_killed_run_are_swept_and_those_of_a_living_one_stay(chapte
     living.mkdir()
     course._sweep()
     assert living.is_dir() and not dead.exists()
+
+
+def test_a_notebook_cut_short_by_a_kill_runs_its_chapter_again(chapters, tmp_path):
+    run(chapters, tmp_path / "run")
+    for content in (b"", b'{"cells": [{"cell_type": "code", "sour', b"\xff\x00"):
+        (tmp_path / "run" / "notebooks" / "02_parse_annotations.ipynb").write_bytes(content)
+        said = run(chapters, tmp_path / "run")
+        assert said.count("already done") == 5 and "02_parse_annotations: its notebook has changed" in said
+
+
+@pytest.mark.parametrize("body", [
+    None, "raise OSError(28, 'No space left on device', run_dir + '/disk/part')",
+    "raise RuntimeError('cannot write: [errno 28] No space left on device')"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(chapters, tmp_path, monkeypatch, capsys, body):
+    from papermill.iorw import LocalHandler
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(course, "notebook_folder", lambda: chapters)
+    monkeypatch.setattr(course, "print_headline", lambda _: None)
+    command = ["run", "--run-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        if body is None:
+            patch.setattr(LocalHandler, "write", full)
+        else:
+            write_chapter(chapters, 2, body=body)
+        assert course.app(command, standalone_mode=False) == 2
+    place = tmp_path / "run" / "disk" if body and "part" in body else tmp_path / "run"
+    last = f"lungct: no space left in {place}: free some; the same command goes on"
+    assert [line for line in capsys.readouterr().err.splitlines() if line[0] not in " ["] == [last]
+    write_chapter(chapters, 2)
+    assert course.app(command, standalone_mode=False) in (None, 0) and total(tmp_path / "run") == 6
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    OSError("With tag (7FE0,0010) got exception: [Errno 28] No space left on device\nTraceback ...")])
+def test_a_full_disk_ends_any_command_in_one_line(tmp_path, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("lungct.phantom.make_cohort", full)
+    assert course.app(["phantom", str(tmp_path / "out")], standalone_mode=False) == 2
+    expected = f"lungct: no space left in {tmp_path / 'out'}: free some; the same command goes on\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_temporary_folder_too_long_for_worker_processes_is_one_line(tmp_path, monkeypatch, capsys):
+    def too_long(*_):
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("lungct.phantom.make_cohort", too_long)
+    assert course.app(["phantom", str(tmp_path / "out")], standalone_mode=False) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("is too long: set TMPDIR to a shorter one\n") and len(said.splitlines()) == 1
+
+
+def test_another_error_of_the_system_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("lungct.phantom.make_cohort", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        course.app(["phantom", str(tmp_path / "out")], standalone_mode=False)
+
+
+def test_a_temporary_folder_with_a_long_name_is_no_hindrance(chapters, tmp_path, monkeypatch):
+    long = tmp_path / ("long " * 20).strip()
+    long.mkdir()
+    monkeypatch.setattr(course.tempfile, "tempdir", str(long))
+    course.run_chapter(chapters / "01_explore_dicom.ipynb", tmp_path / "run" / "out.ipynb",
+                       {"run_dir": str(tmp_path / "run")}, course.Progress(io.StringIO()))
+    assert runs.load_manifest(tmp_path / "run", "01_explore_dicom") and not list(long.iterdir())
+
+
+def test_braces_in_the_run_folder_are_no_parameters(chapters, tmp_path):
+    run_dir = tmp_path / "r6{x} {} }{"
+    assert run(chapters.rename(tmp_path / "nbs{seed}"), run_dir).count("done in") == 6
+    assert (run_dir / "notebooks" / "06_evaluate.ipynb").is_file()
 
 
 def test_parameters_come_from_the_tagged_cell(chapters):

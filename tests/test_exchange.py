@@ -888,6 +888,8 @@ def test_images_that_cannot_be_pointed_at_are_refused(ct):
         ex.source_headers(slices.assign(frames=3))
     with pytest.raises(InputError, match="no frame of reference"):
         ex.source_headers(slices.assign(frame_of_reference_uid=None))
+    with pytest.raises(InputError, match="no study"):
+        ex.source_headers(slices.assign(study_uid=np.nan))
 
 
 @pytest.mark.skipif(not DCIODVFY, reason="dciodvfy is not installed (Debian: dicom3tools)")

@@ -1,6 +1,8 @@
 """Predict: coordinates, refusals, files written, and nobody's name in them."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -427,6 +429,17 @@ def test_a_place_that_cannot_be_written_is_one_line(patient, model, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_full_disk_is_one_line(patient, model, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    asked = ["predict", str(patient), "--model", str(model), "--out", str(tmp_path / "out"), "--pictures", "0"]
+    assert course.app(asked, standalone_mode=False) == 2
+    told = capsys.readouterr().err
+    assert told == f"lungct: no space left in {tmp_path / 'out'}: free some; the same command goes on\n"
+
+
 # odd folders ------------------------------------------------------------------------------------------------------
 
 def test_several_patients_in_folders_with_odd_names(phantom_dir, model, tmp_path):
@@ -483,6 +496,53 @@ def test_images_that_name_no_frame_of_reference_are_answered_without_seg(opened,
     told = "SEG and SR not written: no SEG and SR for images that name no frame of reference: use JSON or NIfTI"
     assert stack["boxes"] and stack["notes"] == [told]
     assert list(stack["files"]) == ["nifti"] and stack["notes"][0] in str(made)
+
+
+def changed_copies(opened, phantom_dir, folder, change):
+    """The images of a stack in `folder`, each changed by `change(image)`."""
+    folder.mkdir(parents=True)
+    for k, row in enumerate(opened[0][1].slices):
+        image = pydicom.dcmread(phantom_dir / "Lung-PET-CT-Dx" / row["path"])
+        change(image)
+        image.save_as(folder / f"{k}.dcm")
+
+
+def lean(image):
+    """Shift a slice by a hundredth of its height: 0.4 of the 0.5 degrees that chapter 1 allows."""
+    x, y, z = image.ImagePositionPatient
+    image.ImagePositionPatient = [x, y + 0.007 * z, z]
+
+
+def test_axes_that_nifti_cannot_say_cost_one_stack_its_mask_and_the_others_nothing(opened, phantom_dir, model,
+                                                                                  tmp_path):
+    changed_copies(opened, phantom_dir, tmp_path / "in" / "leaning", lean)
+    changed_copies(opened[1:], phantom_dir, tmp_path / "in" / "straight", lambda image: None)
+    made = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", nifti=True, pictures=0, workers=1)
+    leaning, straight = sorted(made.stacks, key=lambda stack: "nifti" in stack["files"])
+    (note,) = leaning["notes"]
+    assert re.match(r"NIfTI not written: the axes are not perpendicular .*, or use JSON, SEG and SR$", note)
+    assert leaning["boxes"] and list(leaning["files"]) == ["seg", "sr"] and note in str(made)
+    assert list(straight["files"]) == ["nifti", "seg", "sr"] and straight["notes"] == []
+    assert (tmp_path / "out" / "predictions.json").is_file()
+
+
+@pytest.mark.parametrize("keyword, words", [("StudyInstanceUID", "study"), ("SOPClassUID", "SOP class")])
+def test_images_that_name_no_study_or_class_are_answered_without_seg(keyword, words, opened, phantom_dir, model,
+                                                                     tmp_path):
+    changed_copies(opened, phantom_dir, tmp_path / "in", lambda image: delattr(image, keyword))
+    for show_identity in (False, True):
+        stack, = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", pictures=0, workers=1,
+                                        show_identity=show_identity).stacks
+        told = f"SEG and SR not written: no SEG and SR for images that name no {words}: use JSON or NIfTI"
+        assert stack["boxes"] and stack["notes"] == [told] and stack["files"] == {}
+
+
+def test_a_patient_without_an_id_is_written_as_null_when_asked_who_it_is(opened, phantom_dir, model, tmp_path):
+    changed_copies(opened, phantom_dir, tmp_path / "in", lambda image: setattr(image, "PatientID", ""))
+    predict.predict_folder(tmp_path / "in", model, tmp_path / "out", pictures=0, show_identity=True, workers=1)
+    stack, = runs.load_json(tmp_path / "out" / "predictions.json")["stacks"]
+    image = pydicom.dcmread(tmp_path / "in" / "0.dcm")
+    assert stack["patient_id"] is None and stack["study_uid"] == image.StudyInstanceUID
 
 
 def test_a_tilted_gantry_is_refused_in_words(opened, phantom_dir, model, tmp_path):

@@ -205,6 +205,22 @@ def test_fingerprint_follows_linked_folders_and_survives_a_loop(tmp_path):
     assert runs.fingerprint(data) != before
 
 
+def test_fingerprint_follows_linked_files_and_survives_links_that_lead_nowhere(tmp_path):
+    data, store = tmp_path / "data", tmp_path / "store"
+    data.mkdir()
+    store.write_bytes(b"1")
+    (data / "a.dcm").symlink_to(store)
+    (data / "itself").symlink_to(data / "itself")
+    (data / "dangling").symlink_to(tmp_path / "fetched later")
+    before = runs.fingerprint(data)
+    assert runs.fingerprint(data) == before
+    store.write_bytes(b"22")
+    changed = runs.fingerprint(data)
+    assert changed != before
+    (tmp_path / "fetched later").write_bytes(b"3")
+    assert runs.fingerprint(data) != changed
+
+
 def test_fingerprint_notes_a_locked_folder(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     scandir = os.scandir
