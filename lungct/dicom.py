@@ -397,7 +397,7 @@ class Exclusion(StrEnum):
     OTHER_UNIT = "not in Hounsfield units"
     UNSUPPORTED_SYNTAX = "unsupported syntax"
 
-
+# %% ../nbs/01_explore_dicom.ipynb #99dfc664
 SAME_POSITION_MM = 0.01         # closer slices lie at one position
 GAP_STEPS = 1.5                 # a step longer than this many usual steps is a gap
 UNEVEN_STEPS = 0.1              # a slice may be this part of a step away from the even grid,

@@ -858,8 +858,8 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
     """The temperature under which the true classes (patients,) are most likely.
 
-    None for few patients, and where there is no best one between 0.05 and 20: when all are called right, sharper answers
-    would look better without end.
+    None for few patients, and where there is no best one between 0.05 and 20: when all are called right, sharper
+    answers would look better without end.
     """
     truth = np.asarray(truth)
     if len(truth) < MIN_PATIENTS or np.shape(probability)[1] < 2:
@@ -1062,12 +1062,12 @@ def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool,
     return [{"label": label, "text": f"{text} ({n} {kind}test patient{'' if n == 1 else 's'})"}
             for (label, text, _), n in zip(told, counts, strict=True)]
 
-
+# %% ../nbs/06_evaluate.ipynb #505037dc
 def _words(estimate):
     """An estimate without brackets around its reason."""
     return str(estimate) if estimate.estimable else f"not estimable: {estimate.reason}"
 
-# %% ../nbs/06_evaluate.ipynb #505037dc
+
 def _verdict(metrics):
     """Whether the network beats every tabular baseline, in words, and the difference that this hangs on."""
     start, end = "subtype/network_minus_tabular_", "/balanced_accuracy"

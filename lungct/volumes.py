@@ -579,7 +579,7 @@ def _excluded(job: dict, problem: BuildProblem, detail: str) -> dict:
     """The row of a stack without a volume; an older entry stays, because the fault may be the path and pass."""
     return {"stack_id": job["stack_id"], "status": "excluded", "reason": problem.value, "detail": detail}
 
-# %% ../nbs/03_build_volumes.ipynb #8836f419
+# %% ../nbs/03_build_volumes.ipynb #8836f418
 def _changed_since(moment_ns: int, stacks: Sequence[dicom.OpenStack | None]) -> bool:
     """Whether an image of these stacks was written after a moment; one that is gone was not."""
     names = {os.path.join(stack.root, header["path"]) for stack in stacks if stack for header in stack.slices}
@@ -590,7 +590,7 @@ def _changed_since(moment_ns: int, stacks: Sequence[dicom.OpenStack | None]) -> 
                 return True
     return False
 
-
+# %% ../nbs/03_build_volumes.ipynb #8836f419
 def ensure_volume(job: dict) -> tuple[dict, str]:
     """Make sure the entry of one stack is in the store: (its row, "kept", "built" or "excluded")."""
     path = Path(job["path"])
