@@ -1099,11 +1099,11 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
                      tuple(slices), os.fspath(root), factors)
 
 # %% ../nbs/01_explore_dicom.ipynb #44353a24
-def first_readable(candidates: Iterable, read: Callable) -> object | None:
+def first_readable(candidates: Iterable, read: Callable, tell: Callable[[str], object]) -> object | None:
     """What `read` makes of the first candidate that can be read; None when there is none.
 
     A candidate that cannot be read is one for which `read` raises OSError or ValueError (so, too, `runs.InputError` and
-    `SuvError`). One printed line tells how many were skipped, and why the first was.
+    `SuvError`). `tell` gets one line that says how many were skipped, and why the first was.
     """
     found, skipped = None, []
     for candidate in candidates:
@@ -1113,7 +1113,7 @@ def first_readable(candidates: Iterable, read: Callable) -> object | None:
         except (OSError, ValueError) as error:
             skipped.append(error)
     if skipped:
-        print(f"skipped {len(skipped)} that cannot be read, the first because: {skipped[0]}")
+        tell(f"skipped {len(skipped)} that cannot be read, the first because: {skipped[0]}")
     return found
 
 # %% ../nbs/01_explore_dicom.ipynb #e79a89c1

@@ -1579,10 +1579,10 @@ def test_a_candidate_that_cannot_be_read_is_passed_over_in_one_line(tmp_path, ca
     def read(stack_id):
         return dicom.read_stack(instances[instances["stack_id"] == stack_id], tmp_path)
 
-    assert dicom.first_readable(names, read).stack_id == names[2]
+    assert dicom.first_readable(names, read, print).stack_id == names[2]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "skipped 2 that cannot be read" in said and "003.dcm: frame 0 cannot" in said
-    assert dicom.first_readable(names[:2], read) is None and dicom.first_readable([], read) is None
+    assert dicom.first_readable(names[:2], read, print) is None and dicom.first_readable([], read, print) is None
 
 
 def chapter_cells(name, *ids):
