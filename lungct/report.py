@@ -71,8 +71,7 @@ def audit_html(audit: Mapping) -> str:
 
 # %% ../nbs/appendix/report.ipynb #80c17030
 DETECTION = {"sensitivity_at_1": "sensitivity at 1 false positive per scan", "cpm": "CPM", "ap_iou_0.1": "AP, IoU 0.1",
-             "ap_iou_0.5": "AP, IoU 0.5", "sensitivity_at_threshold": "sensitivity at the validation threshold",
-             "false_positives_at_threshold": "false positives there"}
+             "ap_iou_0.5": "AP, IoU 0.5"}
 LOCALISATION = {"mean_iou": "mean IoU", "iou_at_least_0.5": "IoU at least 0.5", "median_distance_mm": "median distance"}
 SUBTYPE = {"balanced_accuracy": "balanced accuracy", "auc_macro": "mean AUC", "brier": "Brier score"}
 
