@@ -39,10 +39,11 @@ def our_jobs(series: Series, scratch: Path) -> dict[str, Callable[[], object]]:
 
 def by_lungct(source: Source, out: Path) -> None:
     """What the peers do, by the parts that the store is built with."""
-    from lungct import dicom, headers
+    from lungct import dicom, headers, pixels
 
     files = [(name, (facts := os.stat(name)).st_size, facts.st_mtime_ns) for name in source.names]
-    slices = sorted(headers.read_headers("", files).to_pylist(), key=lambda header: header["path"])
+    table = headers.read_headers("", files).select(["sop_uid", *pixels.COLUMNS[:-1]])
+    slices = sorted(table.to_pylist(), key=lambda header: header["path"])
     opened = dicom.OpenStack("", np.reshape(source.affine, (4, 4)), "CT", None, tuple(slices), "")
     save(area(opened, source), out)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'AIR_HU', 'REMEDY', 'MOST_PIXELS', 'THREADS', 'SLICES_A_THREAD', 'MOST_LEAN_DEGREES', 'is_whole', 'to_hu',
-           'syntax_problem', 'layout_problem', 'read_stored', 'read_picture', 'read_hu', 'read_scaled', 'straighten']
+           'syntax_problem', 'layout_problem', 'read_stored', 'read_picture', 'read_hu', 'read_numbers', 'read_scaled',
+           'straighten']
 
 # %% ../nbs/appendix/pixels.ipynb #f0633970
 import io
@@ -73,8 +74,9 @@ def _own_bits(stored: np.ndarray, header: Mapping) -> np.ndarray:
         raise ValueError(f"{header['path']}: {problem}")
     if bits < width:
         padding, words = _foreign_padding(stored, header, bits)
-        if stored.dtype.kind == "u" and high == bits - 1:       # nearly always: nothing below, no sign, one pass
-            np.bitwise_and(stored, stored.dtype.type(2**bits - 1), out=stored)
+        if stored.dtype.kind == "u" and high == bits - 1:       # nearly always: nothing below, no sign, one look
+            if stored.max(initial=0) >> bits:
+                np.bitwise_and(stored, stored.dtype.type(2**bits - 1), out=stored)
         else:
             np.left_shift(stored, width - 1 - high, out=stored)
             np.right_shift(stored, width - bits, out=stored)
@@ -480,6 +482,39 @@ def _room(slices: Sequence[Mapping], kind: type) -> np.ndarray:
         need = count * rows * columns * np.dtype(kind).itemsize / 1e9
         what = f"{count:,} slices of {rows} x {columns} pixels need {need:,.0f} GB of memory"
         raise ValueError(f"{slices[0]['path']}: {what}") from None
+
+# %% ../nbs/appendix/pixels.ipynb #af4bdabd
+def _air_in_place(stored: np.ndarray, header: Mapping) -> bool:
+    """Push 16-bit `stored` of slope 1 up to air; False, and nothing done, where padding lies above air."""
+    air, ends, kind = AIR_HU - int(header["rescale_intercept"]), _padding_ends(header), np.iinfo(stored.dtype)
+    if air > kind.max or (ends and ends[1] > max(air, kind.min - 1) and _padding(stored, header).any()):
+        return False
+    if air > kind.min and (ends or stored.min() < air):        # where padding is told, it is there
+        np.maximum(stored, np.full(stored.shape[-1], air, stored.dtype), out=stored)
+    return True
+
+
+def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pydicom.Dataset] | None = None,
+                 memory: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """Read one slice as numbers that are Hounsfield units once a whole number is added to each.
+
+    Parameters
+    ----------
+    header, root, opened : a row, its folder and the file read last, as for `read_hu`.
+    memory : (rows, columns) int16 that may be used for the answer; made anew when None.
+
+    Returns
+    -------
+    ((rows, columns) numbers, air where nothing was measured; what to add)
+    """
+    memory = _room([header], np.int16)[0] if memory is None else memory
+    stored = read_stored(os.path.join(root, header["path"]), header, memory, opened)
+    if _fits(stored, header, memory) and is_whole(header):
+        if _air_in_place(stored, header):
+            return stored, int(header["rescale_intercept"])
+        if _hu_in_place(stored, header) is not None:
+            return stored.view(np.int16), 0
+    return to_hu(stored, header)[0], 0
 
 # %% ../nbs/appendix/pixels.ipynb #cdf80a77
 def read_scaled(slices: Sequence[Mapping], root: str | os.PathLike,

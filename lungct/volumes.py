@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -91,19 +91,77 @@ def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -
     return np.clip(1 - abs(centre - cell), 0, None) * overlap.sum(axis=1, keepdims=True)
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e8
-def _weigh(slices: Sequence[np.ndarray], weights_zyx: Sequence[np.ndarray], outside: float) -> np.ndarray:
+_AT_ONCE = 16  # so many columns of a target are made by one matrix, which then holds hardly any zeros
+
+
+class _InPlane:
+    """One weight matrix along y and one along x, for planes of one shape, (rows, columns): float32.
+
+    Most rows count in full in one cell of the target. 16-bit whole numbers are added there as they are, if sums have
+    room; only the rows on an edge between two cells are weighted one by one.
+    """
+
+    def __init__(self, along_y: np.ndarray, along_x: np.ndarray):
+        self.along_y, self.along_x = along_y, along_x
+        full = (along_y == along_y.max()) & (along_y > 0)
+        part = np.where(full, 0, along_y)
+        self.edges, self.most = np.flatnonzero(part.any(axis=0)), max(1, int(full.sum(axis=1).max()))
+        self.full = sparse.csr_array(full.astype(np.int16))
+        joined = np.hstack([np.eye(len(along_y)) * along_y.max(), part[:, self.edges]])
+        self.joined, self.parts = joined.astype(np.float32), list(_parts(along_x))
+        self.rows = np.empty((joined.shape[1], along_x.shape[1]), np.float32)
+        self.cells = np.zeros((joined.shape[1], len(along_x)), np.float32)
+
+    def __call__(self, plane: np.ndarray, out: np.ndarray) -> None:
+        if not self._has_room(plane):
+            along_y, along_x = self._sparse
+            out[...] = (along_x @ (along_y @ plane.astype(np.float32)).T).T
+            return
+        sums = (self.full @ plane.view(np.int16)).view(plane.dtype)        # signs do not matter to a sum that has room
+        self.rows[: len(sums)] = sums
+        self.rows[len(sums) :] = plane[self.edges]
+        for target, source, weights in self.parts:
+            np.matmul(self.rows[:, source], weights, out=self.cells[:, target])
+        np.matmul(self.joined, self.cells, out=out)
+
+    @cached_property
+    def _sparse(self) -> list[sparse.csr_array]:
+        return [sparse.csr_array(weights.astype(np.float32)) for weights in (self.along_y, self.along_x)]
+
+    def _has_room(self, plane: np.ndarray) -> bool:
+        if plane.dtype not in (np.int16, np.uint16):
+            return False
+        kind = np.iinfo(plane.dtype)
+        return plane.max() <= kind.max // self.most and (kind.min == 0 or plane.min() >= -(kind.max // self.most))
+
+
+def _parts(weights: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """(columns of the target, columns they are made of, dense float32 weights) of the targets that have any."""
+    for start in range(0, len(weights), _AT_ONCE):
+        some = weights[start : start + _AT_ONCE]
+        used = np.flatnonzero(some.any(axis=0))
+        if len(used):
+            source = slice(used[0], used[-1] + 1)
+            yield slice(start, start + _AT_ONCE), source, np.ascontiguousarray(some[:, source].T, np.float32)
+
+# %% ../nbs/03_build_volumes.ipynb #446dd7e9
+def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, weights_zyx: Sequence[np.ndarray],
+           outside: float) -> np.ndarray:
     """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
-    along_z, along_y, along_x = (sparse.csr_array(w.astype(np.float32)) for w in weights_zyx)
-    planes = np.zeros((len(slices), along_y.shape[0], along_x.shape[0]), np.float32)
-    plane = np.empty((along_y.shape[1], along_x.shape[1]), np.float32)
-    nothing = np.float32(outside) * along_y.sum(axis=1)[:, None]
-    for k in np.flatnonzero(weights_zyx[0].any(axis=0)):
-        plane[...] = slices[k]
-        rows = along_y @ plane
-        rows -= nothing
-        planes[k] = (along_x @ rows.T).T
+    along_z, along_y, along_x = weights_zyx
+    shrink, is_open = _InPlane(along_y, along_x), isinstance(slices, dicom.OpenStack)
+    share = np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
+    planes, added = np.zeros((len(slices), *share.shape), np.float32), np.zeros(len(slices), np.float32)
+    memory = np.empty((along_y.shape[1], along_x.shape[1]), np.int16)      # of one slice after the other
+    for k in np.flatnonzero(along_z.any(axis=0)):
+        plane, more = slices.numbers(k, memory) if is_open else (slices[k], 0)
+        shrink(plane, out=planes[k])
+        added[k] = more - outside
+    along_z = along_z.astype(np.float32)
     volume = along_z @ planes.reshape(len(planes), -1)
-    return volume.reshape(-1, *planes.shape[1:]) + np.float32(outside)
+    volume += np.outer(along_z @ added, share)
+    volume += np.float32(outside)
+    return volume.reshape(-1, *share.shape)
 
 # %% ../nbs/03_build_volumes.ipynb #bfc0a19b
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel

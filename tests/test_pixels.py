@@ -505,6 +505,23 @@ def test_fast_way_agrees_with_the_plain_one(bits, signed, intercept, padding, li
         assert outside == counted and np.array_equal(stored.view(np.int16), expected)
 
 
+@settings(max_examples=400, deadline=None)
+@given(bits=st.integers(8, 16), signed=st.booleans(), intercept=st.integers(-40_000, 40_000),
+       padding=st.none() | st.integers(-32768, 65535), limit=st.none() | st.integers(-32768, 65535),
+       seed=st.integers(0, 2**31))
+def test_numbers_with_air_put_in_agree_with_the_plain_way(bits, signed, intercept, padding, limit, seed):
+    stored = values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16)
+    header = {"rescale_slope": 1.0, "rescale_intercept": float(intercept), "bits_stored": bits,
+              "pixel_padding_value": padding, "pixel_padding_limit": limit}
+    expected, counted = pixels.to_hu(stored, header)
+    before = stored.copy()
+    if pixels._air_in_place(stored, header):
+        assert np.array_equal(stored.astype(int) + intercept, expected)
+    else:
+        assert np.array_equal(stored, before)
+        assert counted and (padding is not None or limit is not None or pixels.AIR_HU - intercept > 2**15 - 1)
+
+
 def expected_hu(stored, slope, intercept, padding=None):
     """By hand, in double precision."""
     hu = stored.astype(np.float64) * slope + intercept
@@ -524,6 +541,10 @@ def test_volume_by_hand(tmp_path, syntax, bits, signed, slope, intercept):
     whole = float(slope).is_integer() and expected.max() < 2**15
     assert volume.dtype == (np.int16 if whole else np.float32) and outside == counted
     assert np.array_equal(volume, expected.astype(np.float32))
+    memory = np.empty(stored.shape[1:], np.int16)
+    for header, plane in zip(headers, expected, strict=True):
+        numbers, more = pixels.read_numbers(header, tmp_path, memory=memory)
+        assert np.array_equal(numbers.astype(float) + more, plane)
 
 
 @pytest.mark.parametrize("syntax", [*PLAIN, RLELossless], ids=lambda uid: uid.name)

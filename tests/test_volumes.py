@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -78,6 +78,38 @@ def test_area_means_equal_the_definition(shape, spacing, shift, seed):
     want = overlap_means(values.astype(float), spacing, edges, 6.0, (-12, -12, -12), (4, 4, 4))
     assert np.sqrt(np.mean((got - want) ** 2)) < SUPERSAMPLE
     assert np.sqrt(np.mean((np.rint(got) - want) ** 2)) <= 1.0  # the goal of the project, after rounding to HU
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([np.int16, np.uint16, np.float32, np.int32]),
+    far=st.sampled_from([10, 3000, 5000, 32767]),
+    wide=st.integers(1, 70),
+    step=st.floats(0.3, 40.0),
+    first=st.floats(-20, 20),
+    backwards=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(kind=np.int16, far=32767, wide=9, step=16.0, first=0.0, backwards=False, seed=0)  # sums of four rows
+@example(kind=np.uint16, far=32767, wide=9, step=16.0, first=0.0, backwards=True, seed=0)
+def test_numbers_of_every_kind_and_size_have_the_same_means(kind, far, wide, step, first, backwards, seed):
+    random = np.random.default_rng(seed)
+    low, high = (0, 2 * far + 1) if kind == np.uint16 else (-far, far)
+    values = random.integers(low, high, (3, 11, wide), endpoint=True)
+    values[0, :6], values[1, 3:9] = high, low  # where sums would overflow first
+    step = -step if backwards else step
+    along_y, along_x = axis_weights(11, first / 4, step / 4, 9), axis_weights(wide, first, step, 37)
+    weights = [axis_weights(3, 0, 1.5, 2), along_y, along_x]
+    got = volumes._weigh(values.astype(kind), weights, -5.0)
+    want = np.einsum("Zk,Yy,Xx,kyx->ZYX", *weights, values + 5.0, optimize=True) - 5
+    assert got.dtype == np.float32 and abs(got - want).max() <= far * 1e-5
+
+
+def test_what_is_not_a_number_stays_in_its_own_cell():
+    values = np.ones((1, 8, 8), np.float32)
+    values[0, 1, 1] = np.nan
+    weights = [np.eye(1), axis_weights(8, 0, 2, 4), axis_weights(8, 0, 2, 4)]
+    assert np.isnan(volumes._weigh(values, weights, 0.0)).sum() == 1
 
 
 @settings(max_examples=40, deadline=None)
