@@ -597,12 +597,16 @@ def _lesions_of_stack(stack_id, in_stack, stack, max_gap, min_overlap):
 
 # %% ../nbs/02_parse_annotations.ipynb #528d1f2a
 def iou_3d(boxes_a_mm: np.ndarray, boxes_b_mm: np.ndarray) -> np.ndarray:
-    """Intersection over union of axis-aligned boxes (n, 6) and (m, 6), x0 y0 z0 x1 y1 z1 in mm -> (n, m)."""
+    """Intersection over union of axis-aligned boxes (n, 6) and (m, 6), x0 y0 z0 x1 y1 z1 in mm -> (n, m).
+
+    Boxes without a volume overlap nothing.
+    """
     a, b = (np.asarray(boxes, float).reshape(-1, 6) for boxes in (boxes_a_mm, boxes_b_mm))
     low, high = np.maximum(a[:, None, :3], b[None, :, :3]), np.minimum(a[:, None, 3:], b[None, :, 3:])
     shared = np.clip(high - low, 0, None).prod(axis=2)
     volume_a, volume_b = ((boxes[:, 3:] - boxes[:, :3]).prod(axis=1) for boxes in (a, b))
-    return shared / (volume_a[:, None] + volume_b[None, :] - shared)
+    union = volume_a[:, None] + volume_b[None, :] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 # %% ../nbs/02_parse_annotations.ipynb #90d98ecd
 PAIR_COLUMNS = dict.fromkeys(("patient_id", "study_uid", "subtype", "lesion_a", "lesion_b", "kind"), _TEXT) | (
@@ -662,7 +666,7 @@ def _kind(a: pd.Series, b: pd.Series) -> str:
 # %% ../nbs/02_parse_annotations.ipynb #d2aaea70
 def _pairs(first: pd.DataFrame, second: pd.DataFrame) -> list[dict]:
     a_mm, b_mm = first[CORNERS_MM].to_numpy(), second[CORNERS_MM].to_numpy()
-    iou = np.nan_to_num(iou_3d(a_mm, b_mm))
+    iou = iou_3d(a_mm, b_mm)
     best = [(i, j) for i, j in enumerate(iou.argmax(axis=1)) if iou[i, j] > 0 and iou[:, j].argmax() == i]
     return [_pair(first.iloc[i], second.iloc[j], a_mm[i], b_mm[j], iou[i, j]) for i, j in best]
 

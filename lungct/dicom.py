@@ -716,6 +716,10 @@ def _acquisitions(rows: pd.DataFrame) -> np.ndarray:
     return rows["acquisition_number"].fillna(-1).to_numpy(np.int64)
 
 
+def _times(rows: pd.DataFrame) -> np.ndarray:
+    return pd.factorize(rows["acquisition_time"])[0]
+
+
 def _makings(rows: pd.DataFrame) -> np.ndarray:
     """A number for each row; rows of one image type (its first three values) and one kernel share it."""
     kinds = zip(rows["image_type"].fillna(""), rows["kernel"].fillna(""), strict=True)
@@ -730,7 +734,7 @@ def _by_time(rows: pd.DataFrame) -> list[pd.DataFrame]:
     part = _part(rows)
     if part.depth_mm is None:
         return [rows]
-    pieces = _pieces(rows, pd.factorize(rows["acquisition_time"])[0])
+    pieces = _pieces(rows, _times(rows))
     return pieces if len(pieces) == np.bincount(_places(part.depth_mm)).max() else [rows]
 
 # %% ../nbs/01_explore_dicom.ipynb #64a238d3
@@ -811,7 +815,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
 # %% ../nbs/01_explore_dicom.ipynb #7f1db476
 def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
     """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
-    for labels in (_acquisitions(rows), _makings(rows), pd.factorize(rows["acquisition_time"])[0]):
+    for labels in (_acquisitions(rows), _makings(rows), _times(rows)):
         if not 1 < len(np.unique(labels)) <= len(rows) // min_slices:
             continue
         parts = [_part(piece) for piece in _pieces(rows, labels)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_CLASS', 'MIN_EACH_CLASS', 'MAX_UNDEFINED',
-           'CORNERS_GRID', 'RULES', 'CARD_REST', 'CARD', 'iou_matrix', 'match_detections', 'Scored', 'score_scans',
-           'froc', 'sensitivity_at', 'average_precision', 'resamples', 'Estimate', 'not_estimable', 'summarise',
+           'CORNERS_GRID', 'RULES', 'CARD_REST', 'CARD', 'match_detections', 'Scored', 'score_scans', 'froc',
+           'sensitivity_at', 'average_precision', 'resamples', 'Estimate', 'not_estimable', 'summarise',
            'perfect_margin', 'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior',
            'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
            'network_minus_others', 'compare_detections', 'operating_threshold', 'share_by', 'lesions_found',
@@ -29,22 +29,10 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from . import labels, volumes
-from .annotations import CORNERS_MM, longer_side_mm
+from .annotations import CORNERS_MM, iou_3d, longer_side_mm
 
 # %% ../nbs/06_evaluate.ipynb #720a9559
 FALSE_POSITIVE, REPEAT = -1, -2
-
-
-def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of every box with every other, shape (boxes, others).
-
-    Boxes are rows of three lower, then three upper corners, all in one unit and one axis order.
-    """
-    a, b = np.asarray(boxes, float).reshape(-1, 1, 2, 3), np.asarray(others, float).reshape(1, -1, 2, 3)
-    overlap = np.minimum(a[..., 1, :], b[..., 1, :]) - np.maximum(a[..., 0, :], b[..., 0, :])
-    shared = overlap.clip(0).prod(-1)
-    union = np.diff(a, axis=2).prod((2, 3)) + np.diff(b, axis=2).prod((2, 3)) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 # %% ../nbs/06_evaluate.ipynb #116f1abd
 def match_detections(boxes_mm: np.ndarray, scores: np.ndarray, lesions_mm: np.ndarray,
@@ -76,7 +64,7 @@ def match_detections(boxes_mm: np.ndarray, scores: np.ndarray, lesions_mm: np.nd
 def _fit(boxes, lesions, min_iou):
     """Which detection may hit which lesion, and how well (greater is better); both (detections, lesions)."""
     if min_iou is not None:
-        iou = iou_matrix(boxes, lesions)
+        iou = iou_3d(boxes, lesions)
         return (iou >= min_iou) & (iou > 0), iou
     centres = boxes.reshape(-1, 1, 2, 3).mean(2)
     low, high = lesions[None, :, :3], lesions[None, :, 3:]
@@ -129,9 +117,9 @@ def _match_scan(found, truth, min_iou):
     hit = match >= 0
     ids, iou, distance = np.full(len(found), None, object), np.zeros(len(found)), np.full(len(found), np.nan)
     if len(found) and len(truth):
-        iou = iou_matrix(boxes, lesions).max(1)
+        iou = iou_3d(boxes, lesions).max(1)
         ids[hit] = truth["lesion_id"].to_numpy(object)[match[hit]]
-        iou[hit] = iou_matrix(boxes, lesions)[hit, match[hit]]
+        iou[hit] = iou_3d(boxes, lesions)[hit, match[hit]]
         gap = (boxes[hit].reshape(-1, 2, 3) - lesions[match[hit]].reshape(-1, 2, 3)).mean(1)
         distance[hit] = np.linalg.norm(gap, axis=1)
     words = np.where(hit, "hit", np.where(match == REPEAT, "repeat", "false positive"))
@@ -600,7 +588,7 @@ def annotation_agreement(lesions: pd.DataFrame, stacks: pd.DataFrame, min_iou: f
 def _pairs(a, b, min_iou):
     """Mutually best pairs of the lesions of two stacks."""
     boxes, others = a[CORNERS_MM].to_numpy(float), b[CORNERS_MM].to_numpy(float)
-    iou = iou_matrix(boxes, others)
+    iou = iou_3d(boxes, others)
     for i, j in enumerate(iou.argmax(1)):
         if iou[i, j] >= min_iou and iou[:, j].argmax() == i:
             gap = (boxes[i].reshape(2, 3) - others[j].reshape(2, 3)).mean(0)
@@ -1013,7 +1001,7 @@ def _why_missed(lesion, boxes, threshold):
     if len(weak):
         best = weak["score"].max()
         return best, f"its best box scores {best:.2f}, below the threshold {threshold:.2f}"
-    iou, gaps = iou_matrix(corners, [box])[:, 0], box_gaps(corners, [box])[:, 0]
+    iou, gaps = iou_3d(corners, [box])[:, 0], box_gaps(corners, [box])[:, 0]
     if (iou[sure] > 0).any():
         best = np.flatnonzero(sure)[iou[sure].argmax()]
         return boxes["score"].iloc[best], f"a box overlaps it (IoU {iou[best]:.2f}) but is centred elsewhere"

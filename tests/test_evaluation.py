@@ -34,9 +34,9 @@ def scans(*pairs):
 
 def test_iou_by_hand():
     cube, shifted = [0, 0, 0, 2, 2, 2], [1, 0, 0, 3, 2, 2]
-    assert np.allclose(ev.iou_matrix([cube, shifted], [cube]), [[1], [1 / 3]])
-    assert ev.iou_matrix([[0] * 6], [[0] * 6]).item() == 0        # no volume: no overlap, and no division by zero
-    assert ev.iou_matrix(np.zeros((0, 6)), [cube]).shape == (0, 1)
+    assert np.allclose(ev.iou_3d([cube, shifted], [cube]), [[1], [1 / 3]])
+    assert ev.iou_3d([[0] * 6], [[0] * 6]).item() == 0        # no volume: no overlap, and no division by zero
+    assert ev.iou_3d(np.zeros((0, 6)), [cube]).shape == (0, 1)
 
 
 def test_centre_rule_includes_lower_edge_only():
