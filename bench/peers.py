@@ -35,7 +35,7 @@ def area(values_zyx: np.ndarray, source: Source) -> np.ndarray:
     from lungct import volumes
 
     affines = np.reshape(source.affine, (4, 4)), np.reshape(source.target, (4, 4))
-    return volumes.resample_area(values_zyx, *affines, (SIZE,) * 3)
+    return volumes.resample_area(values_zyx, *affines, (SIZE,) * 3, AIR_HU)
 
 
 def by_pydicom(source: Source, out: Path) -> None:

@@ -1072,12 +1072,6 @@ class OpenStack:
             return pixels.read_hu([self.slices[k]], self.root, self.opened)[0][0]
         return pixels.read_scaled([self.slices[k]], self.root, self.suv_factors[k], self.opened)[0][0]
 
-    def numbers(self, k: int, memory: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-        """Slice k for averages, and what to add to its numbers; of a CT as `pixels.read_numbers`, which may use `memory`."""
-        if self.suv_factors is None:
-            return pixels.read_numbers(self.slices[k], self.root, self.opened, memory)
-        return self[k], 0
-
 # %% ../nbs/01_explore_dicom.ipynb #44353a22
 def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLike) -> OpenStack:
     """Get ready to read an accepted stack slice by slice; no pixel is read yet.

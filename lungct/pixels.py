@@ -493,7 +493,7 @@ def _air_in_place(stored: np.ndarray, header: Mapping) -> bool:
         np.maximum(stored, np.full(stored.shape[-1], air, stored.dtype), out=stored)
     return True
 
-
+# %% ../nbs/appendix/pixels.ipynb #af4bdabf
 def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pydicom.Dataset] | None = None,
                  memory: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """Read one slice as numbers that are Hounsfield units once a whole number is added to each.

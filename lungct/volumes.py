@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import pandas as pd
 from scipy import ndimage, sparse
 
 import lungct
-from . import dicom, runs
+from . import dicom, pixels, runs
 from .annotations import CORNERS_MM
 from .workers import connect, worker_pool
 
@@ -91,9 +91,6 @@ def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -
     return np.clip(1 - abs(centre - cell), 0, None) * overlap.sum(axis=1, keepdims=True)
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e8
-_AT_ONCE = 16  # so many columns of a target are made by one matrix, which then holds hardly any zeros
-
-
 class _InPlane:
     """One weight matrix along y and one along x, for planes of one shape, (rows, columns): float32.
 
@@ -102,7 +99,6 @@ class _InPlane:
     """
 
     def __init__(self, along_y: np.ndarray, along_x: np.ndarray):
-        self.along_y, self.along_x = along_y, along_x
         full = (along_y == along_y.max()) & (along_y > 0)
         part = np.where(full, 0, along_y)
         self.edges, self.most = np.flatnonzero(part.any(axis=0)), max(1, int(full.sum(axis=1).max()))
@@ -111,28 +107,21 @@ class _InPlane:
         self.joined, self.parts = joined.astype(np.float32), list(_parts(along_x))
         self.rows = np.empty((joined.shape[1], along_x.shape[1]), np.float32)
         self.cells = np.zeros((joined.shape[1], len(along_x)), np.float32)
+        self.any_numbers = lru_cache(1)(lambda: [sparse.csr_array(w.astype(np.float32)) for w in (along_y, along_x)])
 
     def __call__(self, plane: np.ndarray, out: np.ndarray) -> None:
-        if not self._has_room(plane):
-            along_y, along_x = self._sparse
+        if not _has_room(plane, self.most):
+            along_y, along_x = self.any_numbers()
             out[...] = (along_x @ (along_y @ plane.astype(np.float32)).T).T
             return
         sums = (self.full @ plane.view(np.int16)).view(plane.dtype)        # signs do not matter to a sum that has room
-        self.rows[: len(sums)] = sums
-        self.rows[len(sums) :] = plane[self.edges]
+        self.rows[: len(sums)], self.rows[len(sums) :] = sums, plane[self.edges]
         for target, source, weights in self.parts:
             np.matmul(self.rows[:, source], weights, out=self.cells[:, target])
         np.matmul(self.joined, self.cells, out=out)
 
-    @cached_property
-    def _sparse(self) -> list[sparse.csr_array]:
-        return [sparse.csr_array(weights.astype(np.float32)) for weights in (self.along_y, self.along_x)]
-
-    def _has_room(self, plane: np.ndarray) -> bool:
-        if plane.dtype not in (np.int16, np.uint16):
-            return False
-        kind = np.iinfo(plane.dtype)
-        return plane.max() <= kind.max // self.most and (kind.min == 0 or plane.min() >= -(kind.max // self.most))
+# %% ../nbs/03_build_volumes.ipynb #446dd7ea
+_AT_ONCE = 16  # so many columns of a target are made by one matrix, which then holds hardly any zeros
 
 
 def _parts(weights: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
@@ -144,24 +133,38 @@ def _parts(weights: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
             source = slice(used[0], used[-1] + 1)
             yield slice(start, start + _AT_ONCE), source, np.ascontiguousarray(some[:, source].T, np.float32)
 
+
+def _has_room(plane: np.ndarray, most: int) -> bool:
+    """Whether so many of a plane's numbers may be added in the 16 bits they have."""
+    if plane.dtype not in (np.int16, np.uint16):
+        return False
+    room = np.iinfo(plane.dtype).max // most
+    return plane.max() <= room and (plane.dtype == np.uint16 or plane.min() >= -room)
+
 # %% ../nbs/03_build_volumes.ipynb #446dd7e9
 def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, weights_zyx: Sequence[np.ndarray],
            outside: float) -> np.ndarray:
     """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
     along_z, along_y, along_x = weights_zyx
-    shrink, is_open = _InPlane(along_y, along_x), isinstance(slices, dicom.OpenStack)
-    share = np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
+    shrink, share = _InPlane(along_y, along_x), np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
     planes, added = np.zeros((len(slices), *share.shape), np.float32), np.zeros(len(slices), np.float32)
     memory = np.empty((along_y.shape[1], along_x.shape[1]), np.int16)      # of one slice after the other
     for k in np.flatnonzero(along_z.any(axis=0)):
-        plane, more = slices.numbers(k, memory) if is_open else (slices[k], 0)
+        plane, more = _numbers(slices, k, memory)
         shrink(plane, out=planes[k])
         added[k] = more - outside
-    along_z = along_z.astype(np.float32)
+    along_z = sparse.csr_array(along_z.astype(np.float32))
     volume = along_z @ planes.reshape(len(planes), -1)
     volume += np.outer(along_z @ added, share)
     volume += np.float32(outside)
     return volume.reshape(-1, *share.shape)
+
+
+def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int, memory: np.ndarray) -> tuple[np.ndarray, int]:
+    """Slice k, and what is still to be added to its numbers; CT from disk in `memory`, where it fits."""
+    if isinstance(slices, dicom.OpenStack) and slices.suv_factors is None:
+        return pixels.read_numbers(slices.slices[k], slices.root, slices.opened, memory)
+    return slices[k], 0
 
 # %% ../nbs/03_build_volumes.ipynb #bfc0a19b
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel
@@ -202,7 +205,7 @@ def _resample_oblique(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.
 
 # %% ../nbs/03_build_volumes.ipynb #8b11d400
 def resample_area(values_zyx: np.ndarray | dicom.OpenStack, affine: np.ndarray, target_affine: np.ndarray,
-                  shape_zyx: Sequence[int], outside: float = AIR_HU) -> np.ndarray:
+                  shape_zyx: Sequence[int], outside: float) -> np.ndarray:
     """Mean of the source in every voxel of a target grid, float32 (z, y, x).
 
     Parameters
@@ -210,7 +213,7 @@ def resample_area(values_zyx: np.ndarray | dicom.OpenStack, affine: np.ndarray, 
     values_zyx : source array in any unit (HU, SUV), or anything with a `shape` whose [k] is slice k: each is read once.
     affine, target_affine : 4x4, (x, y, z) voxel-centre index to LPS mm, of the source and of the target.
     shape_zyx : shape of the target.
-    outside : value of everything that the source does not cover.
+    outside : value of everything that the source does not cover: `AIR_HU` for CT, 0 for SUV.
 
     Notes
     -----
@@ -838,7 +841,10 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
 # %% ../nbs/03_build_volumes.ipynb #f625175e
 @dataclass(frozen=True)
 class Entries(Sequence):
-    """One array of each entry of a store, read from disk and checked when it is asked for: ``entries[i]``."""
+    """One array of each entry of a store, read from disk and checked when it is asked for: ``entries[i]``.
+
+    Where an entry has no such array (a stack without PET) it is NaN.
+    """
 
     load: Callable[[int], Volume]
     field: str
@@ -850,7 +856,9 @@ class Entries(Sequence):
     def __getitem__(self, which):
         if isinstance(which, slice):
             return [self[i] for i in range(*which.indices(self.count))]
-        return getattr(self.load(range(self.count)[which]), self.field)
+        volume = self.load(range(self.count)[which])
+        values = getattr(volume, self.field)
+        return np.full(volume.ct_hu.shape, np.nan, np.float32) if values is None else values
 
 # %% ../nbs/03_build_volumes.ipynb #cf0ba03b
 @dataclass(frozen=True)
@@ -918,13 +926,13 @@ def _in_memory(opened: Cohort) -> Cohort:
     """The cohort with all its arrays read."""
     n, size = len(opened), int(opened.table.grid_size.iloc[0]) if len(opened) else 0
     ct_hu, mask = np.empty((n, size, size, size), np.int16), np.empty((n, size, size, size), np.uint8)
-    suv = None if opened.pet_suv is None else np.full(ct_hu.shape, np.nan, np.float32)
+    suv = None if opened.pet_suv is None else np.empty(ct_hu.shape, np.float32)
     boxes, lesion_ids = [], []
     for i in range(n):
         ct_hu[i], mask[i] = opened.ct_hu[i], opened.mask[i]
         boxes.append(opened.boxes_zyx[i])
         lesion_ids.append(opened.lesion_ids[i])
-        if suv is not None and opened.pet_suv[i] is not None:
+        if suv is not None:
             suv[i] = opened.pet_suv[i]
     return Cohort(ct_hu, mask, boxes, lesion_ids, opened.affines, opened.table, suv)
 
