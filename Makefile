@@ -14,8 +14,8 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv and install everything (once)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "lungct needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+	  || { echo "lungct needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -50,5 +50,5 @@ bench: $(STAMP) ## speed against peers, into bench/results.md; ONLY=store for on
 lab: $(STAMP) ## open the course in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-clean: ## remove runs and builds, keep .venv
-	rm -rf runs docs/_build docs/_staging build
+clean: ## remove builds and the runs on generated phantoms; real runs and .venv stay
+	rm -rf runs/phantom runs/notebooks docs/_build docs/_staging build
