@@ -185,16 +185,22 @@ def _save_cache(table: pa.Table, cache: str | os.PathLike, root: str) -> None:
 
 # %% ../nbs/01_explore_dicom.ipynb #db0c0ec4
 def _check_cache(cache: str | os.PathLike) -> None:
-    """ValueError when a cache cannot be written, before hours are spent on what it is to remember."""
+    """InputError when a cache cannot be written, before hours are spent on what it is to remember."""
     path = os.path.abspath(cache)
     if os.path.isdir(path):
-        raise ValueError(f"the index cannot be kept in {cache}: {path} is a folder: give the name of a file")
+        raise runs.InputError(f"the index cannot be kept in {cache}: {path} is a folder: give the name of a file")
     parent = os.path.dirname(path)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         what = "cannot be written to" if os.path.isdir(parent) else "is no folder"
-        raise ValueError(f"the index cannot be kept in {cache}: {parent} {what}")
+        raise runs.InputError(f"the index cannot be kept in {cache}: {parent} {what}")
+
+
+def _check_folder(root: str | os.PathLike) -> None:
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "does not exist"
+        raise runs.InputError(f"folder {root} {what}: check the path")
 
 # %% ../nbs/01_explore_dicom.ipynb #a1cc1384
 def _known(files: list[tuple[str, int, int]], cached: pa.Table) -> tuple[pa.Table, list[tuple]]:
@@ -270,6 +276,7 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Parameters
     ----------
+    root : folder, searched with all its folders; links are followed once.
     workers : processes; as many as there are processors when None. Small folders are read in this process.
     progress : called as ``progress(files_done, files)`` from time to time; files known from the cache do not count.
     cache : Parquet file that remembers headers from one call to the next; unchanged files are not opened again.
@@ -280,17 +287,16 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Raises
     ------
-    ValueError : `root` is no folder, empty, or without a DICOM image; `cache` cannot be written; the line says which.
+    runs.InputError : `root` is no folder, empty, or without a DICOM image; `cache` cannot be written; it says which.
     """
-    if not os.path.isdir(root):
-        raise ValueError(f"folder {root} {'is a file' if os.path.exists(root) else 'does not exist'}: check the path")
+    _check_folder(root)
     files, unlisted = _find(os.fspath(root))
     if not files and not unlisted:
-        raise ValueError(f"folder {root} is empty: expected DICOM files below it")
+        raise runs.InputError(f"folder {root} is empty: expected DICOM files below it")
     instances, problems = _as_tables(_index(os.fspath(root), files, workers, progress, cache), unlisted)
     if instances.empty:
         counts = ", ".join(f"{n} {reason}" for reason, n in problems["reason"].value_counts().items())
-        raise ValueError(f"folder {root} holds no DICOM image ({counts}): is it the right folder?")
+        raise runs.InputError(f"folder {root} holds no DICOM image ({counts}): is it the right folder?")
     return instances, problems
 
 # %% ../nbs/01_explore_dicom.ipynb #941a9b32

@@ -35,7 +35,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from lungct import dicom, headers, pixels, plots
+from lungct import dicom, headers, pixels, plots, runs
 from lungct.dicom import Exclusion, FileProblem
 
 GEOMETRY_TOLERANCE_MM = 1e-4
@@ -277,7 +277,7 @@ def test_missing_uid_is_named(tree):
 ])
 def test_hopeless_folders(tmp_path, make, words):
     make(tmp_path / "in")
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(runs.InputError, match=words) as caught:
         dicom.index_dicom(tmp_path / "in")
     assert "\n" not in str(caught.value) and str(tmp_path / "in") in str(caught.value)
 
@@ -433,11 +433,11 @@ def test_a_cache_that_cannot_be_written_is_told_before_reading(tree, tmp_path, o
     for cache, words in ((tmp_path / "folder", "folder is a folder: give the name of a file"),
                          (tmp_path / "file" / "index.parquet", "file is no folder"),
                          (tmp_path / "file" / "a" / "index.parquet", "file is no folder")):
-        with pytest.raises(ValueError, match=f"cannot be kept in .*: .*{words}$"):
+        with pytest.raises(runs.InputError, match=f"cannot be kept in .*: .*{words}$"):
             dicom.index_dicom(tree, cache=cache)
     (tmp_path / "locked").mkdir(mode=0o500)
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("locked"))
-    with pytest.raises(ValueError, match=r"cannot be kept in .*: .*locked cannot be written to$"):
+    with pytest.raises(runs.InputError, match=r"cannot be kept in .*: .*locked cannot be written to$"):
         dicom.index_dicom(tree, cache=tmp_path / "locked" / "new" / "index.parquet")
     assert opened == []
 
@@ -1490,7 +1490,7 @@ def test_slices_that_change_places_after_the_index_are_noticed(tmp_path):
 def test_of_a_folder_without_images_no_cache_is_kept(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "letter.txt").write_text("dear colleague")
-    with pytest.raises(ValueError, match="holds no DICOM image"):
+    with pytest.raises(runs.InputError, match="holds no DICOM image"):
         dicom.index_dicom(tmp_path / "in", cache=tmp_path / "c.parquet")
     assert not (tmp_path / "c.parquet").exists()
 
