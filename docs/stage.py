@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 
 DOCS = Path(__file__).resolve().parent
-NBS, STAGING = DOCS.parent / "nbs", DOCS / "_staging"
+NBS, PACKAGE, STAGING = DOCS.parent / "nbs", DOCS.parent / "lungct", DOCS / "_staging"
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 
 TOC = """```{toctree}
@@ -40,6 +40,20 @@ appendix/predict
 appendix/doctor
 appendix/download
 ```
+
+```{toctree}
+:hidden:
+:caption: Reference
+:glob:
+reference/*
+```
+"""
+REFERENCE = """# lungct.{name}
+
+```{{eval-rst}}
+.. automodule:: lungct.{name}
+   :members:
+```
 """
 
 
@@ -69,6 +83,9 @@ def stage() -> int:
         if source.name == "index.ipynb":
             notebook.cells.append(nbformat.v4.new_markdown_cell(TOC, id="toc"))
         nbformat.write(notebook, target)
+    (STAGING / "reference").mkdir()
+    for module in PACKAGE.glob("[a-z]*.py"):
+        (STAGING / "reference" / f"{module.stem}.md").write_text(REFERENCE.format(name=module.stem), encoding="utf-8")
     shutil.copy(DOCS / "conf.py", STAGING / "conf.py")
     return len(sources)
 

@@ -968,6 +968,8 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
 class Stack:
     """One volume in memory.
 
+    Attributes
+    ----------
     hu_zyx : (slices, rows, columns) Hounsfield units, int16 or float32; None for PET.
     affine : 4x4 matrix from voxel-centre index (x, y, z) to LPS mm, those of `frame_of_reference_uid`.
     sop_uids : SOP Instance UID of the image each slice is in, along z.

@@ -1,5 +1,6 @@
 """The files that install the project agree with each other, and an import costs little."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -104,3 +105,16 @@ def test_no_host_of_a_registry_is_named():
         path = ROOT / name
         if path.is_file() and path != Path(__file__):
             assert not hosts.search(path.read_text(encoding="utf-8", errors="ignore")), name
+
+
+def test_the_book_has_every_notebook_and_every_module(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs" / "stage.py")
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+    monkeypatch.setattr(stage, "STAGING", tmp_path / "staging")
+    stage.stage()
+    notebooks = {str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in (ROOT / "nbs").rglob("*.ipynb")
+                 if ".ipynb_checkpoints" not in path.parts}
+    assert set(re.findall(r"^(?:\d\d_|appendix/)\w+$", stage.TOC, re.M)) == notebooks - {"index"}
+    modules = {path.stem for path in (ROOT / "lungct").glob("*.py")} - {"__init__", "_modidx"}
+    assert {path.stem for path in (tmp_path / "staging" / "reference").glob("*.md")} == modules
