@@ -18,7 +18,7 @@ __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_C
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +28,7 @@ from scipy.special import gammaln
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
-from . import labels, volumes
+from . import labels, runs, volumes
 from .annotations import CORNERS_MM, iou_3d, longer_side_mm
 
 # %% ../nbs/06_evaluate.ipynb #720a9559
@@ -41,12 +41,14 @@ def match_detections(boxes_mm: np.ndarray, scores: np.ndarray, lesions_mm: np.nd
 
     Parameters
     ----------
-    boxes_mm, lesions_mm
-        Rows of (x0, y0, z0, x1, y1, z1) in LPS mm.
-    scores
-        One a detection; detections are served in order of falling score, equal ones in the order given.
-    min_iou
-        None: a hit has its centre in the lesion's box. A number: a hit has at least this IoU with it.
+    boxes_mm : (detections, 6), rows of (x0, y0, z0, x1, y1, z1) in LPS mm.
+    scores : (detections,); they are served in order of falling score, equal ones in the order given.
+    lesions_mm : (lesions, 6), as the boxes.
+    min_iou : None: a hit has its centre in the lesion's box. A number: a hit has at least this IoU with it.
+
+    Returns
+    -------
+    (detections,) whole numbers, in the order given.
     """
     boxes, lesions = np.asarray(boxes_mm, float).reshape(-1, 6), np.asarray(lesions_mm, float).reshape(-1, 6)
     fits, quality = _fit(boxes, lesions, min_iou)
@@ -92,22 +94,43 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
     Parameters
     ----------
-    detections
-        Columns stack_id, score and `CORNERS_MM`. Rows of other scans are left out.
-    lesions
-        Columns lesion_id, stack_id and `CORNERS_MM`: every lesion, also one outside the network's grid.
-    scans
-        Columns stack_id and patient_id: the annotated scans to be counted.
-    min_iou
-        As in `match_detections`.
+    detections : columns stack_id, score and `CORNERS_MM`, one row a box. Rows of other scans are left out.
+    lesions : columns lesion_id, stack_id and `CORNERS_MM`: every lesion, also one outside the network's grid.
+    scans : columns stack_id and patient_id, one row a scan: the annotated scans to be counted.
+    min_iou : as in `match_detections`.
+
+    Returns
+    -------
+    The matched detections, and how many lesions and scans each patient has.
+
+    Raises
+    ------
+    InputError: a stack is twice in `scans`, or a score of theirs is not finite.
     """
-    truth = dict(list(lesions.groupby("stack_id")))
-    nothing = lesions.iloc[:0]
+    counted = detections[detections["stack_id"].isin(scans["stack_id"])]
+    _check_scans(counted, scans)
+    truth, nothing = dict(list(lesions.groupby("stack_id"))), lesions.iloc[:0]
     parts = [_match_scan(found, truth.get(stack_id, nothing), min_iou)
-             for stack_id, found in detections[detections["stack_id"].isin(scans["stack_id"])].groupby("stack_id")]
+             for stack_id, found in counted.groupby("stack_id")]
     table = pd.concat(parts) if parts else _match_scan(detections.iloc[:0], nothing, min_iou)
     table = table.assign(patient_id=table["stack_id"].map(scans.set_index("stack_id")["patient_id"]))
     return _scored(table, lesions[lesions["stack_id"].isin(scans["stack_id"])], scans)
+
+# %% ../nbs/06_evaluate.ipynb #83a1f9ae
+def _check_scans(counted, scans):
+    """Refuse a scan that is there twice, and scores that have no order: sorted, a NaN would stand anywhere."""
+    twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
+    wrong = counted.loc[~np.isfinite(counted["score"].to_numpy(float)), "stack_id"]
+    if len(twice):
+        raise runs.InputError(f"scans has stack {_some(twice)} more than once: drop_duplicates('stack_id') first")
+    if len(wrong):
+        raise runs.InputError(f"a score is not finite in stack {_some(wrong)}: predict again, or leave these boxes out")
+
+# %% ../nbs/06_evaluate.ipynb #83a1f9af
+def _some(names, limit=5):
+    # "a, b, c and 7 more"
+    names = sorted(set(map(str, names)))
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 # %% ../nbs/06_evaluate.ipynb #e40f9a05
 def _match_scan(found, truth, min_iou):
@@ -140,14 +163,18 @@ def _scored(table, lesions, scans):
 # %% ../nbs/06_evaluate.ipynb #895e624c
 FP_PER_SCAN = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
-
+# %% ../nbs/06_evaluate.ipynb #895e624d
 def froc(scored: Scored, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """False positives per scan, sensitivity and threshold of every point of the FROC curve, from (0, 0) on.
 
     Parameters
     ----------
-    weights
-        (patients,) how often each patient is counted; once each when None. The bootstrap needs this.
+    scored : from `score_scans`.
+    weights : (patients,) how often each patient is counted; once each when None. The bootstrap needs this.
+
+    Returns
+    -------
+    Three arrays (points,), by falling threshold; NaN what is per lesion without lesions, or per scan without scans.
     """
     w = np.ones(len(scored.patients)) if weights is None else np.asarray(weights, float)
     copies, lesions, scans = w[scored.patient], w @ scored.lesions, w @ scored.scans
@@ -160,13 +187,38 @@ def froc(scored: Scored, weights: np.ndarray | None = None) -> tuple[np.ndarray,
 # %% ../nbs/06_evaluate.ipynb #7a3ad775
 def sensitivity_at(curve: tuple[np.ndarray, np.ndarray, np.ndarray],
                    fp_per_scan: float | Sequence[float] = FP_PER_SCAN) -> np.ndarray:
-    """Sensitivity the curve reaches at no more than `fp_per_scan` false positives per scan (a number or several)."""
+    """Sensitivity the curve reaches at no more than `fp_per_scan` false positives per scan.
+
+    Parameters
+    ----------
+    curve : from `froc`.
+    fp_per_scan : a number of false positives per scan, 0 or more, or several.
+
+    Returns
+    -------
+    One sensitivity for each; NaN without lesions.
+
+    Raises
+    ------
+    InputError: a number is below 0, or NaN.
+    """
+    if not (np.asarray(fp_per_scan, float) >= 0).all():
+        raise runs.InputError(f"false positives per scan of {fp_per_scan}: give 0 or more")
     false, found, _ = curve
     return found[np.searchsorted(false, fp_per_scan, side="right") - 1]
 
 # %% ../nbs/06_evaluate.ipynb #939e0f8d
 def average_precision(scored: Scored, weights: np.ndarray | None = None) -> float:
-    """Area under the precision-recall curve of `scored`; NaN without lesions, 0 when none was found."""
+    """Area under the precision-recall curve of `scored`.
+
+    Parameters
+    ----------
+    scored, weights : as in `froc`.
+
+    Returns
+    -------
+    A share; NaN without lesions, 0 when none was found.
+    """
     w = np.ones(len(scored.patients)) if weights is None else np.asarray(weights, float)
     copies, lesions = w[scored.patient], w @ scored.lesions
     found = copies @ scored.hit
@@ -178,12 +230,22 @@ def average_precision(scored: Scored, weights: np.ndarray | None = None) -> floa
 
 # %% ../nbs/06_evaluate.ipynb #43c25acf
 def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Sequence[int] | None = None) -> np.ndarray:
-    """Copies of each patient in the sample itself (first row, all ones) and in `n` resamples: (n + 1, patients).
+    """Copies of each patient in the sample itself (first row, all ones) and in `n` resamples.
 
     Parameters
     ----------
-    strata
-        A group for each patient; patients are then drawn within their group. None: all from one pool.
+    patients : their names, each once.
+    n : number of resamples.
+    seed : of the draws.
+    strata : (patients,) groups; patients are then drawn within their group. None: all from one pool.
+
+    Returns
+    -------
+    (n + 1, patients) whole numbers.
+
+    Raises
+    ------
+    ValueError: a patient is named twice.
     """
     size = len(patients)
     if len(set(patients)) != size:
@@ -198,7 +260,7 @@ def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Seq
 # %% ../nbs/06_evaluate.ipynb #7af8e610
 MIN_PATIENTS, MIN_PER_CLASS, MIN_EACH_CLASS, MAX_UNDEFINED = 10, 5, 3, 0.05
 
-
+# %% ../nbs/06_evaluate.ipynb #7af8e612
 @dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval over `n` patients; value, low and high are None where `reason` says why not."""
@@ -216,9 +278,20 @@ class Estimate:
             return f"not estimable ({self.reason})"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]" + (f" {self.unit}" if self.unit else "")
 
-
+# %% ../nbs/06_evaluate.ipynb #7af8e611
 def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
-    """An estimate that is none, and why."""
+    """An estimate that is none, and why.
+
+    Parameters
+    ----------
+    reason : in a few words.
+    n : number of patients.
+    unit : of the value that is missing.
+
+    Returns
+    -------
+    An `Estimate` without numbers.
+    """
     return Estimate(None, None, None, int(n), False, reason, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a0
@@ -228,32 +301,55 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
 
     Parameters
     ----------
-    n
-        Number of independent units behind the statistic: patients, or the smaller class of an AUC.
-    bounds
-        Smallest and greatest possible value; an interval that is collapsed or reaches one is widened within them.
+    values : (resamples + 1,) in `unit`, NaN where the statistic is undefined.
+    n : number of independent units behind the statistic: patients, or the smaller class of an AUC.
+    bounds : smallest and greatest possible value; an interval that is collapsed or reaches one is widened within them.
         None: it is left as it is.
-    margin
-        By how much it is widened; None: by what a perfect result on `n` units leaves open.
+    unit : of the values; "" for a share.
+    margin : by how much it is widened; None: by what a perfect result on `n` units leaves open.
+
+    Returns
+    -------
+    Value and interval; not estimable without units or resamples, undefined on the sample or on over `MAX_UNDEFINED` of
+    the resamples.
     """
     values = np.asarray(values, float)
+    if reason := _undefined(values, n):
+        return not_estimable(reason, n, unit)
     value, drawn = values[0], values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(value):
-        return not_estimable("undefined on these patients", n, unit)
-    if len(drawn) < (1 - MAX_UNDEFINED) * (len(values) - 1):
-        return not_estimable(f"undefined in {1 - len(drawn) / (len(values) - 1):.0%} of the resamples", n, unit)
     low, high = np.percentile(drawn, [2.5, 97.5])
     if bounds is not None:
         low, high = _widened(value, low, high, perfect_margin(n) if margin is None else margin, bounds)
     ends = (value, min(low, value), max(high, value))
     return Estimate(*(round(float(x), 6) for x in ends), int(n), True, None, unit)
 
+# %% ../nbs/06_evaluate.ipynb #87d9b19f
+def _undefined(values, n):
+    """Why the values of a statistic on the sample and its resamples are no estimate, or None."""
+    drawn = int(np.isfinite(values[1:]).sum())
+    if n < 1 or len(values) < 2:
+        return "no patients" if n < 1 else "no resamples"
+    if not np.isfinite(values[0]):
+        return "undefined on these patients"
+    if drawn < (1 - MAX_UNDEFINED) * (len(values) - 1):
+        return f"undefined in {1 - drawn / (len(values) - 1):.0%} of the resamples"
+    return None
+
 # %% ../nbs/06_evaluate.ipynb #87d9b1a1
 def perfect_margin(n: int) -> float:
-    """How far below 1 the truth may lie after `n` of `n` (the exact 95 % bound of a share)."""
-    return 1 - 0.025 ** (1 / n)
+    """How far below 1 the truth may lie after `n` of `n` (the exact 95 % bound of a share).
 
+    Parameters
+    ----------
+    n : number of patients.
 
+    Returns
+    -------
+    A share; 1 without patients.
+    """
+    return 1 - 0.025 ** (1 / n) if n else 1.0
+
+# %% ../nbs/06_evaluate.ipynb #87d9b1a2
 def _widened(value: float, low: float, high: float, margin: float, bounds: tuple[float, float]) -> tuple[float, float]:
     # no surer than a perfect result: from a bound that is reached at least the margin, both ways from a point
     if np.isclose(low, high):
@@ -269,16 +365,15 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Seque
 
     Parameters
     ----------
-    statistic
-        Called with (patients,) whole numbers, how often each patient counts; NaN where it is undefined.
-    patients
-        The patients, each once, in the order of the weights.
-    n
-        Number of resamples.
-    minimum
-        With fewer patients the result is not estimable.
-    bounds, unit
-        As in `summarise`.
+    statistic : called with (patients,) whole numbers, how often each patient counts; NaN where it is undefined.
+    patients : the patients, each once, in the order of the weights.
+    n, seed : as in `resamples`.
+    minimum : with fewer patients the result is not estimable.
+    bounds, unit : as in `summarise`.
+
+    Returns
+    -------
+    Value and interval in `unit`.
     """
     if len(patients) < minimum:
         return not_estimable(f"at least {minimum} patients needed", len(patients), unit)
@@ -288,22 +383,35 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Seque
 # %% ../nbs/06_evaluate.ipynb #0e3ab30a
 def resampled(statistics: Callable[[np.ndarray], Mapping[str, float]], patients: Sequence[str], n: int = 1000,
               seed: int = 0, strata: Sequence[int] | None = None) -> pd.DataFrame:
-    """Several named statistics on the sample (row 0) and on `n` resamples, one row each, one column a statistic."""
+    """Several named statistics on the sample (row 0) and on `n` resamples.
+
+    Parameters
+    ----------
+    statistics : called with (patients,) whole numbers, how often each patient counts; returns numbers by name.
+    patients : the patients, each once, in the order of the weights.
+    n, seed, strata : as in `resamples`.
+
+    Returns
+    -------
+    n + 1 rows, one column a statistic.
+    """
     return pd.DataFrame([statistics(weights) for weights in resamples(patients, n, seed, strata)])
 
 # %% ../nbs/06_evaluate.ipynb #4f4c641e
 CORNERS_GRID = ["z0", "y0", "x0", "z1", "y1", "x1"]
 
-
+# %% ../nbs/06_evaluate.ipynb #4f4c641f
 def detection_table(stacks: pd.DataFrame, found: Sequence[tuple[np.ndarray, np.ndarray]]) -> pd.DataFrame:
     """One row a box, best first within its stack, in grid voxels and in LPS mm.
 
     Parameters
     ----------
-    stacks
-        Columns stack_id, patient_id, role and affine (16 numbers), one row a stack.
-    found
-        For each of these stacks its boxes (n, 6), grid voxel edges as in chapter 3, and their scores (n,).
+    stacks : columns stack_id, patient_id, role and affine (16 numbers), one row a stack.
+    found : for each of these stacks its boxes (n, 6), grid voxel edges as in chapter 3, and their scores (n,).
+
+    Returns
+    -------
+    Columns stack_id, patient_id, role, rank (from 1), score, `CORNERS_GRID` and `CORNERS_MM`.
     """
     parts = []
     for row, (boxes, scores) in zip(stacks.itertuples(), found, strict=True):
@@ -328,14 +436,18 @@ def _no_detections():
 # %% ../nbs/06_evaluate.ipynb #15032e84
 def prediction_table(stacks: pd.DataFrame, scores: Sequence[float], probabilities: np.ndarray,
                      classes: Sequence[str]) -> pd.DataFrame:
-    """One row a stack: stack_id, patient_id, role, subtype (true class or null), score (highest), p_<class>.
+    """What the network says of each stack as a whole.
 
     Parameters
     ----------
-    stacks
-        Columns stack_id, patient_id, role and target (index into `classes`, -1 none).
-    probabilities
-        (stacks, classes); NaN where the network has no subtype head.
+    stacks : columns stack_id, patient_id, role and target (index into `classes`, -1 none).
+    scores : (stacks,) the highest score of each.
+    probabilities : (stacks, classes); NaN where the network has no subtype head.
+    classes : names.
+
+    Returns
+    -------
+    One row a stack: stack_id, patient_id, role, subtype (true class or null), score, p_<class>.
     """
     names = dict(enumerate(classes))
     table = stacks[["stack_id", "patient_id", "role"]].reset_index(drop=True)
@@ -351,8 +463,13 @@ def position_prior(boxes_zyx: np.ndarray, groups: int = 8, seed: int = 0) -> tup
 
     Parameters
     ----------
-    boxes_zyx
-        (n, 6) training lesions in grid coordinates (the grid is centred on the lungs, so places compare).
+    boxes_zyx : (n, 6) training lesions in grid voxels (the grid is centred on the lungs, so places compare).
+    groups : how many boxes to make, if there are so many different ones.
+    seed : of the grouping.
+
+    Returns
+    -------
+    Boxes (groups, 6) in grid voxels and their shares (groups,), greatest first.
     """
     boxes = np.asarray(boxes_zyx, float).reshape(-1, 6)
     if not len(boxes):
@@ -364,12 +481,15 @@ def position_prior(boxes_zyx: np.ndarray, groups: int = 8, seed: int = 0) -> tup
 
 # %% ../nbs/06_evaluate.ipynb #a47f3890
 def wrong_scans(stacks: pd.DataFrame) -> pd.Series:
-    """For each stack (index) a stack of the next patient by patient_id; NaN when there is one patient only.
+    """For each stack a stack of the next patient by patient_id.
 
     Parameters
     ----------
-    stacks
-        Columns stack_id and patient_id.
+    stacks : columns stack_id and patient_id.
+
+    Returns
+    -------
+    Stacks by stack_id (index), in the order given; NaN when there is one patient only.
     """
     by_patient = {p: sorted(group) for p, group in stacks.groupby("patient_id")["stack_id"]}
     patients = sorted(by_patient)
@@ -383,14 +503,33 @@ def wrong_scans(stacks: pd.DataFrame) -> pd.Series:
 # %% ../nbs/06_evaluate.ipynb #c4f67ce5
 RULES = {"centre": None, "iou_0.1": 0.1, "iou_0.5": 0.5}
 
-
+# %% ../nbs/06_evaluate.ipynb #c4f67ce4
 def score_rules(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataFrame) -> dict[str, Scored]:
-    """`score_scans` by the centre rule and by both IoU rules."""
+    """`score_scans` by the centre rule and by both IoU rules.
+
+    Parameters
+    ----------
+    detections, lesions, scans : as in `score_scans`.
+
+    Returns
+    -------
+    One `Scored` for each name in `RULES`.
+    """
     return {name: score_scans(detections, lesions, scans, min_iou) for name, min_iou in RULES.items()}
 
-
+# %% ../nbs/06_evaluate.ipynb #c4f67ce6
 def detection_scores(scored: Mapping[str, Scored], weights: np.ndarray | None = None) -> dict[str, float]:
-    """Sensitivity at each of `FP_PER_SCAN`, CPM, and average precision at IoU 0.1 and 0.5."""
+    """Sensitivity at each of `FP_PER_SCAN`, CPM, and average precision at IoU 0.1 and 0.5.
+
+    Parameters
+    ----------
+    scored : from `score_rules`.
+    weights : as in `froc`.
+
+    Returns
+    -------
+    Shares by name, NaN without lesions: sensitivity_at_<number>, cpm, ap_iou_0.1, ap_iou_0.5.
+    """
     at = sensitivity_at(froc(scored["centre"], weights))
     scores = {f"sensitivity_at_{fp:g}": float(value) for fp, value in zip(FP_PER_SCAN, at, strict=True)}
     precision = {f"ap_{rule}": average_precision(scored[rule], weights) for rule in ("iou_0.1", "iou_0.5")}
@@ -401,7 +540,15 @@ def estimate_all(statistics: Callable[[np.ndarray | None], Mapping[str, float]],
                  seed: int = 0, minimum: int = MIN_PATIENTS) -> tuple[dict[str, Estimate], pd.DataFrame]:
     """Estimates of several shares (0 to 1) at once, and the table of resamples they come from.
 
-    With fewer than `minimum` patients nothing is computed: every estimate is "not estimable" and the table is empty.
+    Parameters
+    ----------
+    statistics : as in `resampled`; also called with None, each patient once.
+    patients, n, seed : as in `resampled`.
+    minimum : with fewer patients nothing is computed.
+
+    Returns
+    -------
+    Estimates by name, and the table; with too few patients every estimate is "not estimable" and the table is empty.
     """
     if len(patients) < minimum:
         few = not_estimable(f"at least {minimum} patients needed", len(patients))
@@ -412,7 +559,19 @@ def estimate_all(statistics: Callable[[np.ndarray | None], Mapping[str, float]],
 # %% ../nbs/06_evaluate.ipynb #6aaf5cde
 def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ours: Estimate, theirs: Estimate,
                       margin: float | None = None) -> Estimate:
-    """Estimate of a metric's difference between two models from their tables of resamples; withheld if either is."""
+    """Estimate of a metric's difference between two models from their tables of resamples; withheld if either is.
+
+    Parameters
+    ----------
+    drawn, others : `resampled` of the two models, on the same draws.
+    metric : column of both.
+    ours, theirs : the estimates of this metric.
+    margin : as in `summarise`.
+
+    Returns
+    -------
+    Ours minus theirs.
+    """
     for estimate in (ours, theirs):
         if not estimate.estimable:
             return not_estimable(estimate.reason, estimate.n)
@@ -420,10 +579,23 @@ def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ou
     bounds = (-theirs.value, 1 - theirs.value) if fixed else (-1.0, 1.0)
     return summarise((drawn[metric] - others[metric]).to_numpy(), ours.n, bounds, margin=margin)
 
-
+# %% ../nbs/06_evaluate.ipynb #6aaf5cdf
 def network_minus_others(group: str, metrics: Mapping[str, Estimate], drawn: Mapping[str, pd.DataFrame],
                          names: Sequence[str], margin: float | None = None) -> dict[str, Estimate]:
-    """Paired differences of the network to every other model in `drawn`: <group>/network_minus_<other>/<metric>."""
+    """Paired differences of the network to every other model in `drawn`.
+
+    Parameters
+    ----------
+    group : first word of the names, such as "detection".
+    metrics : estimates by "<group>/<model>/<metric>".
+    drawn : `resampled` of each model, on the same draws.
+    names : the metrics to compare.
+    margin : as in `summarise`.
+
+    Returns
+    -------
+    Estimates by "<group>/network_minus_<other>/<metric>"; none without a network.
+    """
     others = [name for name in drawn if not name.startswith("network")] if "network" in drawn else []
     return {f"{group}/network_minus_{other}/{name}": paired_difference(
         drawn["network"], drawn[other], name, metrics[f"{group}/network/{name}"], metrics[f"{group}/{other}/{name}"],
@@ -436,8 +608,9 @@ def compare_detections(proposals: Mapping[str, pd.DataFrame], lesions: pd.DataFr
 
     Parameters
     ----------
-    proposals
-        For each name a table as of `detection_table`; lesions and scans are as in `score_scans`.
+    proposals : for each name a table as of `detection_table`.
+    lesions, scans : as in `score_scans`.
+    n, seed : as in `resamples`.
 
     Returns
     -------
@@ -453,20 +626,30 @@ def compare_detections(proposals: Mapping[str, pd.DataFrame], lesions: pd.DataFr
 
 # %% ../nbs/06_evaluate.ipynb #b30744df
 def operating_threshold(validation: Scored, fp_per_scan: float = 1.0) -> float | None:
-    """Lowest score that keeps within `fp_per_scan` false positives per scan; None without detections or scans."""
+    """Lowest score that keeps within `fp_per_scan` false positives per scan.
+
+    Parameters
+    ----------
+    validation : from `score_scans`.
+    fp_per_scan : false positives per scan.
+
+    Returns
+    -------
+    A score; None when no detection keeps within, or without detections or scans.
+    """
     false, _, threshold = froc(validation)
     within = np.flatnonzero((false <= fp_per_scan) & np.isfinite(threshold))
     return float(threshold[within[-1]]) if within.size else None
 
-
+# %% ../nbs/06_evaluate.ipynb #b30744e0
 def share_by(right: pd.Series, patients: pd.Series, groups: pd.Series, n: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Share of right answers group by group, with the estimate where enough patients stand behind it.
 
     Parameters
     ----------
-    right, patients, groups
-        One entry a thing counted: whether it went well, whose it is, its group. An unknown group is called "unknown";
-        categories keep their order.
+    right, patients, groups : one entry a thing counted: whether it went well, whose it is, its group. An unknown group
+        is called "unknown"; categories keep their order.
+    n, seed : as in `resamples`.
 
     Returns
     -------
@@ -489,15 +672,37 @@ def _named(groups):
         return groups.cat.add_categories(["unknown"]).fillna("unknown")
     return groups.astype("str").fillna("unknown")
 
-
+# %% ../nbs/06_evaluate.ipynb #edc63870
 def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float) -> np.ndarray:
-    """For each row of `lesions` (column lesion_id) whether a detection at or above the threshold hit it."""
+    """Whether a detection at or above the threshold hit each lesion.
+
+    Parameters
+    ----------
+    scored : from `score_scans`.
+    lesions : column lesion_id.
+    threshold : a score.
+
+    Returns
+    -------
+    (lesions,) bool.
+    """
     found = scored.table.loc[scored.hit & (scored.score >= threshold), "lesion_id"]
     return lesions["lesion_id"].isin(set(found)).to_numpy()
 
 # %% ../nbs/06_evaluate.ipynb #5b0e71a2
 def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """Sensitivity and false positives per scan of all detections from a threshold on, with intervals over patients."""
+    """Sensitivity and false positives per scan of all detections from a threshold on, with intervals over patients.
+
+    Parameters
+    ----------
+    scored : from `score_scans`.
+    threshold : a score; None when none was chosen.
+    n, seed : as in `resamples`.
+
+    Returns
+    -------
+    Estimates by name: sensitivity_at_threshold, false_positives_at_threshold.
+    """
     names, patients = ("sensitivity_at_threshold", "false_positives_at_threshold"), len(scored.patients)
     if threshold is None or patients < MIN_PATIENTS:
         why = "no threshold was chosen" if threshold is None else f"at least {MIN_PATIENTS} patients needed"
@@ -514,19 +719,32 @@ def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: i
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
-    """Size class of each lesion by the longer side of its box in the axial plane."""
+    """Size class of each lesion by the longer side of its box in the axial plane.
+
+    Parameters
+    ----------
+    lesions : columns `CORNERS_MM`.
+    cuts_mm : where one class ends and the next begins, rising.
+
+    Returns
+    -------
+    A category for each row, such as "up to 30 mm".
+    """
     names = [f"up to {cuts_mm[0]:g} mm", *(f"{a:g} to {b:g} mm" for a, b in pairwise(cuts_mm)),
              f"over {cuts_mm[-1]:g} mm"]
     return pd.cut(longer_side_mm(lesions), [-np.inf, *cuts_mm, np.inf], labels=names)
 
 # %% ../nbs/06_evaluate.ipynb #5374c3c8
 def scan_groups(cohort: pd.DataFrame) -> pd.DataFrame:
-    """Groups of each scan, indexed by stack_id: vendor, slice thickness and sex, null where the header is silent.
+    """Groups of each scan, null where the header is silent.
 
     Parameters
     ----------
-    cohort
-        Columns stack_id and, as far as known, manufacturer, slice_thickness_mm and sex.
+    cohort : columns stack_id and, as far as known, manufacturer, slice_thickness_mm and sex.
+
+    Returns
+    -------
+    Columns vendor, slice thickness and sex, indexed by stack_id.
     """
     unknown = pd.Series(np.nan, index=cohort.index, dtype=object)
     thickness = pd.to_numeric(cohort.get("slice_thickness_mm", unknown)).astype(float)
@@ -538,14 +756,17 @@ def scan_groups(cohort: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/06_evaluate.ipynb #2752a3ed
 def localisation(pairs: pd.DataFrame, patients: Sequence[str], weights: np.ndarray | None = None) -> dict[str, float]:
-    """How well two boxes of one tumour agree; NaN without pairs.
+    """How well two boxes of one tumour agree.
 
     Parameters
     ----------
-    pairs
-        One row a pair: patient_id, iou, distance_mm (between the centres).
-    patients
-        The patients in the order of `weights`; pairs of others do not count.
+    pairs : one row a pair: patient_id, iou, distance_mm (between the centres).
+    patients : the patients in the order of `weights`; pairs of others do not count.
+    weights : (patients,) how often each patient is counted; once each when None.
+
+    Returns
+    -------
+    mean_iou, iou_at_least_0.5 (a share), median_distance_mm; NaN without pairs.
     """
     w = np.ones(len(patients), int) if weights is None else np.asarray(weights, int)
     copies = pairs["patient_id"].map(dict(zip(patients, w, strict=True))).fillna(0).to_numpy(int)
@@ -558,7 +779,17 @@ def localisation(pairs: pd.DataFrame, patients: Sequence[str], weights: np.ndarr
 # %% ../nbs/06_evaluate.ipynb #1b9c95cc
 def localisation_estimates(pairs: pd.DataFrame, patients: Sequence[str], n: int = 1000,
                            seed: int = 0) -> dict[str, Estimate]:
-    """`localisation` with intervals over the patients that have a pair."""
+    """`localisation` with intervals over the patients that have a pair.
+
+    Parameters
+    ----------
+    pairs, patients : as in `localisation`.
+    n, seed : as in `resamples`.
+
+    Returns
+    -------
+    Estimates by the names of `localisation`.
+    """
     people = [name for name in patients if name in set(pairs["patient_id"])]
     if len(people) < MIN_PATIENTS:
         few = not_estimable(f"at least {MIN_PATIENTS} patients needed", len(people))
@@ -571,8 +802,15 @@ def localisation_estimates(pairs: pd.DataFrame, patients: Sequence[str], n: int 
 def annotation_agreement(lesions: pd.DataFrame, stacks: pd.DataFrame, min_iou: float = 0.1) -> pd.DataFrame:
     """Pairs of lesions that look like one tumour annotated on two stacks of one frame of reference.
 
-    Two lesions pair when each is the other's best IoU and that is at least `min_iou`. Columns patient_id, lesion_a,
-    lesion_b, iou, distance_mm (between centres).
+    Parameters
+    ----------
+    lesions : columns lesion_id, stack_id, patient_id and `CORNERS_MM`.
+    stacks : columns stack_id and frame_of_reference_uid.
+    min_iou : two lesions pair when each is the other's best IoU and that is at least this.
+
+    Returns
+    -------
+    Columns patient_id, lesion_a, lesion_b, iou, distance_mm (between centres).
     """
     frame = stacks.set_index("stack_id")["frame_of_reference_uid"]
     lesions = lesions.assign(frame=lesions["stack_id"].map(frame)).dropna(subset="frame")
@@ -596,10 +834,20 @@ def _pairs(a, b, min_iou):
 
 # %% ../nbs/06_evaluate.ipynb #56febf51
 def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """Mean class probabilities over each patient's stacks; columns patient_id, subtype, p_<class>.
+    """Mean class probabilities over each patient's stacks.
 
-    Stacks without a true subtype, or with one outside `classes`, are left out. A patient with two different true
-    subtypes is an error: the labels of chapter 4 are made per patient.
+    Parameters
+    ----------
+    predictions : from `prediction_table`; stacks without a true subtype, or with one outside `classes`, are left out.
+    classes : names.
+
+    Returns
+    -------
+    One row a patient: patient_id, subtype, p_<class>, which sum to 1.
+
+    Raises
+    ------
+    ValueError: a patient has two different true subtypes: the labels of chapter 4 are made per patient.
     """
     columns = [f"p_{name}" for name in classes]
     known = predictions[predictions["subtype"].isin(list(classes))]
@@ -611,6 +859,16 @@ def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> 
     table.insert(0, "subtype", known.groupby("patient_id")["subtype"].first())
     return table.reset_index()
 
+# %% ../nbs/06_evaluate.ipynb #2408c374
+def _known(truth, classes):
+    """Class indices (patients,) as an array; InputError where one is no index of a class."""
+    truth = np.asarray(truth)
+    wrong = truth[~((truth >= 0) & (truth < classes))]
+    if len(wrong):
+        raise runs.InputError(f"truth holds {wrong[0]}, a class index is 0 to {classes - 1}: leave patients without a "
+                              "subtype out, keep = truth >= 0")
+    return truth
+
 # %% ../nbs/06_evaluate.ipynb #3126ea86
 def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
                    averaged: Sequence[int] | None = None) -> dict[str, float]:
@@ -618,23 +876,27 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
 
     Parameters
     ----------
-    truth
-        (patients,) class index.
-    probability
-        (patients, classes), rows sum to 1.
-    weights
-        (patients,) copies of each patient; one each when None.
-    averaged
-        Classes whose recalls and AUCs are averaged; all when None. NaN where one of them is absent.
+    truth : (patients,) class index.
+    probability : (patients, classes), rows sum to 1.
+    weights : (patients,) copies of each patient; one each when None.
+    averaged : classes whose recalls and AUCs are averaged; all when None.
+
+    Returns
+    -------
+    Numbers by name; NaN where a class it needs is absent.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
     """
     rows = np.repeat(np.arange(len(truth)), 1 if weights is None else weights)
-    y, p = np.asarray(truth)[rows], np.asarray(probability, float)[rows]
+    y, p = _known(truth, np.shape(probability)[1])[rows], np.asarray(probability, float)[rows]
     averaged = list(range(p.shape[1]) if averaged is None else averaged)
-    auc = _aucs(y, p)
+    auc, (sensitivity, specificity) = _aucs(y, p), _rates(y, p)
     brier = np.square(p - np.eye(p.shape[1])[y]).sum(axis=1).mean() if len(y) else np.nan
-    macro = np.mean([auc[k] for k in averaged]) if averaged else np.nan
-    return {"balanced_accuracy": _balanced_accuracy(y, p, averaged), "brier": float(brier), "auc_macro": float(macro),
-            **{f"auc_{k}": float(value) for k, value in enumerate(auc)}, **_rates(y, p)}
+    each = {"auc": auc, "sensitivity": sensitivity, "specificity": specificity}
+    return {"balanced_accuracy": _mean(sensitivity, averaged), "brier": float(brier), "auc_macro": _mean(auc, averaged),
+            **{f"{name}_{k}": float(value) for name, values in each.items() for k, value in enumerate(values)}}
 
 # %% ../nbs/06_evaluate.ipynb #e46f9651
 def _aucs(y, p):
@@ -646,32 +908,41 @@ def _aucs(y, p):
         auc[defined] = roc_auc_score(member[:, defined], p[:, defined], average=None)
     return auc
 
-
-def _balanced_accuracy(y, p, averaged):
-    """Mean recall over some classes, NaN where one of them is absent."""
-    if not averaged or not set(averaged) <= set(y.tolist()):
-        return np.nan
-    table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))[averaged]
-    return float(np.mean(table[range(len(averaged)), averaged] / table.sum(axis=1)))
+# %% ../nbs/06_evaluate.ipynb #e46f9652
+def _mean(values, averaged):
+    """Mean over some classes, NaN where one of them has no value, or where there is none."""
+    return float(np.mean([values[k] for k in averaged])) if averaged else np.nan
 
 # %% ../nbs/06_evaluate.ipynb #d385cab3
 def _rates(y, p):
-    """Sensitivity and specificity of each class, NaN where nobody is inside, or outside."""
+    """Sensitivity and specificity, each (classes,), NaN where nobody is inside, or outside."""
     table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1])) if len(y) else np.zeros((p.shape[1],) * 2)
     true, called, hit = table.sum(1), table.sum(0), np.diag(table)
     outside = table.sum() - true
     nothing = np.full(len(true), np.nan)
-    sensitivity = np.divide(hit, true, out=nothing.copy(), where=true > 0)
-    specificity = np.divide(outside - called + hit, outside, out=nothing.copy(), where=outside > 0)
-    rates = {"sensitivity": sensitivity, "specificity": specificity}
-    return {f"{name}_{k}": float(value) for name, values in rates.items() for k, value in enumerate(values)}
+    return (np.divide(hit, true, out=nothing.copy(), where=true > 0),
+            np.divide(outside - called + hit, outside, out=nothing.copy(), where=outside > 0))
 
 # %% ../nbs/06_evaluate.ipynb #606a6718
 def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
-    """Classes with at least `MIN_EACH_CLASS` patients, over which means are taken."""
-    return np.flatnonzero(np.bincount(truth, minlength=classes) >= MIN_EACH_CLASS).tolist()
+    """Classes with at least `MIN_EACH_CLASS` patients, over which means are taken.
 
+    Parameters
+    ----------
+    truth : (patients,) class index.
+    classes : how many there are.
 
+    Returns
+    -------
+    Their indices, rising.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
+    """
+    return np.flatnonzero(np.bincount(_known(truth, classes), minlength=classes) >= MIN_EACH_CLASS).tolist()
+
+# %% ../nbs/06_evaluate.ipynb #606a6719
 def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence[str],
                       constant: bool = False) -> dict[str, Estimate]:
     """Estimates from the resamples of `subtype_scores`, withheld by the rules of this chapter; names end in the class.
@@ -680,22 +951,36 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
     ----------
     values : as made by `resampled` of `subtype_scores`, with `averaged_classes`.
     truth : (patients,) class index.
+    classes : names.
     constant : the answers are the same for every patient by construction, so collapsed intervals are right.
+
+    Returns
+    -------
+    Estimates by name.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
     """
-    counts = np.bincount(np.asarray(truth), minlength=len(classes))
+    counts = np.bincount(_known(truth, len(classes)), minlength=len(classes))
     estimates = {}
     for column in values:
         metric, _, k = column.rpartition("_")
-        k = int(k) if k.isdecimal() else None
-        reason, patients = _too_few(column, counts, classes), len(truth)
-        if column == "balanced_accuracy":                  # its draws hold more than the sample: nothing to widen
-            bounds, margin, patients = None, None, int(counts[counts >= MIN_EACH_CLASS].sum())
-        else:
-            bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
-            margin = _margin(metric if k is not None else column, counts, k)
-        made = not_estimable(reason) if reason else summarise(values[column].to_numpy(), patients, bounds, "", margin)
-        estimates[column if k is None else f"{metric}_{classes[k]}"] = replace(made, n=patients)
+        name = f"{metric}_{classes[int(k)]}" if k.isdecimal() else column
+        estimates[name] = _estimate(column, values[column].to_numpy(), counts, classes, constant)
     return estimates
+
+# %% ../nbs/06_evaluate.ipynb #606a671a
+def _estimate(column, values, counts, classes, constant):
+    """Estimate of one column of `subtype_scores`."""
+    metric, _, k = column.rpartition("_")
+    reason, patients = _too_few(column, counts, classes), int(counts.sum())
+    if column == "balanced_accuracy":                      # its draws hold more than the sample: nothing to widen
+        bounds, margin, patients = None, None, int(counts[counts >= MIN_EACH_CLASS].sum())
+    else:
+        bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
+        margin = _margin(metric, counts, int(k)) if k.isdecimal() else _margin(column, counts)
+    return not_estimable(reason, patients) if reason else summarise(values, patients, bounds, "", margin)
 
 # %% ../nbs/06_evaluate.ipynb #83328670
 def auc_margin(inside: int, outside: int) -> float:
@@ -703,6 +988,14 @@ def auc_margin(inside: int, outside: int) -> float:
 
     Under Lehmann's alternatives, one distribution function a power of the other, the chance of that has a closed form;
     the margin is the larger of the two that come from naming either side first.
+
+    Parameters
+    ----------
+    inside, outside : numbers of patients.
+
+    Returns
+    -------
+    A share; 1 when a side is empty.
     """
     def margin(m, n):
         def excess(x):
@@ -710,18 +1003,21 @@ def auc_margin(inside: int, outside: int) -> float:
         return 1 - n / (n + brentq(excess, 1e-9, 1e9))
     return max(margin(inside, outside), margin(outside, inside)) if min(inside, outside) else 1.0
 
+# %% ../nbs/06_evaluate.ipynb #8332866f
+def _sides(metric, counts, k):
+    """Numbers of patients that a metric of class k rests on: those inside the class, those outside, or both."""
+    inside, outside = int(counts[k]), int(counts.sum() - counts[k])
+    return {"sensitivity": (inside,), "specificity": (outside,)}.get(metric, (inside, outside))
+
 
 def _margin(metric, counts, k=None):
     """What a perfect result leaves open; for a mean AUC the mean over its classes."""
-    patients = int(counts.sum())
-    if k is None and metric == "auc_macro":
+    if metric == "auc_macro":
         each = [_margin("auc", counts, k) for k in np.flatnonzero(counts >= MIN_EACH_CLASS)]
         return float(np.mean(each)) if each else 1.0
-    inside = patients if k is None else int(counts[k])
-    outside = patients - inside
-    if k is not None and metric == "auc":
-        return auc_margin(inside, outside)
-    return perfect_margin(max(1, outside if metric == "specificity" else inside))
+    if k is None:
+        return perfect_margin(int(counts.sum()))
+    return (auc_margin if metric == "auc" else perfect_margin)(*_sides(metric, counts, k))
 
 # %% ../nbs/06_evaluate.ipynb #83328671
 def _too_few(column, counts, classes):
@@ -735,25 +1031,28 @@ def _too_few(column, counts, classes):
         few = (counts >= MIN_EACH_CLASS).sum() < 2
         has = ", ".join(f"{name} has {count}" for name, count in zip(classes, counts, strict=True))
         return f"two classes with at least {MIN_EACH_CLASS} patients needed, {has}" if few else None
-    inside = int(counts[int(k)])
-    outside = patients - inside
-    if min({"sensitivity": (inside,), "specificity": (outside,)}.get(metric, (inside, outside))) < MIN_PER_CLASS:
+    if min(_sides(metric, counts, int(k))) < MIN_PER_CLASS:
+        inside, outside = _sides("auc", counts, int(k))
         return f"{inside} in the class, {outside} outside, at least {MIN_PER_CLASS} patients each needed"
     return None
 
 # %% ../nbs/06_evaluate.ipynb #7c1e0f53
 def recall_draws(right: Sequence[bool], truth: np.ndarray, averaged: Sequence[int], first: bool, n: int = 1000,
                  seed: int = 0) -> np.ndarray:
-    """Mean recall over some classes on the sample (first), and under `n` random weights of its patients: (n + 1,).
+    """Mean recall over some classes on the sample (first), and under `n` random weights of its patients.
 
     Parameters
     ----------
-    right, truth
-        (patients,) whether each is called right, and the class index.
-    averaged
-        The classes, each with a patient; all values are NaN when there is none.
-    first
-        Whether the model is the first of two that are compared, or the second. Models of one seed share the weights.
+    right : (patients,) whether each is called right.
+    truth : (patients,) class index.
+    averaged : the classes, each with a patient; all values are NaN when there is none.
+    first : whether the model is the first of two that are compared, or the second.
+    n : number of draws.
+    seed : models of one seed share the weights.
+
+    Returns
+    -------
+    (n + 1,) shares.
     """
     rng, recalls = np.random.default_rng(seed), []
     both, neither, first_only, second_only = 1, 0, first, not first
@@ -770,47 +1069,75 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
 
     Parameters
     ----------
-    answers
-        For each name the probabilities (patients, classes).
-    truth
-        (patients,) class index.
+    answers : for each name the probabilities (patients, classes).
+    truth : (patients,) class index.
+    classes, patients : names, in the order of columns and rows; each patient once.
+    n, seed : as in `resamples`.
 
     Returns
     -------
     Estimates by "subtype/<name>/<metric>"; resamples by name.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
     """
     averaged, metrics, drawn = averaged_classes(truth, len(classes)), {}, {}
     for name, given in answers.items():
         drawn[name] = resampled(lambda w, p=given: subtype_scores(truth, p, w, averaged), patients, n, seed, truth)
-        constant = bool(len(given)) and not np.ptp(given, axis=0).any()
-        if not constant and len(given):
+        if not (constant := bool((given == given[:1]).all())):  # draws of its own in place of the resampled recalls
             right = given.argmax(axis=1) == truth
             drawn[name]["balanced_accuracy"] = recall_draws(right, truth, averaged, name.startswith("network"), n, seed)
         made = subtype_estimates(drawn[name], truth, classes, constant)
         metrics |= {f"subtype/{name}/{metric}": estimate for metric, estimate in made.items()}
     margin = _margin("auc_macro", np.bincount(truth, minlength=len(classes)))
-    names = ("balanced_accuracy", "auc_macro")
-    return metrics | network_minus_others("subtype", metrics, drawn, names, margin), drawn
+    return metrics | network_minus_others("subtype", metrics, drawn, ("balanced_accuracy", "auc_macro"), margin), drawn
 
 # %% ../nbs/06_evaluate.ipynb #2419b3bb
 def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed: int = 0) -> Estimate:
-    """Mean and middle 95 % of the balanced accuracy when the true labels are dealt out at random."""
-    truth = np.asarray(truth)
+    """Mean and middle 95 % of the balanced accuracy when the true labels are dealt out at random.
+
+    Parameters
+    ----------
+    truth : (patients,) class index.
+    probability : (patients, classes).
+    n : how often they are dealt.
+    seed : of the deals.
+
+    Returns
+    -------
+    A range of chance, not an interval of an estimate.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
+    """
+    truth = _known(truth, probability.shape[1])
     if len(truth) < MIN_PATIENTS:
         return not_estimable(f"at least {MIN_PATIENTS} patients needed", len(truth))
     rng, averaged = np.random.default_rng(seed), averaged_classes(truth, probability.shape[1])
     if len(averaged) < 2:
         return not_estimable(f"two classes with at least {MIN_EACH_CLASS} patients needed", len(truth))
-    values = np.array([_balanced_accuracy(rng.permutation(truth), probability, averaged) for _ in range(n)])
+    if n < 1:
+        return not_estimable("no resamples", len(truth))
+    values = np.array([_mean(_rates(rng.permutation(truth), probability)[0], averaged) for _ in range(n)])
     low, high = np.percentile(values, [2.5, 97.5])
     return Estimate(*(round(float(x), 6) for x in (values.mean(), low, high)), len(truth), True, None)
 
 # %% ../nbs/06_evaluate.ipynb #eabf064b
 def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
-    """What the scanner's settings say, one row a patient (index): numbers of the median scan, words of the first one.
+    """What the scanner's settings say: numbers of the patient's median scan, words of the first one.
 
     Words that fewer than three patients share are pooled, counted over all patients: labels are not looked at. Nothing
     of the picture enters.
+
+    Parameters
+    ----------
+    cohort : columns stack_id, patient_id and any of slice_thickness_mm, slices, has_pet, manufacturer, kernel.
+
+    Returns
+    -------
+    One row a patient (index), all numbers.
     """
     numbers = [c for c in ("slice_thickness_mm", "slices", "has_pet") if c in cohort]
     each = cohort.sort_values("stack_id").astype(dict.fromkeys(numbers, "float64")).groupby("patient_id")
@@ -821,10 +1148,23 @@ def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
         parts.append(pd.get_dummies(pooled, prefix=name, dtype=float))
     return pd.concat(parts, axis=1)
 
-
+# %% ../nbs/06_evaluate.ipynb #eabf064c
 def shuffled_training(features: pd.DataFrame, labelled: pd.DataFrame, columns: Sequence[str], lots: int = 50,
                       seed: int = 0) -> list[pd.DataFrame]:
-    """Answers of the tabular model (`labels.baseline_probabilities`) after the training labels were dealt by lot."""
+    """Answers of the tabular model (`labels.baseline_probabilities`) after the training labels were dealt by lot.
+
+    Parameters
+    ----------
+    features : one row a patient (index).
+    labelled : chapter 4's labels: patient_id, role, target, subtype.
+    columns : those of `features` that the model is given.
+    lots : how often the labels are dealt.
+    seed : of the lots.
+
+    Returns
+    -------
+    For each lot the probabilities of every patient in `features`.
+    """
     rng, training, classes = np.random.default_rng(seed), labelled["role"] == "train", labels.class_names(labelled)
     target = labelled[training].drop_duplicates("patient_id").set_index("patient_id")["target"]
     answers, dealt = [], labelled.copy()
@@ -837,19 +1177,40 @@ def shuffled_training(features: pd.DataFrame, labelled: pd.DataFrame, columns: S
 
 # %% ../nbs/06_evaluate.ipynb #761a3a8c
 def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities (patients, classes) after dividing their logarithms by `temperature`; rows sum to 1."""
+    """Probabilities after dividing their logarithms by a temperature.
+
+    Parameters
+    ----------
+    probability : (patients, classes).
+    temperature : above 0; above 1 it makes the answers softer.
+
+    Returns
+    -------
+    (patients, classes), rows sum to 1.
+    """
     logits = np.log(np.asarray(probability, float).clip(1e-12)) / temperature
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
-
+# %% ../nbs/06_evaluate.ipynb #761a3a8d
 def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
-    """The temperature under which the true classes (patients,) are most likely.
+    """The temperature under which the true classes are most likely.
 
+    Parameters
+    ----------
+    probability : (patients, classes).
+    truth : (patients,) class index.
+
+    Returns
+    -------
     None for few patients, and where there is no best one between 0.05 and 20: when all are called right, sharper
     answers would look better without end.
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
     """
-    truth = np.asarray(truth)
+    truth = _known(truth, np.shape(probability)[1])
     if len(truth) < MIN_PATIENTS or np.shape(probability)[1] < 2:
         return None
 
@@ -868,18 +1229,22 @@ def calibration_table(truth: np.ndarray, probability: np.ndarray, patients: Sequ
 
     Parameters
     ----------
-    truth, probability
-        (patients,) class index and (patients, classes).
-    bins
-        Bins hold about equally many probabilities.
+    truth, probability : (patients,) class index, and (patients, classes).
+    patients : their names, each once.
+    bins : they hold about equally many probabilities each.
+    n, seed : as in `resamples`.
 
     Returns
     -------
     One row a bin that is not empty: predicted (mean probability), patients, observed (an estimate over patients).
+
+    Raises
+    ------
+    InputError: `truth` holds something else, such as -1 for no subtype.
     """
     p = np.asarray(probability, float)
-    true, edges = np.eye(p.shape[1])[truth], np.quantile(p, np.linspace(0, 1, bins + 1)) if p.size else np.zeros(2)
-    place, rows = np.searchsorted(edges[1:-1], p), []
+    true, rows = np.eye(p.shape[1])[_known(truth, p.shape[1])], []
+    place = np.searchsorted(np.quantile(p, np.linspace(0, 1, bins + 1))[1:-1], p) if p.size else p
     for k in np.unique(place):
         inside = place == k
         own = inside.any(1)
@@ -895,10 +1260,12 @@ def occlusion_map(score: Callable[[np.ndarray], np.ndarray], ct_hu: np.ndarray, 
 
     Parameters
     ----------
-    score
-        Takes (n, z, y, x) HU and returns (n,) or (n, heads) scores; `ct_hu` is one volume (z, y, x).
-    cube, stride
-        Side of the cube, painted with `fill_hu` (lung), and distance between its positions, in voxels.
+    score : takes (n, z, y, x) HU and returns (n,) or (n, heads) scores.
+    ct_hu : one volume (z, y, x).
+    z : slice, a voxel index.
+    cube, stride : side of the cube and distance between its positions, in voxels.
+    fill_hu : what it is painted with (lung).
+    batch : cubes painted at a time.
 
     Returns
     -------
@@ -930,14 +1297,10 @@ def activation_map(network, inputs, score: Callable, layer: str) -> np.ndarray:
 
     Parameters
     ----------
-    network
-        A Keras model on the TensorFlow backend.
-    inputs
-        One volume as the network takes it, (1, z, y, x, channels).
-    score
-        Takes the network's outputs and returns one number to be explained.
-    layer
-        Name of a layer with output (1, s, s, s, channels).
+    network : a Keras model on the TensorFlow backend.
+    inputs : one volume as the network takes it, (1, z, y, x, channels).
+    score : takes the network's outputs and returns one number to be explained.
+    layer : name of a layer with output (1, s, s, s, channels).
 
     Returns
     -------
@@ -961,30 +1324,47 @@ def place_in_chest(corners_mm: np.ndarray, centre_mm: np.ndarray, level_mm: floa
 
     Parameters
     ----------
-    corners_mm
-        (n, 6) boxes in LPS mm: x grows to the patient's left, z to the head.
-    centre_mm
-        (n, 3) centre of the lungs; above or below it by `level_mm` is upper or lower.
+    corners_mm : (n, 6) boxes in LPS mm: x grows to the patient's left, z to the head.
+    centre_mm : (n, 3) or (3,) centre of the lungs, LPS mm.
+    level_mm : what lies farther than this above or below the centre is upper or lower.
+
+    Returns
+    -------
+    n places.
     """
     gap = np.asarray(corners_mm, float).reshape(-1, 2, 3).mean(1) - np.asarray(centre_mm, float)
     level = np.select([gap[:, 2] > level_mm, gap[:, 2] < -level_mm], ["upper", "lower"], "middle")
     return [f"{'left' if x > 0 else 'right'} {name}" for x, name in zip(gap[:, 0], level, strict=True)]
 
-
+# %% ../nbs/06_evaluate.ipynb #8c3d3d89
 def box_gaps(boxes_mm: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Distance in mm from the centre of each box to the surface of each other box, 0 inside; (boxes, others)."""
+    """Distance from the centre of each box to the surface of each other box, 0 inside.
+
+    Parameters
+    ----------
+    boxes_mm, others : (boxes, 6) and (others, 6), LPS mm.
+
+    Returns
+    -------
+    (boxes, others) in mm.
+    """
     centres = np.asarray(boxes_mm, float).reshape(-1, 1, 2, 3).mean(2)
     low, high = np.split(np.asarray(others, float).reshape(1, -1, 6), 2, axis=2)
     return np.linalg.norm(np.maximum(np.maximum(low - centres, centres - high), 0), axis=-1)
 
 # %% ../nbs/06_evaluate.ipynb #948a909f
 def missed_lesions(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """The lesions without a hit at `threshold`, largest first, with columns size_mm, score (best chance) and reason.
+    """The lesions without a hit at `threshold`, largest first.
 
     Parameters
     ----------
-    lesions
-        The lesions of the scans in `scored`: lesion_id, stack_id and `CORNERS_MM`.
+    scored : from `score_scans`.
+    lesions : the lesions of its scans: lesion_id, stack_id and `CORNERS_MM`.
+    threshold : a score.
+
+    Returns
+    -------
+    Their rows, with columns size_mm, score (best chance, NaN if none) and reason.
     """
     missed = lesions[~lesions_found(scored, lesions, threshold)].copy()
     missed["size_mm"] = longer_side_mm(missed)
@@ -1011,7 +1391,16 @@ def _why_missed(lesion, boxes, threshold):
 
 # %% ../nbs/06_evaluate.ipynb #817b5ca7
 def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """The false positives at `threshold`, surest first, with columns size_mm and reason."""
+    """The false positives at `threshold`, surest first.
+
+    Parameters
+    ----------
+    scored, lesions, threshold : as in `missed_lesions`.
+
+    Returns
+    -------
+    Their rows of `scored.table`, with columns size_mm and reason.
+    """
     alarms = scored.table[scored.false & (scored.score >= threshold)].copy()
     alarms["size_mm"] = longer_side_mm(alarms)
     truth = {name: part[CORNERS_MM].to_numpy(float) for name, part in lesions.groupby("stack_id")}
@@ -1024,18 +1413,18 @@ def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.
 # %% ../nbs/06_evaluate.ipynb #b003de81
 def headline(metrics: Mapping[str, Estimate], patients: int, phantoms: bool,
              mean_of: str = "") -> list[dict[str, str]]:
-    """Sentences for people in a hurry, each {"label", "text"}.
+    """Sentences for people in a hurry.
 
     Parameters
     ----------
-    metrics
-        As saved in metrics.json; a line whose metric is not among them is left out.
-    patients
-        Number of test patients, named where an estimate has no number of its own.
-    phantoms
-        Whether the patients are phantoms; every text says so.
-    mean_of
-        The classes that balanced accuracy and macro AUC average over.
+    metrics : as saved in metrics.json; a line whose metric is not among them is left out.
+    patients : number of test patients, named where an estimate has no number of its own.
+    phantoms : whether the patients are phantoms; every text says so.
+    mean_of : the classes that balanced accuracy and macro AUC average over.
+
+    Returns
+    -------
+    A list of {"label", "text"}.
     """
     over, kind = f" over {mean_of}" if mean_of else "", "phantom " if phantoms else ""
     rows = [("Lesion sensitivity at 1 false positive per scan", "detection/network/sensitivity_at_1"),
@@ -1072,23 +1461,35 @@ def _verdict(metrics):
 
 # %% ../nbs/06_evaluate.ipynb #49d4ef73
 def metric_lines(metrics: Mapping[str, Estimate]) -> str:
-    """A Markdown table of all estimates."""
+    """A Markdown table of all estimates.
+
+    Parameters
+    ----------
+    metrics : estimates by name.
+
+    Returns
+    -------
+    Its text, one line a metric, by name.
+    """
     rows = [f"| {name} | {estimate} | {estimate.n} |" for name, estimate in sorted(metrics.items())]
     return "\n".join(["| metric | estimate, 95 % interval over patients | patients |", "|---|---|---|", *rows])
 
-
+# %% ../nbs/06_evaluate.ipynb #49d4ef74
 def model_card(lines: Sequence[Mapping[str, str]], metrics: Mapping[str, Estimate], side_car: Mapping,
                counts: pd.DataFrame, phantoms: bool) -> str:
     """The card in Markdown.
 
     Parameters
     ----------
-    lines
-        From `headline`.
-    side_car
-        model.json: grid, inputs, classes, hashes.
-    counts
-        Patients, scans and lesions (columns) of each role (index).
+    lines : from `headline`.
+    metrics : estimates by name.
+    side_car : model.json: grid, inputs, classes, hashes.
+    counts : patients, scans and lesions (columns) of each role (index).
+    phantoms : whether the patients are phantoms.
+
+    Returns
+    -------
+    Its text.
     """
     source = "generated phantoms, not patients" if phantoms else "the DICOM series and annotations given by path"
     grid, rows = side_car["grid"], "\n".join(f"| {role} | {' | '.join(map(str, row))} |" for role, row in
@@ -1146,7 +1547,16 @@ Source: {source}. Split by patient; no patient is in two roles.
 
 # %% ../nbs/06_evaluate.ipynb #e18f81e9
 def as_plain(value: object) -> object:
-    """Estimates, also inside of dictionaries and tables, as dictionaries that JSON can hold."""
+    """Estimates, also inside of dictionaries and tables, as what JSON can hold.
+
+    Parameters
+    ----------
+    value : an `Estimate`, a table, a mapping, a list, or anything else, which stays as it is.
+
+    Returns
+    -------
+    Dictionaries and lists; a table is a list of its rows.
+    """
     if isinstance(value, Estimate):
         return asdict(value)
     if isinstance(value, pd.DataFrame):

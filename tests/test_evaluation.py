@@ -1,5 +1,8 @@
 """Chapter 6: metrics against hand-computed cases, an independent brute-force implementation, and scikit-learn."""
 
+import inspect
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,6 +109,31 @@ def test_nothing_at_all_is_undefined_and_does_not_crash():
     assert all(np.isnan(value) for value in scores.values())
     estimates, table = ev.estimate_all(lambda w: ev.detection_scores(dict.fromkeys(ev.RULES, nothing), w), [], n=10)
     assert set(estimates) == set(scores) and not any(e.estimable for e in estimates.values()) and table.empty
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf, None])
+def test_a_score_that_is_no_number_is_refused(score):
+    truth, stacks = boxes([("one", 0, 1)]), scans(("one", "P1"), ("two", "P2"))
+    found = boxes([("one", 1, 0.9), ("two", 1, score), ("elsewhere", 1, np.nan)]).drop(columns="lesion_id")
+    with pytest.raises(runs.InputError, match="^a score is not finite in stack two: .*$"):
+        ev.score_scans(found, truth, stacks)
+    assert ev.score_scans(found, truth, stacks.iloc[:1]).hit.tolist() == [True]  # the others do not count
+    many = boxes([(f"s{i}", 1, np.nan) for i in range(7)]).drop(columns="lesion_id")
+    with pytest.raises(runs.InputError, match="stack s0, s1, s2, s3, s4 and 2 more: "):
+        ev.score_scans(many, truth, scans(*((f"s{i}", "P") for i in range(7))))
+
+
+def test_a_scan_is_counted_once():
+    truth, found = boxes([("one", 0, 1)]), boxes([("one", 1, 0.9)]).drop(columns="lesion_id")
+    with pytest.raises(runs.InputError, match="^scans has stack one more than once: drop_duplicates"):
+        ev.score_scans(found, truth, scans(("one", "P1"), ("one", "P1"), ("two", "P2")))
+
+
+@pytest.mark.parametrize("wanted", [-1, [1, -0.5], np.nan])
+def test_no_threshold_has_fewer_than_no_false_positives(hand, wanted):
+    with pytest.raises(runs.InputError, match="^false positives per scan of .*: give 0 or more$"):
+        ev.sensitivity_at(ev.froc(hand), wanted)
+    assert ev.sensitivity_at(ev.froc(hand), 0) == 1 / 3
 
 
 def brute_force(found, truth, stacks, min_iou, threshold):
@@ -258,6 +286,14 @@ def test_undefined_resamples_give_no_number():
     made = ev.bootstrap_interval(lambda w: 1.0 if w @ rare else np.nan, PATIENTS)
     assert not made.estimable and "of the resamples" in made.reason
     assert ev.bootstrap_interval(lambda w: np.nan, PATIENTS).reason == "undefined on these patients"
+
+
+def test_nothing_drawn_or_nobody_asked_is_not_estimable():
+    assert ev.summarise([0.5], 12).reason == ev.summarise([], 12).reason == "no resamples"
+    assert ev.summarise([0.5, 0.4, 0.6], 0).reason == ev.summarise([0.5, 0.4, 0.6], 0, None).reason == "no patients"
+    assert ev.bootstrap_interval(lambda w: 0.5, PATIENTS, n=0).reason == "no resamples"
+    assert ev.chance_range(np.repeat([0, 1], 6), np.full((12, 2), 0.5), n=0).reason == "no resamples"
+    assert ev.perfect_margin(0) == 1 and ev.perfect_margin(1) == 0.975
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals():
@@ -418,6 +454,18 @@ def test_no_patients_no_subtype_numbers():
     each = {f"{name}_{c}" for name in ("auc", "sensitivity", "specificity") for c in "AG"}
     assert set(made) == {"balanced_accuracy", "brier", "auc_macro", *each}
     assert not any(e.estimable for e in made.values())
+
+
+@pytest.mark.parametrize("stray", [-1, 2])
+def test_a_patient_without_a_subtype_is_not_of_the_last_class(stray):
+    truth, told = np.r_[np.repeat([0, 1], 6), stray], np.full((13, 2), 0.5)
+    names, values = [f"P{i}" for i in range(13)], pd.DataFrame({"brier": [0.5] * 3})
+    for refuses in (lambda: ev.subtype_scores(truth, told), lambda: ev.averaged_classes(truth, 2),
+                    lambda: ev.subtype_estimates(values, truth, ["A", "G"]), lambda: ev.chance_range(truth, told, 5),
+                    lambda: ev.compare_subtypes({"network": told}, truth, ["A", "G"], names, 5),
+                    lambda: ev.fit_temperature(told, truth), lambda: ev.calibration_table(truth, told, names, n=5)):
+        with pytest.raises(runs.InputError, match=f"^truth holds {stray}, .* 0 to 1: leave .* out, keep = truth >= 0$"):
+            refuses()
 
 
 def test_chance_is_chance():
@@ -752,6 +800,16 @@ def test_model_card_says_what_it_must():
     assert "phantom" not in ev.model_card([], {}, side_car, counts, phantoms=False)
     both = ev.model_card([], {}, side_car | {"inputs": ["ct", "pet"]}, counts, phantoms=False)
     assert "SUV" in both and "SUV" not in card
+
+
+@pytest.mark.parametrize("name", [name for name in ev.__all__ if inspect.isfunction(getattr(ev, name))])
+def test_docstrings_name_every_argument(name):
+    function = getattr(ev, name)
+    told = re.search(r"Parameters\n-+\n(.*?)(\n\n[A-Z]|$)", inspect.getdoc(function), re.S)
+    named = re.findall(r"^(\w[\w, ]*) : \S", told.group(1), re.M) if told else []
+    assert ", ".join(named).split(", ") == list(inspect.signature(function).parameters)
+    assert re.search(r"\n\nReturns\n-------\n\S", inspect.getdoc(function))
+    assert ("raise " in inspect.getsource(function)) <= ("\n\nRaises\n------\n" in inspect.getdoc(function))
 
 
 # pictures and sentences -------------------------------------------------------------------------------------------
