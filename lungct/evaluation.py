@@ -105,7 +105,7 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
     Raises
     ------
-    InputError: a stack is twice in `scans`, or a score of theirs is not finite.
+    InputError : a stack is twice in `scans`, or a score of theirs is not finite.
     """
     counted = detections[detections["stack_id"].isin(scans["stack_id"])]
     _check_scans(counted, scans)
@@ -200,7 +200,7 @@ def sensitivity_at(curve: tuple[np.ndarray, np.ndarray, np.ndarray],
 
     Raises
     ------
-    InputError: a number is below 0, or NaN.
+    InputError : a number is below 0, or NaN.
     """
     if not (np.asarray(fp_per_scan, float) >= 0).all():
         raise runs.InputError(f"false positives per scan of {fp_per_scan}: give 0 or more")
@@ -245,7 +245,7 @@ def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Seq
 
     Raises
     ------
-    ValueError: a patient is named twice.
+    ValueError : a patient is named twice.
     """
     size = len(patients)
     if len(set(patients)) != size:
@@ -847,7 +847,7 @@ def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> 
 
     Raises
     ------
-    ValueError: a patient has two different true subtypes: the labels of chapter 4 are made per patient.
+    ValueError : a patient has two different true subtypes: the labels of chapter 4 are made per patient.
     """
     columns = [f"p_{name}" for name in classes]
     known = predictions[predictions["subtype"].isin(list(classes))]
@@ -887,7 +887,7 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     rows = np.repeat(np.arange(len(truth)), 1 if weights is None else weights)
     y, p = _known(truth, np.shape(probability)[1])[rows], np.asarray(probability, float)[rows]
@@ -938,7 +938,7 @@ def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     return np.flatnonzero(np.bincount(_known(truth, classes), minlength=classes) >= MIN_EACH_CLASS).tolist()
 
@@ -960,7 +960,7 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     counts = np.bincount(_known(truth, len(classes)), minlength=len(classes))
     estimates = {}
@@ -1080,7 +1080,7 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     averaged, metrics, drawn = averaged_classes(truth, len(classes)), {}, {}
     for name, given in answers.items():
@@ -1110,7 +1110,7 @@ def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     truth = _known(truth, probability.shape[1])
     if len(truth) < MIN_PATIENTS:
@@ -1208,7 +1208,7 @@ def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     truth = _known(truth, np.shape(probability)[1])
     if len(truth) < MIN_PATIENTS or np.shape(probability)[1] < 2:
@@ -1240,7 +1240,7 @@ def calibration_table(truth: np.ndarray, probability: np.ndarray, patients: Sequ
 
     Raises
     ------
-    InputError: `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype.
     """
     p = np.asarray(probability, float)
     true, rows = np.eye(p.shape[1])[_known(truth, p.shape[1])], []
