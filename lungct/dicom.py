@@ -970,13 +970,12 @@ class Stack:
 
     Attributes
     ----------
-    hu_zyx : (slices, rows, columns) Hounsfield units, int16 or float32; None for PET.
+    hu_zyx : (slices, rows, columns) HU, int16 or float32; None for PET.
     affine : 4x4 matrix from voxel-centre index (x, y, z) to LPS mm, those of `frame_of_reference_uid`.
     sop_uids : SOP Instance UID of the image each slice is in, along z.
     padding_voxels : voxels where nothing was measured: air in CT, 0 in PET.
     suv_zyx : (slices, rows, columns) uptake values by body weight (g/ml), float32; None for CT.
     """
-
     stack_id: str
     hu_zyx: np.ndarray | None
     affine: np.ndarray
@@ -985,7 +984,6 @@ class Stack:
     padding_voxels: int
     suv_zyx: np.ndarray | None = None
     frame_of_reference_uid: str | None = None
-
     @property
     def values_zyx(self) -> np.ndarray:
         """HU of a CT, SUV of a PET."""

@@ -484,14 +484,19 @@ def _room(slices: Sequence[Mapping], kind: type) -> np.ndarray:
         raise ValueError(f"{slices[0]['path']}: {what}") from None
 
 # %% ../nbs/appendix/pixels.ipynb #af4bdabd
-def _air_in_place(stored: np.ndarray, header: Mapping) -> bool:
-    """Push 16-bit `stored` of slope 1 up to air; False, and nothing done, where padding lies above air."""
+def _above_air_in_place(stored: np.ndarray, header: Mapping) -> np.ndarray | None:
+    """`to_hu` less air in the memory of 16-bit `stored`, for slope 1: uint16, or None when it cannot be done so."""
     air, ends, kind = AIR_HU - int(header["rescale_intercept"]), _padding_ends(header), np.iinfo(stored.dtype)
-    if air > kind.max or (ends and ends[1] > max(air, kind.min - 1) and _padding(stored, header).any()):
-        return False
+    if air > kind.max or not _stays_below(2**16 + air, stored, header):
+        return None
+    if ends and ends[1] > max(air, kind.min - 1) and _padding(stored, header).any():
+        return None                                            # padding among possible tissue: rare
     if air > kind.min and (ends or stored.min() < air):        # where padding is told, it is there
         np.maximum(stored, np.full(stored.shape[-1], air, stored.dtype), out=stored)
-    return True
+    above = stored.view(np.uint16)
+    if air:
+        np.subtract(above, np.uint16(air % 2**16), out=above)
+    return above
 
 # %% ../nbs/appendix/pixels.ipynb #af4bdabf
 def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pydicom.Dataset] | None = None,
@@ -505,16 +510,17 @@ def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pyd
 
     Returns
     -------
-    ((rows, columns) numbers, air where nothing was measured; what to add)
+    ((rows, columns) uint16, what to add: `AIR_HU`), or (Hounsfield units of another type, 0) where 16 bits do not do
     """
     memory = _room([header], np.int16)[0] if memory is None else memory
     stored = read_stored(os.path.join(root, header["path"]), header, memory, opened)
     if _fits(stored, header, memory) and is_whole(header):
-        if _air_in_place(stored, header):
-            return stored, int(header["rescale_intercept"])
-        if _hu_in_place(stored, header) is not None:
-            return stored.view(np.int16), 0
-    return to_hu(stored, header)[0], 0
+        above = _above_air_in_place(stored, header)
+        if above is not None:
+            return above, AIR_HU
+    hu, _ = to_hu(stored, header)
+    fits = hu.dtype.kind == "i" and hu.max() - AIR_HU < 2**16
+    return ((hu - AIR_HU).astype(np.uint16), AIR_HU) if fits else (hu, 0)
 
 # %% ../nbs/appendix/pixels.ipynb #cdf80a77
 def read_scaled(slices: Sequence[Mapping], root: str | os.PathLike,

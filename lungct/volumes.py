@@ -161,10 +161,13 @@ def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, weights_zyx: Sequence
 
 
 def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int, memory: np.ndarray) -> tuple[np.ndarray, int]:
-    """Slice k, and what is still to be added to its numbers; CT from disk in `memory`, where it fits."""
+    """Slice k, and what is still to be added to its numbers; whole HU as heights above air, from disk in `memory`."""
     if isinstance(slices, dicom.OpenStack) and slices.suv_factors is None:
         return pixels.read_numbers(slices.slices[k], slices.root, slices.opened, memory)
-    return slices[k], 0
+    plane, air = slices[k], int(AIR_HU)
+    if plane.dtype == np.int16 and plane.min() >= air:
+        return plane.view(np.uint16) - np.uint16(air % 2**16), air
+    return plane, 0
 
 # %% ../nbs/03_build_volumes.ipynb #bfc0a19b
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel

@@ -509,17 +509,19 @@ def test_fast_way_agrees_with_the_plain_one(bits, signed, intercept, padding, li
 @given(bits=st.integers(8, 16), signed=st.booleans(), intercept=st.integers(-40_000, 40_000),
        padding=st.none() | st.integers(-32768, 65535), limit=st.none() | st.integers(-32768, 65535),
        seed=st.integers(0, 2**31))
-def test_numbers_with_air_put_in_agree_with_the_plain_way(bits, signed, intercept, padding, limit, seed):
+def test_heights_above_air_agree_with_the_plain_way(bits, signed, intercept, padding, limit, seed):
     stored = values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16)
     header = {"rescale_slope": 1.0, "rescale_intercept": float(intercept), "bits_stored": bits,
               "pixel_padding_value": padding, "pixel_padding_limit": limit}
     expected, counted = pixels.to_hu(stored, header)
     before = stored.copy()
-    if pixels._air_in_place(stored, header):
-        assert np.array_equal(stored.astype(int) + intercept, expected)
-    else:
+    above = pixels._above_air_in_place(stored, header)
+    if above is None:
         assert np.array_equal(stored, before)
-        assert counted and (padding is not None or limit is not None or pixels.AIR_HU - intercept > 2**15 - 1)
+        padded = counted and (padding is not None or limit is not None)
+        assert padded or pixels.AIR_HU - intercept >= 2**15 or int(stored.max()) + intercept - pixels.AIR_HU >= 2**16
+    else:
+        assert above.dtype == np.uint16 and np.array_equal(above.astype(int) + pixels.AIR_HU, expected)
 
 
 def expected_hu(stored, slope, intercept, padding=None):
