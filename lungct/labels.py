@@ -187,6 +187,7 @@ def patient_groups(table: pd.DataFrame, links: Sequence[str] = LINKS) -> pd.Seri
     Parameters
     ----------
     table : one row a volume with `patient_id` and any of the columns `links`; empty values tie nothing.
+    links : names of these columns.
     """
     patients, first = np.unique(table["patient_id"].astype(str), return_inverse=True)
     rows, columns, offset = [], [], len(patients)
@@ -248,6 +249,12 @@ def _strata(labels: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     return group, facts.groupby(group.to_numpy()).agg({"target": "max", "vendor": "min"})
 
 
+def _check_roles(where: str, roles: Mapping[str, str]) -> None:
+    for patient, role in roles.items():
+        if role not in ROLES:
+            raise runs.InputError(f"{where} gives {patient} the role {role!r}, expected train, validation or test")
+
+
 def _check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise runs.InputError(f"fractions {tuple(fractions)}: expected three shares that sum to 1, the first positive")
@@ -261,16 +268,18 @@ def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2,
     ----------
     labels : as `make_labels` returns it; the columns `LINKS` tie patients together.
     fractions : shares of train, validation and test; they sum to 1 and the first is positive.
+    seed : of the hash.
     fixed : roles by patient that were given before (`read_registry`); they stay, whatever ties are found later.
 
     Raises
     ------
     lungct.runs.InputError
-        For fractions that are no shares.
+        For fractions that are no shares, and a role in `fixed` that is none of `ROLES`.
     """
     _check_fractions(fractions)
     group, strata = _strata(labels)
     given, groups = dict(fixed or {}), patient_groups(labels)
+    _check_roles("fixed", given)
     roles = {groups[name]: given[name] for name in sorted(set(given) & set(groups.index))}
     for _, stratum in strata.groupby("target"):
         held = [sum(roles.get(name) == role for name in stratum.index) for role in ROLES]
@@ -283,8 +292,19 @@ def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2,
 
 # %% ../nbs/04_check_labels.ipynb #56e5329b
 def read_locked(path: str | Path) -> list[str]:
-    """Patients of an external test set: one a line, sorted; what follows a # is a comment."""
-    lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines())
+    """Patients of an external test set: one a line, sorted; what follows a # is a comment.
+
+    Raises
+    ------
+    lungct.runs.InputError
+        For a file that cannot be read, or names nobody.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise runs.InputError(f"locked_path {path} cannot be read ({type(error).__name__}): give a text file with one "
+                              "patient a line, or leave the parameter empty") from None
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
     locked = sorted({line for line in lines if line})
     if not locked:
         raise runs.InputError(f"locked_path {path} names no patient: write one a line, or leave the parameter empty")
@@ -300,10 +320,17 @@ def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
                   locked: Sequence[str] = ()) -> dict[str, str]:
     """Roles by patient as they were frozen, the locked patients' included; without a file, only these.
 
+    Parameters
+    ----------
+    path : of the registry; there need be no file yet.
+    fractions, seed : as for `split_patients`.
+    locked : patients of an external test set.
+
     Raises
     ------
     lungct.runs.InputError
-        The file was edited, or it belongs to another seed, other shares or another external test set.
+        The file was edited, holds a role that is none of `ROLES`, or belongs to another seed, other shares or another
+        external test set.
     """
     held = _load_registry(path)
     given = held["roles"] if held else {}
@@ -312,6 +339,7 @@ def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
             what = "external test set (its hash)" if name == "locked_hash" else name
             raise runs.InputError(f"registry {path} was frozen with {what} {held[name]}, this run has {now}: "
                                   "give back the old value, or name another registry for a new split")
+    _check_roles(f"registry {path}", given)
     return given | dict.fromkeys(locked, "test")
 
 # %% ../nbs/04_check_labels.ipynb #e94d631f
@@ -352,6 +380,13 @@ def shared_between_roles(labels: pd.DataFrame, key: str = "patient_id") -> pd.Da
 # %% ../nbs/04_check_labels.ipynb #6117b0ba
 def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: int = 0) -> pd.DataFrame:
     """Folds of a repeated cross-validation over patient groups, stratified by class and vendor.
+
+    Parameters
+    ----------
+    labels : as for `split_patients`.
+    folds : from 2 to the number of patient groups, else InputError.
+    repeats : how often all are dealt anew.
+    seed : of the lots.
 
     Returns
     -------
@@ -525,7 +560,11 @@ def coin_scores(pictures: np.ndarray, patients: Sequence[str], trains: np.ndarra
 
     Parameters
     ----------
-    pictures : (n, numbers). patients : owner of each. trains : whether each is in training; the others are held out.
+    pictures : (n, numbers), for instance the coarse volumes in HU.
+    patients : (n,) owner of each.
+    trains : (n,) bool, whether each is in training; the others are held out.
+    repeats : throws, one accuracy each.
+    seed : of the coins.
     """
     if not 0 < np.sum(trains) < len(trains):
         return []
@@ -716,7 +755,8 @@ def _in_two_roles(material: Material, key: str, what: str) -> Iterator[tuple]:
 _DISJOINT = {"patient-in-two-roles": ("patient_id", "patients", "A patient stands in two roles."),
              "study-in-two-roles": ("study_uid", "studies", "A study stands in two roles."),
              "scan-in-two-roles": ("frame_of_reference_uid", "frames of reference", "A scan stands in two roles."),
-             "duplicate-in-two-roles": ("voxel_hash", "identical volumes", "Volumes equal to the voxel stand in two roles.")}
+             "duplicate-in-two-roles": ("voxel_hash", "identical volumes",
+                                        "Volumes equal to the voxel stand in two roles.")}
 for _name, (_key, _what, _sentence) in _DISJOINT.items():
     _disjoint = partial(_in_two_roles, key=_key, what=_what)
     _disjoint.__doc__ = _sentence
@@ -840,6 +880,8 @@ def acquisition_test(patients: pd.DataFrame, permutations: int = 499, seed: int 
     Parameters
     ----------
     patients : one row a patient with `target` and acquisition columns. Classes with fewer than three are left out.
+    permutations : shuffled labellings to compare with.
+    seed : of folds and permutations.
     """
     counts = patients["target"].value_counts()
     table = patients[patients["target"].map(counts) >= 3]
@@ -913,7 +955,7 @@ def interval_width(n: int | np.ndarray, share: float = 0.8) -> np.ndarray:
 
 
 def patients_needed(width: float, share: float = 0.8) -> int:
-    """Smallest number of patients whose 95 % interval near `share` is at most `width` wide; `width` above 0."""
+    """Fewest patients whose 95 % interval near `share` is at most `width` wide; InputError unless that is above 0."""
     if not width > 0:
         raise runs.InputError(f"promised_width is {width:g}: no number of patients gives such an interval; expected "
                               "more than 0")
@@ -1055,7 +1097,9 @@ def out_of_fold(features: pd.DataFrame, columns: Sequence[str], fold: np.ndarray
 
     Parameters
     ----------
-    fold : number of the fold of each patient, as a column of `patient_folds`.
+    features : as `tabular_features` returns it.
+    columns : which of them the model sees.
+    fold : (patients,) number of the fold of each patient, as a column of `patient_folds`.
     """
     x, (classes, y) = features[list(columns)].to_numpy(float), np.unique(features["subtype"], return_inverse=True)
     scores = np.zeros((len(x), len(classes)))
@@ -1064,7 +1108,6 @@ def out_of_fold(features: pd.DataFrame, columns: Sequence[str], fold: np.ndarray
         scores[np.ix_(test, model.classes_)] = model.predict_proba(x[test])
     return scores
 
-
 # %% ../nbs/04_check_labels.ipynb #b0825d93
 def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, resamples: int = 500,
                   seed: int = 0) -> tuple[float, float, float]:
@@ -1072,7 +1115,10 @@ def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, resamples: int = 500,
 
     Parameters
     ----------
-    scores : (repeats, patients, classes); the AUC is the mean over the repeats. truth : (patients, classes), one-hot.
+    scores : (repeats, patients, classes); the AUC is the mean over the repeats.
+    truth : (patients, classes), one-hot.
+    resamples : draws of patients.
+    seed : of the draws.
     """
     rng = np.random.default_rng(seed)
     label = truth.argmax(axis=1)
@@ -1089,7 +1135,9 @@ def baseline_scores(features: pd.DataFrame, folds: int = 5, seed: int = 0, repea
 
     Parameters
     ----------
-    features : as `tabular_features` returns it. groups : patient to group, to keep tied patients in one fold.
+    features : as `tabular_features` returns it.
+    folds, seed, repeats : see `patient_folds`.
+    groups : patient to group, to keep tied patients in one fold.
 
     Returns
     -------

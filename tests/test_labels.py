@@ -162,6 +162,13 @@ def test_shares_that_are_no_shares(shares):
         lab.split_patients(lab.make_labels(*cohort_of({"P": "A"})), shares)
 
 
+def test_a_role_that_does_not_exist_is_refused(clean):
+    patient = clean["labels"]["patient_id"].iloc[0]
+    for name in (patient, "nobody here"):
+        with pytest.raises(runs.InputError, match=f"fixed gives {name} the role 'foo', expected train, valid"):
+            lab.split_patients(clean["labels"], fixed={name: "foo"})
+
+
 def test_another_seed_gives_another_split(clean):
     roles = [lab.split_patients(clean["labels"], seed=s)["role"].tolist() for s in (0, 1)]
     assert roles[0] != roles[1]
@@ -255,6 +262,17 @@ def test_a_registry_that_was_touched_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(no.value)
 
 
+def frozen_as(path, roles):
+    content = {**lab._dealt_with(SHARES, 0, ()), **roles}
+    runs.save_json(content | {"hash": runs.hash_value(content)}, path)
+
+
+def test_a_registry_with_a_role_that_does_not_exist_is_refused(tmp_path):
+    frozen_as(tmp_path / "roles.json", {"roles": {"P01": "foo"}})
+    with pytest.raises(runs.InputError, match="roles.json gives P01 the role 'foo', expected train, validation"):
+        lab.read_registry(tmp_path / "roles.json", SHARES, 0)
+
+
 @pytest.mark.parametrize(("fractions", "seed", "locked", "message"), [
     (SHARES, 1, (), "frozen with seed 0, this run has 1: give back the old value, or name another registry"),
     ((0.7, 0.1, 0.2), 0, (), r"frozen with fractions \[0.6, 0.2, 0.2\], this run has \[0.7, 0.1, 0.2\]"),
@@ -277,6 +295,8 @@ def test_locked_patients_always_test_and_fill_the_share_first(tmp_path):
     (tmp_path / "empty.txt").write_text("# nobody\n")
     with pytest.raises(runs.InputError, match="names no patient: write one a line"):
         lab.read_locked(tmp_path / "empty.txt")
+    with pytest.raises(runs.InputError, match=r"locked_path .*absent.txt cannot be read \(FileNotFoundError\)"):
+        lab.read_locked(tmp_path / "absent.txt")
 
 
 def test_a_tie_found_late_moves_nobody_and_is_an_error():
