@@ -33,6 +33,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -99,26 +100,80 @@ class Examples:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071b
 def make_examples(ct_hu, boxes_zyx, target=None, patient_id=None, stack_id=None, pet_suv=None) -> Examples:
-    """Checked `Examples` from plain arrays; without `target` no subtypes, without names every volume a patient.
+    """Checked `Examples` from plain arrays.
 
-    Raises InputError that names the array which does not fit.
+    Parameters
+    ----------
+    ct_hu : (n, s, s, s) numbers in HU.
+    boxes_zyx : n lists of boxes, edges z0 y0 x0 z1 y1 x1 in voxels, 0 to s; a list may be empty.
+    target : (n,) index of the subtype, -1 for none; without it no volume has one.
+    patient_id, stack_id : (n,) names; without patients every volume is one, without stacks they are numbered.
+    pet_suv : (n, s, s, s) SUV, NaN where it is not known; None: PET is not used.
+
+    Raises
+    ------
+    lungct.runs.InputError
+        Names the array that does not fit.
     """
-    ct_hu, n = np.asarray(ct_hu), len(ct_hu)
-    if ct_hu.ndim != 4 or len(set(ct_hu.shape[1:])) != 1:
-        raise runs.InputError(f"ct_hu has shape {ct_hu.shape}, expected (n, s, s, s): n cubes in HU")
-    boxes = [np.asarray(one, "float32").reshape(-1, 6) for one in boxes_zyx]
+    ct_hu = _checked_hu(ct_hu)
+    n, boxes = len(ct_hu), [np.asarray(one, "float32") for one in boxes_zyx]
     names = np.array([f"volume_{i}" for i in range(n)]) if stack_id is None else np.asarray(stack_id, str)
     patients = names if patient_id is None else np.asarray(patient_id, str)
-    target = np.full(n, -1) if target is None else np.asarray(target, int)
+    target = np.full(n, -1) if target is None else _checked_target(target)
     for name, values in {"boxes_zyx": boxes, "target": target, "patient_id": patients, "stack_id": names}.items():
         if len(values) != n:
             raise runs.InputError(f"{name} has {len(values)} entries for {n} volumes: one is needed for each")
-    for one, name in zip(boxes, names, strict=True):
-        if not ((one[:, :3] < one[:, 3:]).all() and (one >= 0).all() and (one <= ct_hu.shape[1]).all()):
-            raise runs.InputError(f"a box of {name} is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to {ct_hu.shape[1]}")
-    if pet_suv is not None and np.shape(pet_suv) != ct_hu.shape:
-        raise runs.InputError(f"pet_suv has shape {np.shape(pet_suv)}, ct_hu {ct_hu.shape}: they must be on one grid")
+    boxes = [_checked_boxes(*pair, ct_hu.shape[1]) for pair in zip(boxes, names, strict=True)]
+    _check_pet(ct_hu, pet_suv)
     return Examples(ct_hu, boxes, target, patients, names, None if pet_suv is None else np.asarray(pet_suv, "float32"))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #7669071c
+def _checked_hu(ct_hu) -> np.ndarray:
+    ct_hu = np.asarray(ct_hu)
+    if ct_hu.ndim != 4 or len(set(ct_hu.shape[1:])) != 1:
+        raise runs.InputError(f"ct_hu has shape {ct_hu.shape}, expected (n, s, s, s): n cubes in HU")
+    if ct_hu.dtype.kind not in "iuf":
+        raise runs.InputError(f"ct_hu holds {ct_hu.dtype}, expected numbers in HU")
+    if not np.isfinite(ct_hu).all():
+        raise runs.InputError("ct_hu holds NaN or infinity, expected HU: where nothing was measured give -1000, air")
+    return ct_hu
+
+
+def _checked_target(target) -> np.ndarray:
+    for value in np.atleast_1d(target).tolist():
+        if not (isinstance(value, Real) and value >= -1 and value % 1 == 0):
+            raise runs.InputError(f"target holds {value!r}, expected whole numbers: the index of a subtype, "
+                                  "or -1 for none")
+    return np.asarray(target, int)
+
+
+def _checked_boxes(boxes: np.ndarray, name: str, size: int) -> np.ndarray:
+    edges = boxes.reshape(-1, 2, 3) if boxes.size % 6 == 0 else np.full((1, 2, 3), np.nan)
+    if not ((edges[:, 0] < edges[:, 1]).all() and (edges >= 0).all() and (edges <= size).all()):
+        raise runs.InputError(f"a box of {name} is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to {size}")
+    return edges.reshape(-1, 6)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #7669071d
+def _check_pet(ct_hu, pet_suv) -> None:
+    if pet_suv is not None and tuple(np.shape(pet_suv)) != tuple(ct_hu.shape):
+        raise runs.InputError(f"pet_suv has shape {tuple(np.shape(pet_suv))}, ct_hu {tuple(ct_hu.shape)}: they must be "
+                              "on one grid")
+
+
+def _check_volumes(network: keras.Model, ct_hu, pet_suv) -> None:
+    if tuple(ct_hu.shape[1:]) != tuple(network.input.shape[1:4]):
+        raise runs.InputError(f"volumes have shape {tuple(ct_hu.shape[1:])}, the network takes "
+                              f"{tuple(network.input.shape[1:4])}: build them on the model's grid")
+    _check_pet(ct_hu, pet_suv)
+
+
+def _check_examples(network: keras.Model, examples: Examples) -> None:
+    _check_volumes(network, examples.ct_hu, examples.pet_suv)
+    classes = _subtypes(network)
+    for stack, target in zip(examples.stack_id, examples.target, strict=True):
+        if target < -1 or (classes and target >= classes):
+            raise runs.InputError(f"target of {stack} is {target}, expected -1 for none, or the index of one of the "
+                                  f"network's {classes} subtypes")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #45212213
 def gather(cohort, labels: pd.DataFrame, role: str) -> Examples:
@@ -126,9 +181,17 @@ def gather(cohort, labels: pd.DataFrame, role: str) -> Examples:
 
     Parameters
     ----------
-    cohort : what `volumes.load_cohort` returns (`ct_hu`, `boxes_zyx`, `pet_suv`, `table` with stack_id).
+    cohort : in memory, as `volumes.load_cohort` returns it (`ct_hu`, `boxes_zyx`, `pet_suv`, `table` with stack_id).
     labels : chapter 4's table (stack_id, patient_id, target, lesions, role).
+    role : whose volumes.
+
+    Raises
+    ------
+    lungct.runs.InputError
+        For a cohort that was opened with `in_memory=False`.
     """
+    if not isinstance(cohort.ct_hu, np.ndarray):
+        raise runs.InputError("the cohort is not in memory: load it with volumes.load_cohort(..., in_memory=True)")
     chosen = labels[(labels["role"] == role) & (labels["lesions"] > 0)].set_index("stack_id")
     stacks = cohort.table["stack_id"].to_numpy(str)
     rows = [row for row, stack in enumerate(stacks) if stack in chosen.index]
@@ -417,8 +480,10 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
 
     Parameters
     ----------
-    size : voxels along each side of the input; a multiple of 2 ** len(filters).
-    filters : channels at 1/2, 1/4, ... of the resolution, multiples of 8.
+    size : voxels along each side of the input; a multiple of 2 ** len(filters), else InputError.
+    classes : names of the subtypes; only their number counts.
+    filters : channels at 1/2, 1/4, ... of the resolution; one or more multiples of 8, else InputError.
+    dropout : share of the evidence that the subtype head does without in training.
     precision : Keras dtype policy of the body; the heads are always float32.
     pet : whether the input has the two channels of the PET, too.
     shrink : penalty on the squared weights of the subtype head, beside the mean loss of a volume.
@@ -463,10 +528,12 @@ def _subtype_head(volume, found: Mapping, features: Sequence, classes: int, drop
 # %% ../nbs/05_train_3d_cnn.ipynb #318f8315
 def _check_sizes(size: int, filters: Sequence[int]) -> None:
     step = 2 ** len(filters)
-    if size % step:
-        raise runs.InputError(f"grid size {size} is not a multiple of {step}: change grid_size of chapter 3, "
+    if not len(filters):
+        raise runs.InputError("filters is empty: expected the channels of one level or more, such as (16, 32, 64)")
+    if not isinstance(size, Integral) or size % step or size < step:
+        raise runs.InputError(f"grid size {size} is not a positive multiple of {step}: change grid_size of chapter 3, "
                               f"or give fewer than {len(filters)} filters")
-    if any(width % 8 or width < 8 for width in filters):
+    if any(not isinstance(width, Integral) or width % 8 or width < 8 for width in filters):
         raise runs.InputError(f"filters {tuple(filters)}: expected multiples of 8, which GPUs need")
 
 
@@ -554,9 +621,18 @@ def _bell(centre: np.ndarray, extent: np.ndarray, cells: int) -> tuple[list[np.n
 
 # %% ../nbs/05_train_3d_cnn.ipynb #5d27b6b5
 def decode_detections(heat, box, top: int = 10, min_score: float = 0.02, stride: int = STRIDE) -> list:
-    """Network outputs heat (n, s, s, s, 1) and box (n, s, s, s, 6) to boxes.
+    """Boxes in what the network says.
 
-    Returns one (boxes_zyx (k, 6) float32 in grid voxels, scores (k,) float32) a volume, best first, k <= top.
+    Parameters
+    ----------
+    heat, box : outputs (n, s, s, s, 1) and (n, s, s, s, 6) of the network.
+    top : most boxes of a volume, 0 or more.
+    min_score : lowest heat of a box.
+    stride : grid voxels a cell.
+
+    Returns
+    -------
+    One (boxes_zyx (k, 6) float32 in grid voxels, scores (k,) float32) a volume, best first, k <= top.
     """
     peak = ops.max_pool(ops.convert_to_tensor(heat, "float32"), 3, strides=1, padding="same")
     heat, peak, box = (ops.convert_to_numpy(x) for x in (heat, peak, box))
@@ -575,12 +651,12 @@ def _decode(heat, peak, box, top, min_score, stride) -> tuple[np.ndarray, np.nda
 def _suppress(boxes: np.ndarray, scores: np.ndarray, top: int, overlap: float = 0.1) -> np.ndarray:
     keep = []
     for this in np.argsort(-scores, kind="stable"):
+        if len(keep) >= top:
+            break
         middle = (boxes[this, :3] + boxes[this, 3:]) / 2
         inside = [(boxes[k, :3] <= middle).all() and (middle < boxes[k, 3:]).all() for k in keep]
         if not any(inside) and all(box_iou(boxes[this], boxes[k]) <= overlap for k in keep):
             keep.append(this)
-        if len(keep) == top:
-            break
     return np.array(keep, int)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #c6a38b08
@@ -683,20 +759,22 @@ def augment(ct_hu: np.ndarray, boxes_zyx: Sequence, rng: np.random.Generator, sh
 
     Parameters
     ----------
-    ct_hu : (n, z, y, x) HU.   boxes_zyx : n arrays (k, 6) in grid voxels.
-    shift, scale, bend : see `draw_edges`.   turn : largest turn about the z axis in degrees, to either side.
+    ct_hu : (n, z, y, x) HU.
+    boxes_zyx : n arrays (k, 6) in grid voxels.
+    rng : draws everything.
+    shift, scale, bend : see `draw_edges`.
+    turn : largest turn about the z axis in degrees, to either side.
     cut : share of the volumes that become scans of a part along z, which holds all lesions; elsewhere is air.
     gain, offset_hu, noise_hu : relative and absolute change of the HU, and the largest standard deviation of noise.
+    pet_suv : (n, z, y, x) SUV, NaN where it is not known; it is moved in the same way and not disturbed.
 
     Returns
     -------
-    The HU (n, z, y, x), a tensor where there is a GPU, and n arrays of moved boxes; with `pet_suv` (n, z, y, x) a
-    third: the SUV, moved in the same way and not disturbed, NaN where it is not known.
+    The HU (n, z, y, x), a tensor where there is a GPU, and n arrays of moved boxes; with `pet_suv` the SUV as well.
     """
     n, size = ct_hu.shape[:2]
     old_edges, angles = draw_edges(n, size, rng, shift, scale, bend), np.radians(rng.uniform(-turn, turn, n))
-    boxes = [move_boxes(turn_boxes(one, size, angle), edges)
-             for one, edges, angle in zip(boxes_zyx, old_edges, angles, strict=True)]
+    boxes = [move_boxes(turn_boxes(b, size, by), to) for b, to, by in zip(boxes_zyx, old_edges, angles, strict=True)]
     moves = [_move(edges, angle) for edges, angle in zip(old_edges, angles, strict=True)]
     for (along_z, *_), own in zip(moves, boxes, strict=True):
         low, high = _scanned(own, size, rng, cut)
@@ -793,8 +871,12 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
 
     Parameters
     ----------
+    ct_hu : (z, y, x) HU; or SUV, as `donor_hu`.
+    boxes_zyx : (k, 6) its boxes, grid voxels.
+    donor_hu : (z, y, x) the other volume.
     donor_box : (6,) the lesion in `donor_hu`, grid voxels.
-    centre_zyx : where its centre shall be, grid voxels.   factor : its new extent over the old.
+    centre_zyx : (3,) where its centre shall be, grid voxels.
+    factor : its new extent over the old.
     """
     start, extent = np.asarray(donor_box[:3], float), np.asarray(donor_box[3:] - donor_box[:3], float)
     low = centre_zyx - extent * factor / 2
@@ -901,7 +983,7 @@ def subtype_weights(examples: Examples, classes: int, balance: float = 0.25) -> 
 # %% ../nbs/05_train_3d_cnn.ipynb #cf8f0844
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a training, apart from the network and the data."""
+    """Everything that shapes a training, apart from the network and the data; InputError for what cannot train."""
     epochs: int = 130
     batch_size: int = 4
     learning_rate: float = 0.002    # the peak; a tenth of the steps climb to it, a cosine comes down
@@ -927,12 +1009,22 @@ class Settings:
         return max(1, round(len(set(train.patient_id)) / self.batch_size))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9ac41e07
+_RULES = (
+    (("epochs", "batch_size", "patience", "echoes"), lambda x: isinstance(x, Integral) and x > 0,
+     "a whole number above zero"),
+    (("learning_rate", "clip_norm"), lambda x: 0 < x < np.inf, "a number above zero"),
+    (("weight_decay", "subtype_weight"), lambda x: 0 <= x < np.inf, "zero or more"),
+    (("smoothing", "balance", "transplants", "pet_dropout"), lambda x: 0 <= x <= 1, "0 to 1"),
+    (("seed",), lambda x: isinstance(x, Integral) and 0 <= x < 2**32, "a whole number from 0 to 4294967295"),
+)
+
+
 def _check_settings(settings: Settings) -> None:
-    for name in ("epochs", "batch_size", "learning_rate", "patience", "echoes"):
-        if not getattr(settings, name) > 0:
-            raise runs.InputError(f"{name} is {getattr(settings, name)}, expected a number above zero")
-    if not 0 <= settings.balance <= 1:
-        raise runs.InputError(f"balance is {settings.balance}, expected 0 to 1")
+    for names, fits, expected in _RULES:
+        for name in names:
+            value = getattr(settings, name)
+            if not (isinstance(value, Real) and fits(value)):
+                raise runs.InputError(f"{name} is {value!r}, expected {expected}")
 
 
 ECHO_AFTER = 4  # batches that are made until one is used again
@@ -1325,7 +1417,9 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     Parameters
     ----------
     network : from `build_network` or `predecessor_cnn`, or any model with some of the outputs heat, box, subtype.
-    validation : None or empty: no early stopping, the last weights are kept.
+    train : one volume or more, on the network's grid.
+    validation : the same; None or empty: no early stopping, the last weights are kept.
+    settings : None: the defaults.
     folder : where checkpoints live; a training found there under the same key goes on. None: no checkpoints.
     report : called with each new row of the history, after its checkpoint is safe.
     log_dir : folder for TensorBoard scalars of every epoch; needs the package tensorboard.
@@ -1336,13 +1430,11 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Raises
     ------
-    InputError: no training volume, too little memory, a batch that devices cannot share. FloatingPointError: NaN loss.
+    lungct.runs.InputError, FloatingPointError
+        For examples, memory or devices that will not do; for a loss that is no number.
     """
-    if not train:
-        raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     settings = settings or Settings()
-    _check_devices(settings)
-    check_memory(network, settings, train)
+    _check_before(network, train, validation, settings)
     reproducible(settings.seed, exact=not _compiled(settings))
     watched = _one_each(validation) if validation else None
     return _run(network, train, watched, settings, folder and Path(folder), report or (lambda row: None), log_dir)
@@ -1375,6 +1467,15 @@ def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.
     return pd.DataFrame(history)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #12888571
+def _check_before(network: keras.Model, train: Examples, validation: Examples | None, settings: Settings) -> None:
+    if not train:
+        raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
+    for examples in filter(None, (train, validation)):
+        _check_examples(network, examples)
+    _check_devices(settings)
+    check_memory(network, settings, train)
+
+
 def _check_devices(settings: Settings) -> None:
     if settings.batch_size % _sharing():
         raise runs.InputError(f"batch_size {settings.batch_size} cannot be shared evenly by {_sharing()} devices: "
@@ -1630,14 +1731,23 @@ def _both_ways(network: keras.Model, ct_hu: np.ndarray, batch_size: int, pet_suv
 # %% ../nbs/05_train_3d_cnn.ipynb #5259ff58
 def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: int = 10,
             min_score: float = 0.02, pet_suv: np.ndarray | None = None) -> list[Prediction]:
-    """What is found in volumes (n, z, y, x) in HU, one answer each, n may be 0: the mean over it and its mirror image.
+    """What is found in volumes, one answer each: the mean over a volume and its mirror image.
 
-    `pet_suv` has the same shape, NaN where there is no PET. A network for CT alone does not look at it; one for CT with
-    PET that is given none takes it as absent.
+    Parameters
+    ----------
+    network : from `build_network` or `load_model`.
+    ct_hu : (n, z, y, x) HU on the network's grid; n may be 0.
+    batch_size : volumes that are looked at together.
+    top, min_score : see `decode_detections`.
+    pet_suv : (n, z, y, x) SUV, NaN where there is no PET. A network for CT alone does not look at it; one for CT with
+        PET that is given none takes it as absent.
+
+    Raises
+    ------
+    lungct.runs.InputError
+        For volumes on another grid.
     """
-    if tuple(ct_hu.shape[1:]) != tuple(network.input.shape[1:4]):
-        raise runs.InputError(f"volumes have shape {tuple(ct_hu.shape[1:])}, the network was trained on "
-                              f"{tuple(network.input.shape[1:4])}: build them on the model's grid")
+    _check_volumes(network, ct_hu, pet_suv)
     if not len(ct_hu):
         return []
     outputs = _both_ways(network, ct_hu, batch_size, pet_suv)
@@ -1655,18 +1765,17 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
 
     Parameters
     ----------
+    network : a trained one.
+    folder : where both files go.
     classes : in the order of the subtype head; empty without that head.
     spacing_mm : grid spacing of the training volumes.
     training_hash : of the training examples, from `examples_hash`.
+    settings : of the training.
     validation : losses and figures of the network on the validation patients; may be empty.
     crashes : one line for each attempt of this training that killed its process.
     """
     path = Path(folder) / "model.keras"
-    with runs.atomic(path) as part:
-        whole = part.with_suffix(".keras")
-        network.save(whole)
-        _without_dates(whole, part)
-        whole.unlink()
+    _save_network(network, path)
     facts = {
         "schema": MODEL_SCHEMA, "file": path.name, "model_hash": runs.hash_file(path), "classes": list(classes),
         "grid": {"size": network.input.shape[1], "spacing_mm": spacing_mm}, "windows_hu": [list(w) for w in WINDOWS_HU],
@@ -1680,6 +1789,14 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     return facts
 
 # %% ../nbs/05_train_3d_cnn.ipynb #bc83d155
+def _save_network(network: keras.Model, path: Path) -> None:
+    with runs.atomic(path) as part:
+        whole = part.with_suffix(".keras")
+        network.save(whole)
+        _without_dates(whole, part)
+        whole.unlink()
+
+
 def _without_dates(source: Path, target: Path) -> None:
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as plain:
         for name in sorted(archive.namelist()):

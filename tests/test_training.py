@@ -1,5 +1,6 @@
 """Chapter 5: targets, losses, augmentation, the loop, checkpoints, the model file, at sizes that train in seconds."""
 
+import inspect
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from scipy.ndimage import map_coordinates, minimum_filter, rotate
 from scipy.special import sph_harm_y
 from sklearn.linear_model import LogisticRegression
 
-from lungct import runs, training
+from lungct import labels, runs, training, volumes
 from lungct.training import Examples, Settings
 
 SIZE = 16
@@ -121,10 +122,30 @@ def test_plain_arrays_become_examples_and_a_history():
     ({"boxes_zyx": [[]]}, "boxes_zyx has 1 entries for 2 volumes"), ({"target": [0]}, "target has 1 entries"),
     ({"boxes_zyx": [[], [3, 1, 1, 2, 2, 2]]}, "a box of volume_1 is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to 4"),
     ({"boxes_zyx": [[[0, 0, 0, 2, 2, 5]], []]}, "a box of volume_0 is no"),
-    ({"pet_suv": np.zeros((1, 4, 4, 4))}, "they must be on one grid")])
+    ({"boxes_zyx": [[], [1, 1, 2, 2]]}, "a box of volume_1 is no z0 y0 x0 z1 y1 x1"),
+    ({"pet_suv": np.zeros((1, 4, 4, 4))}, "they must be on one grid"),
+    ({"ct_hu": np.full((2, 4, 4, 4), "air")}, "ct_hu holds <U3, expected numbers in HU"),
+    ({"ct_hu": np.full((2, 4, 4, 4), np.nan)}, "ct_hu holds NaN or infinity"),
+    ({"target": [0, 1.9]}, r"target holds 1\.9, expected whole numbers: the index of a subtype, or -1 for none"),
+    ({"target": [0, -2]}, "target holds -2"), ({"target": [np.nan, np.inf]}, "target holds nan"),
+    ({"target": ["A", "G"]}, "target holds 'A'"), ({"target": [[0], [1]]}, r"target holds \[0\]")])
 def test_arrays_that_do_not_fit_are_named(changes, message):
     with pytest.raises(runs.InputError, match=message):
         training.make_examples(**({"ct_hu": np.zeros((2, 4, 4, 4)), "boxes_zyx": [[], []]} | changes))
+
+
+def test_whole_numbers_are_targets_however_they_are_stored():
+    for target in ([0.0, -1.0], np.array([0, -1], object), np.array([0, -1], "int8"), pd.Series([0, -1])):
+        own = training.make_examples(np.zeros((2, 4, 4, 4), "int16"), [[], []], target)
+        assert own.target.tolist() == [0, -1] and own.target.dtype == int
+
+
+def test_a_cohort_that_is_not_in_memory_is_refused():
+    on_disk = volumes.Entries(lambda i: None, "ct_hu", 1)
+    cohort = SimpleNamespace(table=pd.DataFrame({"stack_id": ["s"]}), ct_hu=on_disk, boxes_zyx=[[]], pet_suv=None)
+    known = pd.DataFrame({"stack_id": ["s"], "patient_id": ["a"], "target": [0], "lesions": [1], "role": ["train"]})
+    with pytest.raises(runs.InputError, match="the cohort is not in memory: .*in_memory=True"):
+        training.gather(cohort, known, "train")
 
 
 def test_fewer_patients_lie_within_more_and_keep_the_subtypes():
@@ -286,6 +307,8 @@ def test_decode_sorts_by_score_and_keeps_at_most_top():
     assert np.allclose(scores, [0.9, 0.6])
     (_, scores), = training.decode_detections(heat, box, min_score=0.7)
     assert np.allclose(scores, [0.9])
+    (found, scores), = training.decode_detections(heat, box, top=0)
+    assert found.shape == (0, 6) and scores.shape == (0,)
 
 
 def test_boxes_never_leave_the_grid():
@@ -833,10 +856,14 @@ def test_network_outputs_and_limits():
     assert out["subtype"].shape == (2, 3)
     assert np.median(out["heat"]) < 0.05 and np.allclose(out["subtype"].sum(axis=1), 1, atol=1e-5)
     assert set(network(["A"]).output) == {"heat", "box"}  # nothing to tell apart
-    with pytest.raises(runs.InputError, match="grid size 20 is not a multiple of 8"):
+    with pytest.raises(runs.InputError, match="grid size 20 is not a positive multiple of 8"):
         training.build_network(20, "AG", (8, 8, 8))
     with pytest.raises(runs.InputError, match=r"filters \(12, 16\): expected multiples of 8"):
         training.build_network(16, "AG", (12, 16))
+    for size, filters, words in [(16, (), "filters is empty"), (0, (8,), "grid size 0 is not a positive"),
+                                 (16.0, (8,), "grid size 16.0 is not a positive"), (16, (8.0,), "filters")]:
+        with pytest.raises(runs.InputError, match=words):
+            training.build_network(size, "AG", filters)
 
 
 def test_costs_by_hand():
@@ -1378,20 +1405,63 @@ def test_a_mirror_image_is_seen_as_the_mirror_image():
 
 
 def test_predict_refuses_another_grid_and_takes_nothing():
-    words = r"volumes have shape \(8, 8, 8\), the network was trained on \(16, 16, 16\)"
+    words = r"volumes have shape \(8, 8, 8\), the network takes \(16, 16, 16\)"
     with pytest.raises(runs.InputError, match=words):
         training.predict(network(), np.zeros((1, 8, 8, 8), "int16"))
     assert training.predict(network(), np.zeros((0, SIZE, SIZE, SIZE), "int16")) == []
+    words = r"pet_suv has shape \(1, 16, 16, 8\), ct_hu \(1, 16, 16, 16\): they must be on one grid"
+    for net in (network(), network(pet=True)):
+        with pytest.raises(runs.InputError, match=words):
+            training.predict(net, toys(1).ct_hu, pet_suv=np.zeros((1, SIZE, SIZE, 8), "float32"))
     bare = training.predict(network(["A"]), toys(1).ct_hu)[0]
     assert bare.probabilities.shape == (0,)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 0}, "epochs is 0"), ({"batch_size": -1}, "batch_size is -1"), ({"learning_rate": 0.0}, "learning_rate"),
-    ({"patience": 0}, "patience is 0"), ({"balance": 1.5}, "balance is 1.5, expected 0 to 1")])
+    ({"patience": 0}, "patience is 0"), ({"balance": 1.5}, "balance is 1.5, expected 0 to 1"),
+    ({"epochs": 1.5}, "epochs is 1.5, expected a whole number above zero"), ({"echoes": 1.5}, "echoes is 1.5"),
+    ({"batch_size": "4"}, "batch_size is '4'"), ({"learning_rate": np.inf}, "learning_rate is inf"),
+    ({"learning_rate": np.nan}, "learning_rate is nan"), ({"clip_norm": 0}, "clip_norm is 0"),
+    ({"weight_decay": -1}, "weight_decay is -1, expected zero or more"), ({"subtype_weight": np.inf}, "subtype_weight"),
+    ({"transplants": 5}, "transplants is 5, expected 0 to 1"), ({"pet_dropout": -1}, "pet_dropout is -1"),
+    ({"smoothing": 3}, "smoothing is 3"), ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5")])
 def test_settings_out_of_range_are_the_users_to_mend(changes, message):
     with pytest.raises(runs.InputError, match=message):
         Settings(**changes)
+
+
+def test_settings_of_every_numeric_kind_are_taken():
+    for changes in [{"epochs": np.int64(2)}, {"learning_rate": 1}, {"balance": np.float32(0.5)}, {"smoothing": 0},
+                    {"transplants": 1}, {"weight_decay": 0}, {"subtype_weight": 0}, {"seed": 2**32 - 1}]:
+        Settings(**changes)
+
+
+@pytest.mark.parametrize(("train", "validation", "message"), [
+    (toys(2, size=8), None, r"volumes have shape \(8, 8, 8\), the network takes \(16, 16, 16\)"),
+    (toys(2), toys(2, size=8), r"volumes have shape \(8, 8, 8\)"),
+    (toys(2, targets=(0, 5)), None, "target of p1 is 5, expected -1 for none, or .* one of the network's 2 subtypes"),
+    (toys(2, targets=(0, -2)), None, "target of p1 is -2"), (toys(2), toys(2, targets=(0, 2)), "target of p1 is 2"),
+    (replace(toys(2), pet_suv=np.zeros((1, 8, 8, 8))), None, "they must be on one grid")])
+def test_examples_that_do_not_fit_the_network_are_refused_before_training(train, validation, message):
+    with pytest.raises(runs.InputError, match=message):
+        training.fit(network(), train, validation, quick())
+
+
+def test_a_network_without_subtypes_takes_any():
+    assert len(training.fit(network([]), toys(2, targets=(0, 5)), settings=quick(epochs=1))) == 1
+
+
+@pytest.mark.parametrize("module", [training, labels])
+def test_parameters_are_described_one_a_line(module):
+    for name in module.__all__:
+        function = getattr(module, name)
+        _, found, section = (inspect.getdoc(function) or "").partition("Parameters\n----------\n")
+        if found and inspect.isfunction(function):
+            lines = section.split("\n\n")[0].splitlines()
+            names = ", ".join(line.partition(" : ")[0] for line in lines if line[0] != " ")
+            assert names.replace("*", "").split(", ") == list(inspect.signature(function).parameters), name
+            assert not any(re.search(r"\. +\w+ : ", line) for line in lines), name
 
 
 @pytest.mark.parametrize("text", ["", "abc", "16, 32", "1.5", "-8"])
