@@ -136,6 +136,11 @@ def _answers(stacks: Sequence, cubes: Sequence[tuple], network, info: dict, max_
         answers.append(Answer(boxes, subtypes, facts[i], unlike[i], hu, affine, seen.get(i)))
     return answers
 
+# %% ../nbs/appendix/predict.ipynb #7a3d0013
+def _check_max_boxes(max_boxes: int) -> None:
+    if not max_boxes >= 1:
+        raise runs.InputError(f"max_boxes is {max_boxes}, expected 1 or more")
+
 # %% ../nbs/appendix/predict.ipynb #7a3d0012
 def predict_stacks(stacks: Iterable[dicom.Stack | dicom.OpenStack], network, info: dict, max_boxes: int = 5,
                    even_if_unlike: bool = False, batch_size: int = 8) -> Iterator[Answer]:
@@ -144,10 +149,16 @@ def predict_stacks(stacks: Iterable[dicom.Stack | dicom.OpenStack], network, inf
     Parameters
     ----------
     network, info : As `lungct.training.load_model` returns them.
-    max_boxes : At most so many boxes a stack.
+    max_boxes : At most so many boxes a stack; 1 or more, else InputError.
     even_if_unlike : Ask the network about volumes unlike those it was trained on, too.
     """
-    grid, source = volumes.Grid(**info["grid"]), iter(stacks)
+    _check_max_boxes(max_boxes)     # now, not when the first answer is asked for
+    return _in_batches(iter(stacks), network, info, max_boxes, even_if_unlike, batch_size)
+
+
+def _in_batches(source: Iterator, network, info: dict, max_boxes: int, even_if_unlike: bool,
+                batch_size: int) -> Iterator[Answer]:
+    grid = volumes.Grid(**info["grid"])
     while batch := list(islice(source, batch_size)):
         cubes = [to_volume(stack, grid) for stack in batch]
         yield from _answers(batch, cubes, network, info, max_boxes, even_if_unlike, batch_size)
@@ -246,7 +257,7 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
     folder : DICOM files of one or more series, of one or more patients, in any order and depth.
     model_path : `model.keras`, with its side-car `model.json` beside it; a mismatch is an error.
     out : folder for the results; made when missing, cleared of those of an earlier call.
-    max_boxes, pictures : at most so many boxes, and pictures, a stack.
+    max_boxes, pictures : at most so many boxes (1 or more, else InputError), and pictures, a stack.
     dicom_files, nifti : write SEG and SR, and a NIfTI mask, of each stack that has a box.
     show_identity : write patient ID and UIDs into JSON, and who the patient is into SEG and SR.
     even_if_unlike : answer, with a remark, where a volume is unlike those trained on.
@@ -276,6 +287,9 @@ class _Wanted:
     nifti: bool
     show_identity: bool
     even_if_unlike: bool
+
+    def __post_init__(self):
+        _check_max_boxes(self.max_boxes)
 
 
 def _index(folder: Path, out: Path, workers: int | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

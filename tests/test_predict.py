@@ -287,6 +287,17 @@ def test_a_missing_or_empty_folder_is_the_users_to_mend(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_than_one_box_is_the_users_to_mend(opened, patient, model, tmp_path):
+    network, info, _ = predict.open_model(model)
+    for ask in (lambda n: predict.predict_stack(opened[0][1], network, info, max_boxes=n),
+                lambda n: predict.predict_stacks([], network, info, max_boxes=n),
+                lambda n: predict.predict_folder(patient, model, tmp_path / "out", max_boxes=n, workers=1)):
+        for count in (0, -1):
+            with pytest.raises(runs.InputError, match=f"max_boxes is {count}, expected 1 or more"):
+                ask(count)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_does_not_fit_its_side_car_is_an_error(model, patient, tmp_path):
     (tmp_path / "model.keras").write_bytes(model.read_bytes())
     facts = json.loads(model.with_suffix(".json").read_text()) | {"model_hash": "another"}
