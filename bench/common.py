@@ -67,17 +67,17 @@ def today_here(what: str) -> str:
 
 
 def publish(part: str, sections: Callable[[Path], list[str]]) -> None:
-    """Measure one part and put its sections in the place of its old ones; the other parts stay as they were."""
+    """Measure one part and put its sections in the place of its old ones; all else in the results stays as it was."""
     with tempfile.TemporaryDirectory() as scratch:
         fresh = "\n".join(sections(Path(scratch)))
-    parts = read_parts(RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "") | {part: fresh}
-    body = [f"<!-- {name} -->\n\n{parts[name].strip()}\n" for name in PARTS if name in parts]
-    RESULTS.write_text("\n".join([TITLE, *body]), encoding="utf-8")
+    write_part(RESULTS, part, fresh)
     print(fresh)
 
 
-def read_parts(text: str) -> dict[str, str]:
-    """The parts of a file of results. What stands before the first mark was once the whole file: the ingest part."""
-    first, *rest = re.split(r"^<!-- (\w+) -->$", text.removeprefix(TITLE), flags=re.MULTILINE)
-    found = dict(zip(rest[::2], rest[1::2], strict=True))
-    return ({"ingest": first} if first.strip() else {}) | found
+def write_part(path: Path, part: str, fresh: str) -> None:
+    """Put `fresh` below the mark of its part, in the place of what was there up to the next mark, or at the end."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else TITLE
+    old = re.search(rf"^<!-- {part} -->$.*?(?=^<!-- [\w-]+ -->$|\Z)", text, re.DOTALL | re.MULTILINE)
+    before, after = (text[:old.start()], text[old.end():]) if old else (text, "")
+    blocks = [block.strip() for block in (before, f"<!-- {part} -->\n\n{fresh.strip()}", after)]
+    path.write_text("\n\n".join(filter(None, blocks)) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Training steps on this machine's accelerator, with whichever backend Keras finds: python bench/gpu.py
 
 Needs keras, numpy and one backend (KERAS_BACKEND=tensorflow, jax or torch), nothing else. Prints a Markdown section;
---append FILE adds it to a file. Network and loss are those of chapter 5; batches come from the host's memory.
+--append FILE puts it into a file, as its part `gpu`. Network and loss are those of chapter 5; batches come from the
+host's memory.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
+from common import write_part
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, FILTERS = ("A", "B", "E", "G"), (16, 32, 64)
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed; three more come first")
     parser.add_argument("--precisions", nargs="+", default=["float32", "mixed_bfloat16"])
     parser.add_argument("--jit", action="store_true", help="also with jit_compile=True (XLA, or torch.compile)")
-    parser.add_argument("--append", type=Path, help="Markdown file the section is added to")
+    parser.add_argument("--append", type=Path, help="Markdown file whose part `gpu` it becomes")
     wanted = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     training = chapter_5()
@@ -137,8 +139,7 @@ def main() -> None:
         *rows(training, device, wanted), ""])
     print(text)
     if wanted.append:
-        with wanted.append.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + text)
+        write_part(wanted.append, "gpu", text)
 
 
 if __name__ == "__main__":

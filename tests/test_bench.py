@@ -24,26 +24,55 @@ import importlib.util
 whole = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in ("pandas", "scipy") else whole(name, package)
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])  # as for any script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_training_steps_are_measured_without_tables(tmp_path):
     page = tmp_path / "results.md"
-    page.write_text("# Results\n")
+    page.write_text("# Results\n\n<!-- gpu -->\n\n## Older\n\n<!-- mine -->\n\nkept\n")
     command = [sys.executable, "-c", BARE, str(SCRIPT), "--sizes", "16", "--batch", "2", "--steps", "2",
                "--precisions", "float32", "--append", str(page)]
     quiet = os.environ | {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=quiet, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     text = page.read_text()
-    assert text.startswith("# Results\n") and "## Training steps: CPU, Keras" in text
-    size, precision, jit, rate, *_ = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert text.startswith("# Results\n\n<!-- gpu -->\n\n## Training steps: CPU, Keras") and "Older" not in text
+    assert text.endswith("\n\n<!-- mine -->\n\nkept\n")
+    size, precision, jit, rate, *_ = [cell.strip() for cell in text.splitlines()[-5].strip("|").split("|")]
     assert (size, precision, jit) == ("16^3", "float32", "False") and float(rate) > 0
 
 
 sys.path.insert(0, str(SCRIPT.parent))
 TORCH = importlib.util.find_spec("torch") is not None
+
+
+def test_a_part_takes_the_place_of_its_old_self_and_all_else_stays(tmp_path, monkeypatch):
+    import common
+
+    results = tmp_path / "results.md"
+    monkeypatch.setattr(common, "RESULTS", results)
+    common.publish("store", lambda _: ["## Store\n"])
+    common.publish("train", lambda _: ["## Train\n", "- a goal\n"])
+    common.write_part(results, "gpu", "## Steps\n")
+    results.write_text(results.read_text() + "\n<!-- by-hand -->\n\n## Notes\n")
+    before = results.read_text()
+    assert before == ("# Benchmark results\n\n<!-- store -->\n\n## Store\n\n<!-- train -->\n\n## Train\n\n- a goal\n\n"
+                      "<!-- gpu -->\n\n## Steps\n\n<!-- by-hand -->\n\n## Notes\n")
+    common.publish("train", lambda _: ["## Train\n", r"- \1 goal" + "\n"])
+    common.write_part(results, "gpu", "## Other steps\n")
+    assert results.read_text() == before.replace("a goal", r"\1 goal").replace("## Steps", "## Other steps")
+
+
+def test_the_results_are_in_the_form_that_publish_gives_them(tmp_path):
+    import common
+
+    page = tmp_path / "results.md"
+    page.write_bytes(common.RESULTS.read_bytes())
+    old = page.read_text().split("<!-- store -->\n")[1].split("<!-- train -->")[0]
+    common.write_part(page, "store", old)
+    assert page.read_text() == common.RESULTS.read_text()
 
 
 @pytest.mark.parametrize("backend", [pytest.param(name, marks=pytest.mark.skipif(
