@@ -6,6 +6,7 @@
 __all__ = ['read_manifest', 'expected_images', 'fetch_zip', 'download_series', 'download_collection']
 
 # %% ../nbs/appendix/download.ipynb #adf094de
+import errno
 import shutil
 import tempfile
 import zipfile
@@ -18,7 +19,17 @@ from . import runs
 
 # %% ../nbs/appendix/download.ipynb #43b53628
 def read_manifest(path: str | Path) -> list[str]:
-    """Series Instance UIDs of a `.tcia` manifest, in its order, each once; InputError when it holds none."""
+    """Series Instance UIDs of a `.tcia` manifest, in its order, each once.
+
+    Parameters
+    ----------
+    path : the manifest, a text file.
+
+    Raises
+    ------
+    InputError
+        There is no such file, or it names no series.
+    """
     path = Path(path)
     if not path.is_file():
         raise runs.InputError(f"manifest {path} is not a file: get it from the collection's page, see data/README.md")
@@ -30,16 +41,41 @@ def read_manifest(path: str | Path) -> list[str]:
 
 # %% ../nbs/appendix/download.ipynb #1e7df534
 def expected_images(folder: str | Path) -> dict[str, int]:
-    """Number of images of each series by `metadata.csv` in `folder`; empty when there is no such table."""
-    table = Path(folder) / "metadata.csv"
+    """Number of images of each series by `metadata.csv`.
+
+    Parameters
+    ----------
+    folder : where the table lies; without one the answer is empty.
+
+    Raises
+    ------
+    InputError
+        The table cannot be read, or is another one.
+    """
+    table, columns = Path(folder) / "metadata.csv", ["Series UID", "Number of Images"]
     if not table.is_file():
         return {}
-    frame = pd.read_csv(table, usecols=["Series UID", "Number of Images"])
-    return dict(zip(frame["Series UID"], frame["Number of Images"].astype(int), strict=True))
+    try:
+        frame = pd.read_csv(table, usecols=columns, dtype={columns[0]: str})
+        return dict(zip(frame[columns[0]], frame[columns[1]].astype(int), strict=True))
+    except ValueError as error:
+        raise runs.InputError(f"{table} is not the collection's table, expected columns {' and '.join(columns)}, got: "
+                              f"{' '.join(str(error).split())}") from None
 
 # %% ../nbs/appendix/download.ipynb #25c7b65f
 def fetch_zip(uid: str, folder: Path) -> Path:
-    """Let tcia_utils fetch one series as `<folder>/<uid>.zip`; OSError when it did not arrive."""
+    """Let tcia_utils fetch one series.
+
+    Parameters
+    ----------
+    uid : its Series Instance UID.
+    folder : where `<uid>.zip` is put; its path is returned.
+
+    Raises
+    ------
+    OSError
+        It did not arrive.
+    """
     from tcia_utils import nbia
 
     nbia.downloadSeries([uid], input_type="list", path=str(folder), as_zip=True, max_workers=1)
@@ -48,9 +84,22 @@ def fetch_zip(uid: str, folder: Path) -> Path:
         raise OSError(f"series {uid} did not arrive")
     return archive
 
-
+# %% ../nbs/appendix/download.ipynb #25c7b660
 def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[str, Path], Path]) -> None:
-    """Bring one series to `<out>/<uid>/`, whole or not at all; OSError when it is damaged or incomplete."""
+    """Bring one series to `<out>/<uid>/`, whole or not at all.
+
+    Parameters
+    ----------
+    uid : its Series Instance UID.
+    out : a folder that exists.
+    images : how many it has; None when nobody says.
+    fetch : brings a series as a zip file, as `fetch_zip` does.
+
+    Raises
+    ------
+    OSError
+        It is damaged or incomplete, or could not be written.
+    """
     with tempfile.TemporaryDirectory(dir=out, prefix=".incoming-") as waiting:
         archive = fetch(uid, Path(waiting))
         unpacked = Path(waiting) / "unpacked"
@@ -66,27 +115,27 @@ def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[st
 
 # %% ../nbs/appendix/download.ipynb #9d48a2c1
 def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable[[str, Path], Path] = fetch_zip) -> str:
-    """Download the series of a manifest into `<out>/Lung-PET-CT-Dx/<series uid>/`.
+    """Download the series of a manifest into `<out>/Lung-PET-CT-Dx/<series uid>/`; returns a line that says how many.
 
     Parameters
     ----------
     manifest : path of the `.tcia` file; "" looks for the only one in `out`.
+    out : a folder, made when it is not there.
     limit : stop after so many newly fetched series; 0 means all.
-
-    Returns
-    -------
-    A line that says how many series are in place, were fetched now, and failed.
+    fetch : brings a series as a zip file.
 
     Raises
     ------
     InputError
         No manifest, or series that failed: the message names the first and says that calling again goes on.
+    OSError
+        The disk is full.
     """
+    if limit < 0:
+        raise runs.InputError(f"limit is {limit}, expected 0 for all series, or more")
     where = Path(manifest) if manifest else _only_manifest(Path(out))
     uids, images = read_manifest(where), expected_images(where.parent)
-    folder = Path(out).absolute() / "Lung-PET-CT-Dx"
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_interrupted(folder)
+    folder = _made_ready(Path(out).absolute() / "Lung-PET-CT-Dx")
     missing = [uid for uid in uids if not (folder / uid).is_dir()]
     failed = _fetch_all(missing[: limit or None], folder, images, fetch)
     if failed:
@@ -102,10 +151,12 @@ def _fetch_all(uids: list[str], folder: Path, images: dict[str, int], fetch: Cal
         try:
             download_series(uid, folder, images.get(uid), fetch)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             failed.append(str(error))
     return failed
 
-
+# %% ../nbs/appendix/download.ipynb #dc99f33e
 def _only_manifest(folder: Path) -> Path:
     found = sorted(folder.glob("*.tcia"))
     if len(found) != 1:
@@ -113,6 +164,8 @@ def _only_manifest(folder: Path) -> Path:
     return found[0]
 
 
-def _forget_interrupted(folder: Path) -> None:
-    for waiting in folder.glob(".incoming-*"):
+def _made_ready(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for waiting in folder.glob(".incoming-*"):     # of a download that was interrupted
         shutil.rmtree(waiting)
+    return folder

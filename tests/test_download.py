@@ -1,5 +1,7 @@
 """The download: a series is there whole or not at all, and the same command goes on."""
 
+import errno
+import os
 import zipfile
 
 import pytest
@@ -59,6 +61,37 @@ def test_leftovers_of_an_interrupted_download_are_forgotten(collection):
 
 def test_limit_fetches_only_so_many(collection):
     assert "1 fetched" in download.download_collection("", str(collection), limit=1, fetch=server)
+
+
+def test_a_negative_limit_is_refused_and_fetches_nothing(collection):
+    with pytest.raises(runs.InputError, match="limit is -1, expected 0 for all series, or more"):
+        download.download_collection("", str(collection), limit=-1, fetch=server)
+    assert not (collection / "Lung-PET-CT-Dx").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_the_download_at_the_first_series(collection, code):
+    asked = []
+
+    def full(uid, folder):
+        asked.append(uid)
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        download.download_collection("", str(collection), fetch=full)
+    assert caught.value.errno == code and asked == UIDS[:1]
+    assert list((collection / "Lung-PET-CT-Dx").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [
+    b"patient,weight\n1,70\n", b"", b"\xff\xfe\x00", b"Series UID,Number of Images\n1.2.3,two\n",
+    b"Series UID,Number of Images\n1.2.3,\n", b'Series UID,Number of Images\n"1.2.3,2\n'])
+def test_a_table_that_is_not_the_collections_is_refused_by_name(collection, content):
+    (collection / "metadata.csv").write_bytes(content)
+    words = "metadata.csv is not the collection's table, expected columns Series UID and Number of Images, got: "
+    with pytest.raises(runs.InputError, match=words) as caught:
+        download.download_collection("", str(collection), fetch=server)
+    assert "\n" not in str(caught.value)
 
 
 def test_members_that_point_outside_stay_inside(collection):
