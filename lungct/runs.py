@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 
 import pandas as pd
@@ -62,12 +63,22 @@ ALLOWED = {
 
 # %% ../nbs/appendix/runs.ipynb #5551bcf2
 def check_parameters(parameters: Mapping) -> None:
-    """Raise InputError for the first value that `ALLOWED` does not allow; names it does not know are passed over."""
+    """Look for a value that makes no sense.
+
+    Parameters
+    ----------
+    parameters : name -> value; names that `ALLOWED` does not know are passed over.
+
+    Raises
+    ------
+    InputError
+        For the first value that `ALLOWED` does not allow.
+    """
     for name, value in parameters.items():
         if name in ALLOWED and not _allows(ALLOWED[name], value):
             raise InputError(f"parameter {name} is {value!r}, expected {_in_words(ALLOWED[name])}")
 
-
+# %% ../nbs/appendix/runs.ipynb #5551bcf3
 def _allows(rule, value: object) -> bool:
     match rule:
         case re.Pattern():
@@ -75,9 +86,11 @@ def _allows(rule, value: object) -> bool:
         case [range() as each]:
             words = str(value).split()
             return bool(words) and all(word.isdecimal() and int(word) in each for word in words)
-        case range() | (str(), *_):
+        case (str(), *_):
             return value in rule
-    return rule[0] <= value <= rule[1]
+    if isinstance(value, bool) or not isinstance(value, Real if isinstance(rule[0], float) else Integral):
+        return False
+    return value in rule if isinstance(rule, range) else rule[0] <= value <= rule[1]
 
 # %% ../nbs/appendix/runs.ipynb #b5dfea3b
 def _in_words(rule) -> str:
@@ -90,7 +103,7 @@ def _in_words(rule) -> str:
             return f"a multiple of {rule.step} from {rule.start:,} to {rule.stop - 1:,}"
         case (str(), *_):
             return " or ".join(map(repr, rule))
-    return f"{rule[0]:,} to {rule[1]:,}"
+    return f"{'' if isinstance(rule[0], float) else 'a whole number from '}{rule[0]:,} to {rule[1]:,}"
 
 # %% ../nbs/appendix/runs.ipynb #7a470e8d
 def project_path(path: str | os.PathLike) -> Path:
@@ -132,34 +145,76 @@ def _umask() -> int:
 
 # %% ../nbs/appendix/runs.ipynb #502a6d67
 def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
-    """Write `frame` to the Parquet file `path`, atomically and without its row index."""
+    """Write a table as Parquet, atomically and without its row index; returns the path.
+
+    Parameters
+    ----------
+    frame : what to write.
+    path : of the file.
+    """
     with atomic(path) as part:
         frame.reset_index(drop=True).to_parquet(part, index=False)
     return Path(path)
 
-
+# %% ../nbs/appendix/runs.ipynb #502a6d68
 def load_table(path: str | os.PathLike, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read a Parquet table, or only some of its columns; InputError when it is not there."""
+    """Read a Parquet table.
+
+    Parameters
+    ----------
+    path : of the file.
+    columns : only these; None for all.
+
+    Raises
+    ------
+    InputError
+        It is not there, is damaged, or lacks a column.
+    """
     if not Path(path).is_file():
         raise InputError(f"table {path} does not exist: run the chapter that writes it first")
-    return pd.read_parquet(path, columns=columns)
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as error:     # pyarrow's own are among these
+        raise InputError(f"table {path} cannot be read ({' '.join(str(error).split())}): "
+                         "remove it and run its chapter again") from None
 
 # %% ../nbs/appendix/runs.ipynb #21ea8df1
 def save_json(value: object, path: str | os.PathLike) -> Path:
-    """Write `value` as JSON with sorted keys, atomically. NaN and infinity are refused: JSON has neither."""
+    """Write JSON with sorted keys, atomically; returns the path.
+
+    Parameters
+    ----------
+    value : what JSON can hold, numpy's numbers and arrays, and paths.
+    path : of the file.
+
+    Raises
+    ------
+    ValueError
+        NaN or infinity: JSON has neither.
+    """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
     with atomic(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
-
+# %% ../nbs/appendix/runs.ipynb #21ea8df2
 def load_json(path: str | os.PathLike) -> dict:
-    """Read a JSON file; InputError when it is not there or not JSON."""
+    """Read a JSON file.
+
+    Parameters
+    ----------
+    path : of the file.
+
+    Raises
+    ------
+    InputError
+        It is not there, or not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"file {path} does not exist: run the chapter that writes it first") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"file {path} is not valid JSON ({error}): remove it and run its chapter again") from None
 
 # %% ../nbs/appendix/runs.ipynb #5ef6b5a8
@@ -185,7 +240,17 @@ def hash_value(value: object) -> str:
 
 # %% ../nbs/appendix/runs.ipynb #5809cd22
 def fingerprint(path: str | os.PathLike) -> str:
-    """Hash of the relative names, sizes and modification times below `path` (a folder or one file)."""
+    """Hash of the relative names, sizes and modification times of the files in a place.
+
+    Parameters
+    ----------
+    path : a folder, or one file.
+
+    Raises
+    ------
+    InputError
+        There is no such place.
+    """
     root = Path(path)
     if not root.exists():
         raise InputError(f"path {root} does not exist: check the spelling, or what is mounted there")
@@ -275,7 +340,9 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     Parameters
     ----------
     name : one of `CHAPTERS`.
+    run_dir : folder of the run, made when it is not there.
     parameters : what changes the result (not paths, not the number of workers).
+    seed : of everything random, 0 to 2**32 - 1.
     inputs : name of the path parameter -> path as asked for; "" stands for "what an earlier chapter made".
     needs : earlier chapters whose folders are read.
 
@@ -289,9 +356,8 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     check_parameters({**parameters, "seed": seed})
     run_dir = project_path(run_dir)
     seen = {needed: _outputs_hash(run_dir, needed, name) for needed in needs}
-    stamps = {key: _input(path) for key, path in (inputs or {}).items()}
     facts = {"schema": SCHEMA_VERSION, "chapter": name, "parameters": dict(parameters), "seed": seed,
-             "inputs": stamps, "needs": seen}
+             "inputs": {key: _input(path) for key, path in (inputs or {}).items()}, "needs": seen}
     chapter = Chapter(run_dir / name, name, facts, time.monotonic())
     chapter.folder.mkdir(parents=True, exist_ok=True)
     (chapter.folder / MANIFEST).unlink(missing_ok=True)
@@ -315,32 +381,61 @@ def _input(path: str | os.PathLike) -> dict:
 
 # %% ../nbs/appendix/runs.ipynb #d13c2fae
 def load_manifest(run_dir: str | os.PathLike, name: str) -> dict | None:
-    """The manifest of a finished chapter, or None when there is none that this version understands."""
+    """The manifest of a finished chapter, or None when there is none that this version understands.
+
+    Parameters
+    ----------
+    run_dir : folder of the run.
+    name : one of `CHAPTERS`.
+    """
     path = project_path(run_dir) / name / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
-    return manifest if manifest.get("schema") == SCHEMA_VERSION else None
+    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA_VERSION else None
 
-
+# %% ../nbs/appendix/runs.ipynb #d13c2faf
 def check_finished(run_dir: str | os.PathLike, names: Sequence[str] = CHAPTERS) -> None:
-    """Raise InputError that lists which of these chapters have not finished in a run."""
+    """Make sure that chapters have finished in a run.
+
+    Parameters
+    ----------
+    run_dir : folder of the run.
+    names : of the chapters.
+
+    Raises
+    ------
+    InputError
+        Some have not; it lists them.
+    """
     lacks = [name for name in names if load_manifest(run_dir, name) is None]
     if lacks:
         raise InputError(f"run {run_dir} lacks {', '.join(lacks)}: finish it with lungct run first")
 
+# %% ../nbs/appendix/runs.ipynb #d13c2fb0
+PHANTOM_FOLDERS = {"dicom_path": "phantom/Lung-PET-CT-Dx", "annotation_path": "phantom/Annotation"}
+
 
 def input_path(run_dir: str | os.PathLike, name: str, key: str) -> Path:
-    """The folder that chapter `name` was given as its path parameter `key`; the run's phantoms if it was empty."""
+    """The folder that a chapter was given, or the run's phantoms if it was given none.
+
+    Parameters
+    ----------
+    run_dir : folder of the run.
+    name : a chapter that has finished.
+    key : its path parameter, one of `PHANTOM_FOLDERS`.
+
+    Raises
+    ------
+    InputError
+        The chapter has not finished.
+    """
     manifest = load_manifest(run_dir, name)
     if manifest is None:
         raise InputError(f"chapter {name} has not finished in {project_path(run_dir)}: run it first")
     asked = manifest["inputs"][key]["path"]
     return Path(asked) if asked else project_path(run_dir) / PHANTOM_FOLDERS[key]
-
-
-PHANTOM_FOLDERS = {"dicom_path": "phantom/Lung-PET-CT-Dx", "annotation_path": "phantom/Annotation"}
 
 # %% ../nbs/appendix/runs.ipynb #d3c63335
 def code_hash() -> str:
@@ -366,6 +461,8 @@ def stale(run_dir: str | os.PathLike, name: str, parameters: Mapping) -> list[st
 
     Parameters
     ----------
+    run_dir : folder of the run.
+    name : one of `CHAPTERS`.
     parameters : every parameter the chapter would be called with, defaults included, its path parameters too.
     """
     manifest = load_manifest(run_dir, name)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -154,7 +155,7 @@ def test_missing_input_writes_nothing(tmp_path):
 
 
 def test_negative_seed_writes_nothing(tmp_path):
-    with pytest.raises(runs.InputError, match="seed is -1, expected 0 to 4,294,967,295"):
+    with pytest.raises(runs.InputError, match="seed is -1, expected a whole number from 0 to 4,294,967,295"):
         runs.begin("01_explore_dicom", tmp_path / "run", {}, -1)
     assert not (tmp_path / "run").exists()
 
@@ -189,6 +190,29 @@ def test_missing_and_broken_json_name_the_file(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(runs.InputError, match="broken.json is not valid JSON"):
         runs.load_json(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"text"', b"\xff\xfe", b"{"])
+def test_a_manifest_that_is_none_counts_as_not_finished(tmp_path, content):
+    (finished(tmp_path).folder / runs.MANIFEST).write_bytes(content)
+    assert runs.load_manifest(tmp_path, "01_explore_dicom") is None
+    assert runs.stale(tmp_path, "01_explore_dicom", {}) == ["it has not finished yet"]
+
+
+def test_json_that_is_no_text_names_the_file(tmp_path):
+    (tmp_path / "broken.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(runs.InputError, match="broken.json is not valid JSON"):
+        runs.load_json(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("spoil", [lambda whole: b"damaged", lambda whole: b"", lambda whole: whole[:-40],
+                                   lambda whole: b"PAR1" + bytes(len(whole) - 12) + whole[-8:]])
+def test_a_damaged_table_is_refused_by_name(tmp_path, spoil):
+    path = runs.save_table(pd.DataFrame({"value": range(100)}), tmp_path / "t.parquet")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(runs.InputError, match=r"t.parquet cannot be read \(.*\): remove it and run its ") as caught:
+        runs.load_table(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_fingerprint_follows_linked_folders_and_survives_a_loop(tmp_path):
@@ -246,6 +270,23 @@ def test_a_value_that_makes_no_sense_is_refused_and_the_finished_chapter_stays(t
     with pytest.raises(runs.InputError, match=message):
         runs.begin("01_explore_dicom", tmp_path, {name: value}, 0)
     assert runs.load_manifest(tmp_path, "01_explore_dicom") is not None
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("epochs", "abc", "parameter epochs is 'abc', expected a whole number from 1 to 1,000,000"),
+    ("epochs", 1.5, "parameter epochs is 1.5, expected a whole number from 1 to 1,000,000"),
+    ("epochs", None, "epochs is None"), ("epochs", True, "epochs is True"), ("epochs", [3], r"epochs is \[3\]"),
+    ("grid_size", 64.0, "grid_size is 64.0, expected a multiple of 8"), ("grid_size", [64], "grid_size is"),
+    ("learning_rate", "0.1", "learning_rate is '0.1', expected 1e-09 to 10.0"), ("balance", True, "balance is True"),
+    ("class_e", 1, "class_e is 1, expected 'keep'"), ("filters", 3, "filters is 3, expected words")])
+def test_a_value_of_another_type_is_refused_in_words(name, value, message):
+    with pytest.raises(runs.InputError, match=message):
+        runs.check_parameters({name: value})
+
+
+def test_numbers_of_numpy_and_whole_numbers_for_fractions_pass():
+    runs.check_parameters({"epochs": np.int64(3), "grid_size": np.int32(64), "learning_rate": np.float32(0.1),
+                           "balance": 1})
 
 
 def test_every_parameter_of_a_chapter_that_is_no_path_has_its_rule_and_passes_it():
