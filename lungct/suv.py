@@ -45,24 +45,35 @@ class SuvError(ValueError):
 
 
 def _given(header: Mapping, column: str):
-    """The value of a column, or None when the column is absent or holds nothing."""
+    """The value of a column, several of them as one text, or None when the column is absent or holds nothing."""
     value = header.get(column)
-    return None if value is None or value == "" or pd.isna(value) else value
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
+        value = "\\".join(map(str, value))
+    return None if pd.isna(value) or not str(value).strip() else value
 
 # %% ../nbs/appendix/suv.ipynb #3565a3f8
 PLAUSIBLE = {"weight_kg": (1.0, 500.0, "kg"), "radionuclide_dose_bq": (1e6, 1e10, "Bq"),
              "half_life_s": (60.0, 10 * 86400.0, "s"), "frame_duration_ms": (1.0, 6 * 3600e3, "ms")}
 
 
+def _figure(header: Mapping, column: str) -> float | None:
+    """The number in a column, where it is a text too; None when there is nothing."""
+    value = _given(header, column)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise SuvError(f"{_name(column)} is {value}, expected a number: no SUV") from None
+
+
 def _number(header: Mapping, column: str) -> float:
     """A number that must be there and be possible."""
-    value = _given(header, column)
+    value = _figure(header, column)
     low, high, unit = PLAUSIBLE[column]
     if value is None:
         raise SuvError(f"{_name(column)} is missing: no SUV")
     if not low <= value <= high:
         raise SuvError(f"{_name(column)} is {value:g}, expected {low:g} to {high:g} {unit}: no SUV")
-    return float(value)
+    return value
 
 # %% ../nbs/appendix/suv.ipynb #33449fcd
 def _choice(header: Mapping, column: str, expected: Sequence[str]) -> str:
@@ -240,7 +251,7 @@ def _activity_factors(headers: Sequence[Mapping]) -> np.ndarray:
 def _philips_factors(headers: Sequence[Mapping]) -> np.ndarray:
     """Factors for Philips' counts: straight to SUV where told, else to Bq/ml and on from there."""
     for column in ("philips_suv_factor", "philips_activity_factor"):
-        factors = np.array([_given(header, column) or 0.0 for header in headers], float)
+        factors = np.array([_figure(header, column) or 0.0 for header in headers])
         if (np.isfinite(factors) & (factors > 0)).all():
             if column == "philips_activity_factor":
                 return factors * _activity_factors(headers)
@@ -256,7 +267,7 @@ def _check_corrections(header: Mapping) -> None:
     done = set(str(told).split("\\"))
     if "ATTN" not in done:
         raise SuvError(f"{_name('corrected_image')} is {told or 'missing'}, without ATTN: no SUV")
-    if header["units"] != "GML":
+    if _given(header, "units") != "GML":
         correction = _choice(header, "decay_correction", ("START", "ADMIN", "NONE"))
         if (correction == "NONE") == bool(done & {"DECY", "DECAY"}):
             raise SuvError(f"{_name('corrected_image')} is {told} and "
@@ -277,9 +288,22 @@ def _check_one_scan(headers: Sequence[Mapping]) -> None:
 # %% ../nbs/appendix/suv.ipynb #8d39da27
 def _check_one_injection(header: Mapping) -> None:
     """SuvError when the header tells of more than one injection."""
-    items = _given(header, "tracer_items")
+    items = _figure(header, "tracer_items")
     if items is not None and items > 1:
         raise SuvError(f"{_name('tracer_items')} has {items:g} items, expected one injection: no SUV")
+
+# %% ../nbs/appendix/suv.ipynb #5086e34c
+def _check_mappings(headers: object) -> None:
+    """TypeError unless these are mappings in a list, SuvError when there is none."""
+    got = type(headers).__name__
+    if isinstance(headers, Sequence) and not isinstance(headers, str):
+        odd = [type(header).__name__ for header in headers if not isinstance(header, Mapping)]
+        got = f"a {got} with {odd[0]} in it" if odd else ""
+    if got:
+        raise TypeError("suv_factors expects a list of mappings, one an image, as rows.to_dict('records') gives them, "
+                        f"got {got}")
+    if not headers:
+        raise SuvError("a stack without images has no SUV")
 
 # %% ../nbs/appendix/suv.ipynb #5086e34d
 def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
@@ -287,21 +311,20 @@ def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
 
     Parameters
     ----------
-    headers
-        One mapping an image, in the order of the result: rows of the instances table. A column that is absent counts
-        as missing.
+    headers : one mapping an image, rows of the instances table. A column that is absent counts as missing.
 
     Returns
     -------
-    (images,) float64. SUV = factor * (slope * stored + intercept), with each image's own slope and intercept.
+    (images,) float64, in the order of `headers`. SUV = factor * (slope * stored + intercept), with each image's own.
 
     Raises
     ------
     SuvError
         Something needed is missing, impossible or contradictory; the message names the element and its tag.
+    TypeError
+        Anything but mappings in a list.
     """
-    if not len(headers):
-        raise SuvError("a stack without images has no SUV")
+    _check_mappings(headers)
     _check_one_scan(headers)
     _check_one_injection(headers[0])
     units = _choice(headers[0], "units", ("BQML", "CNTS", "GML"))
@@ -314,5 +337,15 @@ def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
 
 # %% ../nbs/appendix/suv.ipynb #2c8c504e
 def suv_factor(header: Mapping) -> float:
-    """`suv_factors` of a single image: with START, one that was acquired first in its stack."""
+    """`suv_factors` of a single image: with START, one that was acquired first in its stack.
+
+    Parameters
+    ----------
+    header : its row of the instances table.
+
+    Raises
+    ------
+    SuvError, TypeError
+        As `suv_factors`.
+    """
     return float(suv_factors([header])[0])

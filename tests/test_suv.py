@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from hypothesis import given
@@ -251,6 +252,45 @@ def test_a_stack_tells_one_story(column, other):
 def test_no_images():
     with pytest.raises(SuvError, match="without images"):
         suv_factors([])
+
+
+@pytest.mark.parametrize(("headers", "kind"), [
+    (PET, "dict"), (pd.DataFrame([PET]), "DataFrame"), (None, "NoneType"), ("BQML", "str"), ({}, "dict"), (3, "int"),
+    ([PET, None], "a list with NoneType in it"), ([Dataset()], "a list with Dataset in it"),
+    ([pd.Series(PET)], "a list with Series in it"), ((PET, "BQML"), "a tuple with str in it"),
+    (iter([PET]), "iterator")])
+def test_what_are_no_mappings_is_an_error_that_says_so(headers, kind):
+    with pytest.raises(TypeError, match=rf"suv_factors expects a list of mappings, one an image.*, got .*{kind}"):
+        suv_factors(headers)
+
+
+@pytest.mark.parametrize("changes", [
+    {"weight_kg": "70"}, {"weight_kg": " 70.0 "}, {"weight_kg": [70.0]}, {"half_life_s": np.array(["6586.2"])},
+    {"corrected_image": ["DECY", "ATTN"]}, {"corrected_image": np.array(["DECY", "ATTN"])}, {"tracer_items": "1"},
+    {"corrected_image": pydicom.multival.MultiValue(str, ["DECY", "ATTN"])}, {"units": ["BQML"]},
+    {"tracer_items": ""}, {"tracer_items": []}])
+def test_numbers_as_text_and_several_values_as_a_list_are_taken(changes):
+    assert suv_factor(PET | changes) == pytest.approx(ONE_HALF_LIFE, rel=1e-12)
+
+
+def test_a_factor_as_text_is_taken():
+    assert suv_factor(PET | {"units": "CNTS", "philips_suv_factor": "0.3"}) == 0.3
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"weight_kg": "heavy"}, r"PatientWeight \(0010,1030\) is heavy, expected a number"),
+    ({"weight_kg": [70, 80]}, r"PatientWeight \(0010,1030\) is 70\\80, expected a number"),
+    ({"weight_kg": {"kg": 70}}, r"PatientWeight \(0010,1030\) is {'kg': 70}, expected a number"),
+    ({"weight_kg": []}, r"PatientWeight \(0010,1030\) is missing"), ({"weight_kg": " "}, "PatientWeight .* is missing"),
+    ({"weight_kg": "nan"}, r"PatientWeight \(0010,1030\) is nan, expected 1 to 500 kg"),
+    ({"weight_kg": 70j}, r"PatientWeight \(0010,1030\) is 70j, expected a number"),
+    ({"tracer_items": "two"}, r"RadiopharmaceuticalInformationSequence \(0054,0016\) is two, expected a number"),
+    ({"units": "CNTS", "philips_suv_factor": "much"}, r"Philips SUV factor \(7053,xx00\) is much, expected a number"),
+    ({"corrected_image": []}, r"CorrectedImage \(0028,0051\) is missing"),
+    ({"units": 5}, "Units .* is 5, expected BQML")])
+def test_a_value_of_another_type_is_refused_with_its_tag(changes, words):
+    with pytest.raises(SuvError, match=words):
+        suv_factor(PET | changes)
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
