@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -203,6 +204,17 @@ def test_a_temporary_folder_too_long_for_worker_processes_is_one_line(tmp_path, 
     assert said.endswith("is too long: set TMPDIR to a shorter one\n") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOENT])
+def test_an_error_of_the_system_that_names_a_file_is_one_line(tmp_path, monkeypatch, capsys, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code), str(tmp_path / "locked"))
+
+    monkeypatch.setattr("lungct.phantom.make_cohort", refused)
+    assert course.app(["phantom", str(tmp_path / "out")], standalone_mode=False) == 2
+    words = f"lungct: {tmp_path / 'locked'} could not be used ({os.strerror(code)}): check its name and permissions\n"
+    assert capsys.readouterr().err == words
+
+
 def test_another_error_of_the_system_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -235,6 +247,14 @@ def test_parameters_come_from_the_tagged_cell(chapters):
 def test_unknown_parameter_lists_the_known_ones(chapters, tmp_path):
     with pytest.raises(runs.InputError, match="unknown parameter amuont: the chapters know amount, seed"):
         make_course(chapters, tmp_path, [("amuont", "3")])
+
+
+def test_what_the_runner_fills_in_is_refused_by_name_and_not_offered():
+    known = {"05_train_3d_cnn": {"run_dir": "runs/x", "epochs": 25, "crashes": []}}
+    with pytest.raises(runs.InputError, match="parameter crashes is not for -p: the runner fills it in"):
+        course.read_overrides({"crashes": "[]"}, known)
+    with pytest.raises(runs.InputError, match="the chapters know epochs$"):
+        course.read_overrides({"crash": "[]"}, known)
 
 
 @pytest.mark.parametrize(("text", "default", "value"), [
@@ -280,6 +300,9 @@ def lungct(*arguments, cwd=None):
     return subprocess.run([*LUNGCT, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
+LONG = "x" * 300
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["run", "--dicom-path", "/nowhere", "--annotation-path", "/nowhere"], "--dicom-path /nowhere is not a folder"),
     (["run", "--dicom-path", "."], "--dicom-path and --annotation-path go together"),
@@ -295,7 +318,19 @@ def lungct(*arguments, cwd=None):
     (["run", "--scheduler", "nonsense"], "parameter scheduler is 'nonsense'"),
     (["run", "-p", "dicom_path", "/usr"], "--dicom-path and --annotation-path go together"),
     (["run", "-p", "dicom_path", "/nowhere", "-p", "annotation_path", "/usr"], "--dicom-path /nowhere is not a folder"),
-    (["run", "-p", "real_tables", "/nowhere"], "--real-tables /nowhere is not a folder"),
+    (["run", "-p", "epochs", "--run-dir", "x"], "-p epochs lacks its value: write -p NAME VALUE"),
+    (["run", "-p", "epochs", "-p", "seed", "7"], "-p epochs lacks its value"),
+    (["run", "-p", "--run-dir", "x"], "lungct: -p lacks its value: write -p NAME VALUE"),
+    (["run", "-p", "--run-dir=x"], "lungct: -p lacks its value"),
+    (["run", "-p", "real_tables", "/nowhere"], "lungct: real_tables /nowhere is not a folder"),
+    (["run", "-p", "crashes", "[]"], "parameter crashes is not for -p: the runner fills it in"),
+    (["run", "-p", "run_dir", "x"], "parameter run_dir is not for -p: use the option --run-dir"),
+    (["run", "--dicom-path", LONG, "--annotation-path", "x"], "(File name too long)"),
+    (["run", "-p", "clinical_path", LONG], "(File name too long)"),
+    (["run", "--run-dir", LONG], "(File name too long)"),
+    (["predict", "/usr", "--model", LONG, "--out", "o"], "(File name too long)"),
+    (["predict", "/usr", "--model", "/usr", "--out", "o"], "--model /usr/model.keras is not a file"),
+    (["download", "out", "--series", "-1"], "Invalid value for '--series': "),
     (["run", "-p", "clinical_path", "/nowhere.xlsx"], "clinical_path /nowhere.xlsx is not a file"),
     (["run", "-p", "locked_path", "/nowhere.txt"], "locked_path /nowhere.txt is not a file"),
     (["run", "--epochs", "3"], "No such option: --epochs"),
@@ -318,6 +353,25 @@ def test_bad_input_is_one_line_and_status_2_and_writes_nothing(arguments, messag
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [".", "model.keras"])
+def test_a_model_is_given_as_its_file_or_its_folder(tmp_path, monkeypatch, given):
+    asked = []
+    told = SimpleNamespace(predict_folder=lambda folder, model, *_: asked.append(model))
+    monkeypatch.setitem(sys.modules, "lungct.predict", told)
+    (tmp_path / "model.keras").touch()
+    command = ["predict", "/usr", "--model", str(tmp_path / given), "--out", str(tmp_path / "out")]
+    assert course.app(command, standalone_mode=False) in (None, 0)
+    assert asked == [tmp_path / "model.keras"]
+
+
+def test_a_foreign_table_beside_the_manifest_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "c.tcia").write_text("1.2.3\n")
+    (tmp_path / "metadata.csv").write_text("patient,weight\n1,70\n")
+    done = lungct("download", ".", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "metadata.csv is not the collection's table" in done.stderr
 
 
 def test_empty_folder_is_refused(tmp_path):
