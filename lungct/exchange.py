@@ -38,6 +38,13 @@ CATEGORIES = {letter: number for number, letter in enumerate(SUBTYPES, 1)}
 _PAIR = ["patient_id", "sop_uid"]
 _KEYS = ["sop_uid", "patient_id", "stack_id", "slice_index"]
 
+
+def _check_subtypes(table: pd.DataFrame) -> None:
+    odd = table.loc[~table["subtype"].isin(list(SUBTYPES)), "subtype"].tolist()
+    if odd:
+        raise InputError(f"{len(odd)} of {len(table)} rows have a subtype that is not one of {', '.join(SUBTYPES)}, "
+                         f"such as {'none' if pd.isna(odd[0]) else odd[0]}: name it or leave the row out")
+
 # %% ../nbs/appendix/exchange.ipynb #95f4c294
 def to_coco(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: pd.DataFrame | None = None) -> dict:
     """Boxes as a COCO detection document, one image a slice.
@@ -52,8 +59,23 @@ def to_coco(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: pd.DataFram
     -------
     A dictionary for `json.dump`: `bbox` is x, y, width, height in pixels from the image's corner, numbers count from 1
         in the order of patient, stack, slice.
+
+    Raises
+    ------
+    InputError
+        Boxes on images that are not among the instances, or of no subtype.
     """
-    boxes = boxes[boxes["stack_id"].notna()]
+    boxes, listed = _boxes_and_images(boxes[boxes["stack_id"].notna()], instances, negatives)
+    return {"info": {"description": "boxes exported by lungct; not for clinical use", "version": "1.0"},
+            "images": [_coco_image(number, row) for number, row in enumerate(listed.to_dict("records"), 1)],
+            "annotations": [_coco_box(number, row) for number, row in enumerate(boxes.to_dict("records"), 1)],
+            "categories": [{"id": CATEGORIES[letter], "name": letter, "supercategory": name}
+                           for letter, name in SUBTYPES.items()]}
+
+# %% ../nbs/appendix/exchange.ipynb #95f4c295
+def _boxes_and_images(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: pd.DataFrame | None):
+    """The boxes, each with the number of its image, and the images, both in order."""
+    _check_subtypes(boxes)
     listed = instances.merge(boxes[_PAIR].drop_duplicates(), on=_PAIR)
     listed = (listed if negatives is None else pd.concat([listed, negatives])).drop_duplicates(_PAIR)
     listed = listed.sort_values(["patient_id", "stack_id", "slice_index", "sop_uid"], ignore_index=True)
@@ -61,12 +83,7 @@ def to_coco(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: pd.DataFram
     pairs = pd.MultiIndex.from_frame(boxes[_PAIR])
     if lost := int((~pairs.isin(numbers.index)).sum()):
         raise InputError(f"{lost} boxes lie on images that the table of instances does not hold: take both of one run")
-    boxes = boxes.assign(image_id=numbers[pairs].to_numpy()).sort_values(["image_id", *EDGES], ignore_index=True)
-    return {"info": {"description": "boxes exported by lungct; not for clinical use", "version": "1.0"},
-            "images": [_coco_image(number, row) for number, row in enumerate(listed.to_dict("records"), 1)],
-            "annotations": [_coco_box(number, row) for number, row in enumerate(boxes.to_dict("records"), 1)],
-            "categories": [{"id": CATEGORIES[letter], "name": letter, "supercategory": name}
-                           for letter, name in SUBTYPES.items()]}
+    return boxes.assign(image_id=numbers[pairs].to_numpy()).sort_values(["image_id", *EDGES], ignore_index=True), listed
 
 # %% ../nbs/appendix/exchange.ipynb #b1def4cc
 def _coco_image(number: int, row: Mapping) -> dict:
@@ -87,7 +104,12 @@ _COCO_FIELDS = {"images": ("id", "file_name", "width", "height"), "categories": 
 
 
 def check_coco(document: object) -> list[str]:
-    """What is wrong with a COCO detection document, in words; empty when nothing is."""
+    """What is wrong with a COCO detection document, in words; empty when nothing is.
+
+    Parameters
+    ----------
+    document : anything, such as `json.load` gives.
+    """
     if not isinstance(document, Mapping):
         return [f"expected an object with {', '.join(_COCO_FIELDS)}, got {type(document).__name__}"]
     found = []
@@ -96,32 +118,62 @@ def check_coco(document: object) -> list[str]:
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
             return [*found, f"{name} is not a list of objects"]
         found += [f"{name}[{k}] lacks {field}" for k, row in enumerate(rows) for field in fields if field not in row]
-        times = Counter(str(row.get("id")) for row in rows)
-        found += [f"{name} repeats the id {value}" for value, count in times.items() if count > 1]
-    return found or _check_boxes(document)
+        found += _check_ids(name, rows)
+    return found or _check_sizes(document["images"]) + _check_boxes(document)
+
+# %% ../nbs/appendix/exchange.ipynb #046a4d19
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) or _finite([value], 1)
+
+
+def _check_ids(name: str, rows: Sequence[Mapping]) -> list[str]:
+    told = [(k, row["id"]) for k, row in enumerate(rows) if "id" in row]
+    times = Counter(value for _, value in told if _is_id(value))
+    return [f"{name}[{k}]: id is {str(value)[:60]}, expected a number or a text" for k, value in told
+            if not _is_id(value)] + [f"{name} repeats the id {value}" for value, count in times.items() if count > 1]
+
+
+def _has_size(image: Mapping) -> bool:
+    return _finite([image["width"], image["height"]], 2) and min(image["width"], image["height"]) > 0
+
+
+def _check_sizes(images: Sequence[Mapping]) -> list[str]:
+    return [f"images[{k}]: width x height is {str(image['width'])[:30]} x {str(image['height'])[:30]}, "
+            "expected two numbers above 0" for k, image in enumerate(images) if not _has_size(image)]
 
 # %% ../nbs/appendix/exchange.ipynb #b4f169c0
 def _check_boxes(document: Mapping) -> list[str]:
     images = {row["id"]: row for row in document["images"]}
-    categories = {row["id"] for row in document["categories"]}
+    categories = {row["id"]: row for row in document["categories"]}
     found = []
     for row in document["annotations"]:
-        where, box, image = f"annotation {row['id']}", row["bbox"], images.get(row["image_id"])
+        where, box, image = f"annotation {row['id']}", row["bbox"], _listed(row["image_id"], images)
         if image is None:
             found.append(f"{where} names image {row['image_id']!r}, which is not listed")
-        if row["category_id"] not in categories:
+        if _listed(row["category_id"], categories) is None:
             found.append(f"{where} names category {row['category_id']!r}, which is not listed")
         if not _finite(box, 4):
             found.append(f"{where}: bbox is {str(box)[:60]}, expected four numbers x, y, width, height")
-        elif image is not None and not _inside(box, image):
+        elif image is not None and _has_size(image) and not _inside(box, image):
             found.append(f"{where}: bbox {box} is not inside its image of {image['width']} x {image['height']} pixels")
     return found
 
 # %% ../nbs/appendix/exchange.ipynb #6865126b
+_EXACT = 2.0**53         # from here on a number of 64 bits skips whole ones
+
+
+def _is_list(values: object) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str | bytes)
+
+
 def _finite(values: object, count: int) -> bool:
-    """Whether this is a list of so many finite numbers (a truth value is no number)."""
-    return (isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
-            and all(isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) for v in values))
+    """Whether this is a list of so many numbers that are finite and not huge (a truth value is no number)."""
+    return (_is_list(values) and len(values) == count
+            and all(isinstance(v, int | float) and not isinstance(v, bool) and -_EXACT < v < _EXACT for v in values))
+
+
+def _listed(value: object, rows: Mapping) -> Mapping | None:
+    return rows.get(value) if _is_id(value) else None
 
 
 def _inside(box: Sequence[float], image: Mapping) -> bool:
@@ -132,35 +184,48 @@ def _inside(box: Sequence[float], image: Mapping) -> bool:
 def from_coco(document: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read a COCO detection document.
 
+    Parameters
+    ----------
+    document : as `json.load` gives it.
+
     Returns
     -------
     boxes : one row an annotation: `path label subtype xmin ymin xmax ymax`, and `sop_uid patient_id stack_id
         slice_index lesion_id` (null where the document does not say); edges are int64 if all are whole, else float64.
     images : one row an image: `path columns rows`, and the same keys.
 
-    InputError is raised with the first three complaints of `check_coco`.
+    Raises
+    ------
+    InputError
+        With the first three complaints of `check_coco`.
     """
-    complaints = check_coco(document)
+    _refuse(check_coco(document))
+    names = {row["id"]: str(row["name"]) for row in document["categories"]}
+    images = {row["id"]: _read_image(row) for row in document["images"]}
+    boxes = pd.DataFrame([_read_box(row, names[row["category_id"]], images[row["image_id"]])
+                          for row in document["annotations"]],
+                         columns=["label", "lesion_id", *EDGES, "subtype", "path", *_KEYS])
+    whole = bool((boxes[EDGES] == boxes[EDGES].round()).all(axis=None))
+    boxes[EDGES] = boxes[EDGES].astype("int64" if whole else "float64")
+    return boxes, pd.DataFrame(list(images.values()), columns=["path", "columns", "rows", *_KEYS])
+
+# %% ../nbs/appendix/exchange.ipynb #977ef536
+def _refuse(complaints: list[str]) -> None:
     if complaints:
         more = f" (and {len(complaints) - 3} more)" if len(complaints) > 3 else ""
         raise InputError(f"no usable COCO document: {'; '.join(complaints[:3])}{more}")
-    names = {row["id"]: str(row["name"]) for row in document["categories"]}
-    images = pd.DataFrame([{"id": row["id"], "path": row["file_name"], "columns": row["width"], "rows": row["height"],
-                            **{key: row.get(key) for key in _KEYS}} for row in document["images"]],
-                          columns=["id", "path", "columns", "rows", *_KEYS])
-    rows = [{"image_id": row["image_id"], "label": names[row["category_id"]], "lesion_id": row.get("lesion_id"),
-             **dict(zip(EDGES, _edges(row["bbox"]), strict=True))} for row in document["annotations"]]
-    boxes = pd.DataFrame(rows, columns=["image_id", "label", "lesion_id", *EDGES])
-    boxes["subtype"] = [label if label in SUBTYPES else None for label in boxes["label"].str.strip().str.upper()]
-    boxes = boxes.merge(images[["id", "path", *_KEYS]], left_on="image_id", right_on="id", how="left")
-    whole = bool((boxes[EDGES] == boxes[EDGES].round()).all(axis=None))
-    boxes[EDGES] = boxes[EDGES].astype("int64" if whole else "float64")
-    return boxes.drop(columns=["id", "image_id"]), images.drop(columns="id")
 
-# %% ../nbs/appendix/exchange.ipynb #977ef536
-def _edges(box: Sequence[float]) -> list[float]:
-    x, y, wide, high = box
-    return [x, y, x + wide, y + high]
+
+def _read_image(row: Mapping) -> dict:
+    return {"path": row["file_name"], "columns": row["width"], "rows": row["height"],
+            **{key: row.get(key) for key in _KEYS}}
+
+
+def _read_box(row: Mapping, label: str, image: Mapping) -> dict:
+    x, y, wide, high = row["bbox"]
+    letter, edges = label.strip().upper(), (x, y, x + wide, y + high)
+    return {"label": label, "lesion_id": row.get("lesion_id"), "subtype": letter if letter in SUBTYPES else None,
+            **dict(zip(EDGES, edges, strict=True)), **{key: image[key] for key in ("path", *_KEYS)}}
 
 # %% ../nbs/appendix/exchange.ipynb #7bb41a95
 LABELS = {letter: number for number, letter in enumerate(SUBTYPES)}
@@ -174,9 +239,21 @@ def _asked(mode: str, world: str) -> np.ndarray:
                          f"got {mode!r} and {world!r}")
     return np.array(WORLDS[world], float)
 
-
+# %% ../nbs/appendix/exchange.ipynb #7bb41a96
 def corners_to_mode(corners_mm: np.ndarray, mode: str = "cccwhd", world: str = "LPS") -> np.ndarray:
-    """Boxes (n, 6) of LPS corners, x0 y0 z0 x1 y1 z1 in mm, in another mode and world, still x before z."""
+    """Boxes (n, 6) in another mode and world, in mm, still x before z.
+
+    Parameters
+    ----------
+    corners_mm : (n, 6) x0 y0 z0 x1 y1 z1, LPS mm.
+    mode : one of `BOX_MODES`.
+    world : one of `WORLDS`.
+
+    Raises
+    ------
+    InputError
+        Another mode or world.
+    """
     signs, corners = _asked(mode, world), np.asarray(corners_mm, float).reshape(-1, 6)
     ends = corners.reshape(-1, 2, 3) * signs
     low, high = ends.min(axis=1), ends.max(axis=1)
@@ -184,7 +261,19 @@ def corners_to_mode(corners_mm: np.ndarray, mode: str = "cccwhd", world: str = "
 
 # %% ../nbs/appendix/exchange.ipynb #fc1e4a8e
 def corners_from_mode(boxes: np.ndarray, mode: str = "cccwhd", world: str = "LPS") -> np.ndarray:
-    """The opposite of `corners_to_mode`: boxes (n, 6) in a mode and world to LPS corners in mm."""
+    """The opposite of `corners_to_mode`: (n, 6) corners x0 y0 z0 x1 y1 z1, LPS mm.
+
+    Parameters
+    ----------
+    boxes : (n, 6) in mm.
+    mode : one of `BOX_MODES`.
+    world : one of `WORLDS`.
+
+    Raises
+    ------
+    InputError
+        Another mode or world.
+    """
     signs, found = _asked(mode, world), np.asarray(boxes, float).reshape(-1, 6)
     first, second = found[:, :3], found[:, 3:]
     low, high = (first - second / 2, first + second / 2) if mode == "cccwhd" else (first, second)
@@ -200,24 +289,41 @@ def to_detection_list(lesions: pd.DataFrame, roles: Mapping[str, str] | None = N
     ----------
     lesions : from `join_lesions`, corners in LPS mm.
     roles : stack_id -> "training" or "validation" (other names become lists of their own); None: all training.
-    mode, world : how boxes are written, see `BOX_MODES` and `WORLDS`.
+    mode : how boxes are written, one of `BOX_MODES`.
+    world : of their millimetres, one of `WORLDS`.
     file_name : name of a stack's image, with `{stack_id}` in it.
+
+    Raises
+    ------
+    InputError
+        A lesion without extent or of no subtype, a stack without a role, another mode or world.
     """
-    values = lesions[CORNERS_MM].to_numpy(float)
-    if not np.isfinite(values).all() or (values[:, 3:] <= values[:, :3]).any():
-        raise InputError("a lesion has no extent in mm: its stack has no affine, or its corners are swapped")
+    values = _extents(lesions)
     document = {"description": "lesions exported by lungct; not for clinical use", "box_mode": mode,
                 "world": f"{world} mm", "labels": {str(number): letter for letter, number in LABELS.items()},
                 "training": [], "validation": []}
     converted = pd.DataFrame(corners_to_mode(values, mode, world), lesions.index)
     for stack_id, mine in lesions.sort_values(["stack_id", "lesion_id"]).groupby("stack_id"):
-        role = "training" if roles is None else roles.get(stack_id)
-        if role is None:
-            raise InputError(f"stack {stack_id} has lesions and no role: give every stack one, or none at all")
-        document.setdefault(role, []).append({
+        document.setdefault(_role(stack_id, roles), []).append({
             "image": file_name.format(stack_id=stack_id), "box": converted.loc[mine.index].to_numpy().tolist(),
             "label": [LABELS[letter] for letter in mine["subtype"]]})
     return document
+
+# %% ../nbs/appendix/exchange.ipynb #590d0430
+def _extents(lesions: pd.DataFrame) -> np.ndarray:
+    """(n, 6) corners of lesions that can be written."""
+    _check_subtypes(lesions)
+    values = lesions[CORNERS_MM].to_numpy(float)
+    if not np.isfinite(values).all() or (values[:, 3:] <= values[:, :3]).any():
+        raise InputError("a lesion has no extent in mm: its stack has no affine, or its corners are swapped")
+    return values
+
+
+def _role(stack_id: str, roles: Mapping[str, str] | None) -> str:
+    role = "training" if roles is None else roles.get(stack_id)
+    if role is None:
+        raise InputError(f"stack {stack_id} has lesions and no role: give every stack one, or none at all")
+    return role
 
 # %% ../nbs/appendix/exchange.ipynb #683a6578
 LESION_FIELDS = ["role", "image", "label", "subtype", *CORNERS_MM]
@@ -228,14 +334,16 @@ def from_detection_list(document: Mapping, mode: str | None = None, world: str |
 
     Parameters
     ----------
-    mode, world : how its boxes are written; None: as the document says. `InputError` when neither says it, when both do
-        and differ, or when a box is none.
+    document : as `json.load` gives it.
+    mode : how its boxes are written, one of `BOX_MODES`; None: as the document says.
+    world : of their millimetres, one of `WORLDS`; None: as the document says.
+
+    Raises
+    ------
+    InputError
+        Neither or both say it and differ, or a box is none.
     """
-    if not isinstance(document, Mapping):
-        raise InputError(f"expected an object with lists of images, got {type(document).__name__}")
-    mode = _told("mode", mode, document.get("box_mode"))
-    world = _told("world", world, (str(document.get("world") or "").split() or [None])[0])
-    names = document.get("labels") or {str(number): letter for letter, number in LABELS.items()}
+    mode, world, names = _conventions(document, mode, world)
     rows = []
     for role, items in document.items():
         if not isinstance(items, list):
@@ -246,6 +354,18 @@ def from_detection_list(document: Mapping, mode: str | None = None, world: str |
                       **dict(zip(CORNERS_MM, box, strict=True))}
                      for label, box in zip(item["label"], corners.tolist(), strict=True)]
     return pd.DataFrame(rows, columns=LESION_FIELDS)
+
+# %% ../nbs/appendix/exchange.ipynb #0e918ac0
+def _conventions(document: object, mode: str | None, world: str | None) -> tuple[str, str, Mapping]:
+    """Mode, world, and what the labels mean."""
+    if not isinstance(document, Mapping):
+        raise InputError(f"expected an object with lists of images, got {type(document).__name__}")
+    mode = _told("mode", mode, document.get("box_mode"))
+    world = _told("world", world, (str(document.get("world") or "").split() or [None])[0])
+    names = document.get("labels") or {str(number): letter for letter, number in LABELS.items()}
+    if not isinstance(names, Mapping):
+        raise InputError(f"labels is no object: {str(names)[:60]}")
+    return mode, world, names
 
 # %% ../nbs/appendix/exchange.ipynb #a8dd62a8
 def _told(what: str, asked: str | None, written: str | None) -> str:
@@ -264,10 +384,11 @@ def _sizes(boxes: Sequence[Sequence[float]], mode: str) -> np.ndarray:
 def _corners_of(item: Mapping, mode: str, world: str) -> np.ndarray:
     if not isinstance(item, Mapping) or not {"image", "box", "label"} <= set(item):
         raise InputError(f"an entry lacks image, box or label: {str(item)[:80]}")
-    if len(item["box"]) != len(item["label"]) or not all(_finite(box, 6) for box in item["box"]):
+    boxes, labels = item["box"], item["label"]
+    if not (_is_list(boxes) and _is_list(labels) and len(boxes) == len(labels) and all(_finite(b, 6) for b in boxes)):
         raise InputError(f"{item['image']}: expected as many labels as boxes, and six finite numbers a box")
-    corners = corners_from_mode(item["box"], mode, world)
-    if (_sizes(item["box"], mode) <= 0).any():
+    corners = corners_from_mode(boxes, mode, world)
+    if (_sizes(boxes, mode) <= 0).any():
         raise InputError(f"{item['image']}: a box has no size in mode {mode}; was it written in another?")
     return corners
 
@@ -275,9 +396,17 @@ def _corners_of(item: Mapping, mode: str, world: str) -> np.ndarray:
 def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.ndarray, dict]:
     """Lesions of one stack as nnDetection's instance map (z, y, x), uint8 or uint16, and its JSON `{"instances": ...}`.
 
-    Numbers count from 1 in the order of `lesion_id`. InputError when a box reaches outside the array, or when overlap
-    would change a lesion's box.
+    Parameters
+    ----------
+    lesions : with half-open voxels `i0 i1 j0 j1 k0 k1`; numbers count from 1 in the order of `lesion_id`.
+    shape_zyx : of the map, in voxels.
+
+    Raises
+    ------
+    InputError
+        A box outside the array, an overlap that would change a box, or no subtype.
     """
+    _check_subtypes(lesions)
     lesions = lesions.sort_values("lesion_id", ignore_index=True)
     spans = lesions[["k0", "k1", "j0", "j1", "i0", "i1"]].to_numpy(int)
     if (spans[:, ::2] < 0).any() or (spans[:, 1::2] > np.asarray(shape_zyx)).any():
@@ -294,7 +423,18 @@ def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.nd
 
 # %% ../nbs/appendix/exchange.ipynb #aa79ed5e
 def from_instances(instances_zyx: np.ndarray, document: Mapping) -> pd.DataFrame:
-    """Boxes of an instance map: `instance label subtype` and half-open voxels `i0 i1 j0 j1 k0 k1`."""
+    """Boxes of an instance map: `instance label subtype` and half-open voxels `i0 i1 j0 j1 k0 k1`.
+
+    Parameters
+    ----------
+    instances_zyx : (z, y, x) whole numbers, 0 for none.
+    document : its JSON, `{"instances": {number: label}}`.
+
+    Raises
+    ------
+    InputError
+        The two name different instances.
+    """
     names = {number: letter for letter, number in LABELS.items()}
     labels = {int(number): label for number, label in document["instances"].items()}
     present = set(np.unique(instances_zyx).tolist()) - {0}
@@ -368,7 +508,10 @@ def write_nifti(values_zyx: np.ndarray, affine: np.ndarray, path: str | os.PathL
         qform, both with code 1 (scanner).
     path : ends in `.nii` or `.nii.gz`.
 
-    InputError is raised for another name or type, and for axes that are not perpendicular.
+    Raises
+    ------
+    InputError
+        Another name or type, or axes that are not perpendicular.
     """
     image, path = _image(values_zyx, affine), Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -382,15 +525,34 @@ def write_nifti(values_zyx: np.ndarray, affine: np.ndarray, path: str | os.PathL
     return path
 
 # %% ../nbs/appendix/exchange.ipynb #0b405741
-def write_stack(stack: dicom.Stack, path: str | os.PathLike) -> Path:
-    """Write a stack at full resolution as NIfTI: CT in HU, PET in SUV; see `write_nifti`."""
+def write_stack(stack: dicom.Stack | dicom.OpenStack, path: str | os.PathLike) -> Path:
+    """Write a stack at full resolution as NIfTI: CT in HU, PET in SUV; see `write_nifti`.
+
+    Parameters
+    ----------
+    stack : from `dicom.read_stack` or `dicom.open_stack`.
+    path : ends in `.nii` or `.nii.gz`.
+
+    Raises
+    ------
+    InputError
+        What is no stack, and what `write_nifti` refuses.
+    """
+    if isinstance(stack, dicom.OpenStack):
+        return write_nifti(np.stack([stack[k] for k in range(len(stack))]), stack.affine, path)
+    if not isinstance(stack, dicom.Stack):
+        raise InputError(f"expected a stack of dicom.read_stack, got {type(stack).__name__}")
     return write_nifti(stack.values_zyx, stack.affine, path)
 
-
+# %% ../nbs/appendix/exchange.ipynb #0b405742
 def write_volume(volume: volumes.Volume, folder: str | os.PathLike, name: str | None = None) -> dict[str, Path]:
     """Write a stored volume as `<name>_ct.nii.gz` (HU), `_mask` (lesion i is i + 1) and, if any, `_pet` (SUV).
 
-    `name` is the stack_id when None. Returns the paths by "ct", "mask", "pet".
+    Parameters
+    ----------
+    volume : from `volumes.load_volume`.
+    folder : where the files are put; their paths are returned by "ct", "mask", "pet".
+    name : how they begin; the stack_id when None.
     """
     name = volume.meta["stack_id"] if name is None else name
     arrays = {"ct": volume.ct_hu, "mask": volume.mask, "pet": volume.pet_suv}
@@ -432,8 +594,16 @@ def _check_packed(path: Path) -> None:
 def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI file of one volume: (values (z, y, x), affine from voxel-centre index (x, y, z) to LPS mm).
 
-    Scale and offset are applied: values are integers as stored when there are none, else float64. InputError names the
-    file when it cannot be read, holds several volumes or colours, or does not state one place in the world.
+    Scale and offset are applied: values are integers as stored when there are none, else float64.
+
+    Parameters
+    ----------
+    path : of the file.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, holds several volumes or colours, or does not state one place in the world.
     """
     path = Path(path)
     try:
@@ -455,7 +625,13 @@ def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 def reorient(values_zyx: np.ndarray, affine: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Exchange and mirror the axes of an array until they run as those of the affine `like`, as nearly as they can.
 
-    Both affines go to LPS mm. Returns the array and its affine; each voxel keeps its place in mm.
+    Returns the array and its affine; each voxel keeps its place in mm.
+
+    Parameters
+    ----------
+    values_zyx : (z, y, x).
+    affine : its own, 4x4, voxel-centre index (x, y, z) to LPS mm.
+    like : the other, 4x4 to LPS mm.
     """
     ours, theirs = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (np.asarray(like), np.asarray(affine)))
     cosines, values_xyz, affine = ours.T @ theirs, np.asarray(values_zyx).T, np.array(affine, float)
@@ -486,16 +662,23 @@ def _other_grid(shape_zyx, affine: np.ndarray, like_shape_zyx, like: np.ndarray)
     return None
 
 # %% ../nbs/appendix/exchange.ipynb #aa1ecf7b
-def read_mask(path: str | os.PathLike, like: dicom.Stack | volumes.Volume) -> np.ndarray:
+def read_mask(path: str | os.PathLike, like: dicom.Stack | dicom.OpenStack | volumes.Volume) -> np.ndarray:
     """Read a mask (NIfTI) that was drawn on a stack or on a volume, onto its grid: (z, y, x), uint8 or uint16.
 
-    Axes in another order or direction are put right, exactly. InputError names the file and the reason when the grid is
-    another one, or when a value is no whole number from 0 to 65535.
+    Parameters
+    ----------
+    path : of the mask. Axes in another order or direction are put right, exactly.
+    like : what it was drawn on.
+
+    Raises
+    ------
+    InputError
+        The grid is another one, or a value is no whole number from 0 to 65535.
     """
+    shape_zyx = _grid_shape(like)
     values, affine = read_nifti(path)
-    own = like.values_zyx if isinstance(like, dicom.Stack) else like.ct_hu
     values, affine = reorient(values, affine, like.affine)
-    if reason := _other_grid(values.shape, affine, own.shape, np.asarray(like.affine, float)):
+    if reason := _other_grid(values.shape, affine, shape_zyx, np.asarray(like.affine, float)):
         raise InputError(f"{path} is not on the grid it should be on: {reason}; "
                          "draw on the exported scan, or resample there")
     odd = ~((values >= 0) & (values <= 65535) & (values == np.rint(values)))
@@ -503,6 +686,18 @@ def read_mask(path: str | os.PathLike, like: dicom.Stack | volumes.Volume) -> np
         raise InputError(f"{path} is no mask: {int(odd.sum())} voxels are no whole number from 0 to 65535, "
                          f"such as {values[odd][0]}")
     return values.astype(np.uint8 if values.max() < 256 else np.uint16)
+
+# %% ../nbs/appendix/exchange.ipynb #aa1ecf7c
+def _grid_shape(like: object) -> tuple[int, int, int]:
+    """(z, y, x) of a stack, in memory or on disk, or of a stored volume."""
+    match like:
+        case dicom.OpenStack():
+            return like.shape
+        case dicom.Stack():
+            return like.values_zyx.shape
+        case volumes.Volume():
+            return like.ct_hu.shape
+    raise InputError(f"expected a stack of dicom.read_stack or a stored volume, got {type(like).__name__}")
 
 # %% ../nbs/appendix/exchange.ipynb #db925e7c
 CHANNELS = {"CT": "ct_hu", "PET": "pet_suv"}
@@ -522,8 +717,12 @@ def _destination(row: Mapping, channels: Sequence[str], unlabelled: str) -> str:
 def patient_folds(cases: Sequence[tuple[str, str]], folds: int = 5) -> list[dict]:
     """Folds for nnU-Net's `splits_final.json` from pairs (case, patient): no patient is on both sides of one.
 
-    Patients are dealt out in turn, those with most cases first. Fewer patients than folds give fewer folds, and a
-    single one gives none.
+    Patients are dealt out in turn, those with most cases first.
+
+    Parameters
+    ----------
+    cases : pairs (case, patient).
+    folds : at most so many; fewer patients give fewer, and a single one gives none.
     """
     sizes = Counter(patient for _, patient in cases)
     order = {patient: k for k, patient in enumerate(sorted(sizes, key=lambda p: (-sizes[p], p)))}
@@ -571,6 +770,11 @@ def export_nifti(cohort_folder: str | os.PathLike, out: str | os.PathLike, chann
     Returns
     -------
     How many stacks went to `imagesTr` (with a label) and to `imagesTs`, and how many were left out, by reason.
+
+    Raises
+    ------
+    InputError
+        Other channels, or stacks that have no volume.
     """
     if list(channels) not in (["CT"], ["CT", "PET"]) or unlabelled not in ("imagesTs", "leave out"):
         raise InputError(f"expected channels CT, or CT and PET, and unlabelled imagesTs or leave out, "
@@ -636,7 +840,13 @@ def _uid(*words: str) -> str:
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0004
 def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray:
-    """uint8 (z, y, x): 0, or the rank (from 1) of the best block that holds the voxel."""
+    """uint8 (z, y, x): 0, or the rank (from 1) of the best block that holds the voxel.
+
+    Parameters
+    ----------
+    blocks : (n, 6) half-open voxels i0 i1 j0 j1 k0 k1, best first.
+    shape_zyx : of the result, in voxels.
+    """
     labels = np.zeros(tuple(shape_zyx), np.uint8)
     for rank, (i0, i1, j0, j1, k0, k1) in reversed(list(enumerate(np.asarray(blocks).reshape(-1, 6).tolist(), 1))):
         labels[k0:k1, j0:j1, i0:i1] = rank
@@ -825,7 +1035,14 @@ def _subtype_group(findings: Findings):
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0017
 def to_sr(sources: Sequence[pydicom.Dataset], seg, findings: Findings):
-    """Scores and subtype as a DICOM structured report (template 1500) on the segments of `to_seg`."""
+    """Scores and subtype as a DICOM structured report (template 1500) on the segments of `to_seg`.
+
+    Parameters
+    ----------
+    sources : from `source_headers`.
+    seg : from `to_seg`.
+    findings : the same that it was made of.
+    """
     from highdicom import sr
     from pydicom.sr.codedict import codes
 

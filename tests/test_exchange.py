@@ -125,12 +125,72 @@ def coco(**changes):
     (lambda d: d["annotations"][0].update(bbox=[1, 2, -3, 4]), "is not inside its image of 400 x 512 pixels"),
     (lambda d: d["annotations"][0].update(bbox=[1, 2, 0, 4]), "is not inside its image"),
     (lambda d: d["annotations"][0].update(bbox=[399, 2, 2, 4]), "is not inside its image"),
+    (lambda d: d["annotations"][0].update(bbox=[0, 0, 10**400, 4]), "expected four numbers"),
+    (lambda d: d["annotations"][0].update(bbox=b"1234"), "expected four numbers"),
+    (lambda d: d["annotations"][0].update(image_id=[1]), r"annotation 1 names image \[1\], which is not listed"),
+    (lambda d: d["annotations"][0].update(category_id={}), r"annotation 1 names category {}, which is not listed"),
+    (lambda d: d["images"][1].update(id=[1]), r"images\[1\]: id is \[1\], expected a number or a text"),
+    (lambda d: d["images"][1].update(id=True), r"images\[1\]: id is True, expected a number or a text"),
+    (lambda d: d["images"][1].update(id=1.0), "images repeats the id 1"),
+    (lambda d: d["categories"][0].update(id=None), r"categories\[0\]: id is None, expected a number or a text"),
+    (lambda d: d["annotations"][0].update(id=float("nan")), r"annotations\[0\]: id is nan, expected a number"),
+    (lambda d: d["images"][0].update(width="10"), r"images\[0\]: width x height is 10 x 512, expected two num"),
+    (lambda d: d["images"][0].update(height=0), r"images\[0\]: width x height is 400 x 0, expected two num"),
+    (lambda d: d["images"][0].update(height=None), r"width x height is 400 x None, expected two numbers above 0"),
 ])
 def test_a_foreign_document_is_refused_with_what_is_wrong(spoil, words):
     document = coco()
     spoil(document)
     with pytest.raises(InputError, match=words):
         ex.from_coco(document)
+
+
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+                        lambda inner: (st.lists(inner, max_size=4)
+                                       | st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_stands_in_a_document_is_read_or_refused_in_words(data):
+    document = coco()
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(["images", "categories", "annotations"]))
+        row = data.draw(st.sampled_from(document[name]))
+        row[data.draw(st.sampled_from(sorted(row)))] = data.draw(anything)
+    if complaints := ex.check_coco(document):
+        assert all(isinstance(complaint, str) for complaint in complaints)
+        with pytest.raises(InputError, match="no usable COCO document"):
+            ex.from_coco(document)
+    else:
+        boxes, images = ex.from_coco(document)
+        assert len(boxes) == 2 and len(images) == 2
+
+
+@given(anything)
+def test_anything_is_checked_in_words(document):
+    assert all(isinstance(complaint, str) for complaint in ex.check_coco(document))
+
+
+def test_numbers_and_texts_may_both_be_ids():
+    document = coco()
+    document["images"][0]["id"] = document["annotations"][0]["image_id"] = "first"
+    boxes, _ = ex.from_coco(document)
+    assert boxes["sop_uid"].tolist() == ["1.0", "1.1"]
+
+
+def test_boxes_of_a_category_that_is_no_subtype_are_refused_by_every_writer():
+    document = coco()
+    document["categories"][0]["name"] = "nodule"
+    boxes, _ = ex.from_coco(document)
+    words = "1 of 2 rows have a subtype that is not one of A, B, E, G, such as none:"
+    with pytest.raises(InputError, match=words):
+        ex.to_coco(boxes, slices())
+    spoilt = lesions(subtype=["A", "nodule", "B"])
+    with pytest.raises(InputError, match="1 of 3 rows have a subtype that is not one of A, B, E, G, such as nodule"):
+        ex.to_detection_list(spoilt)
+    with pytest.raises(InputError, match="such as none: name it"):
+        ex.to_instances(voxel_lesions((0, 4, 0, 4, 0, 2)).assign(subtype=np.nan), (5, 10, 10))
 
 
 def test_a_text_is_no_document():
@@ -219,6 +279,12 @@ ITEM = {"image": "a.nii.gz", "box": [[0, 0, 0, 4, 4, 4]], "label": [0]}
     ({"training": [ITEM | {"box": [[0, 0, 0, 4, 4]]}]}, {"mode": "cccwhd", "world": "LPS"}, "six finite numbers a box"),
     ({"training": [ITEM | {"box": [[0, 0, 0, 4, -4, 4]]}]}, {"mode": "cccwhd", "world": "LPS"}, "a box has no size"),
     ({"training": [ITEM | {"box": [[5, 0, 0, 4, 4, 4]]}]}, {"mode": "xyzxyz", "world": "LPS"}, "was it written"),
+    ({"training": [ITEM | {"label": 0}]}, {"mode": "cccwhd", "world": "LPS"}, "a.nii.gz: expected as many labels"),
+    ({"training": [ITEM | {"label": "0"}]}, {"mode": "cccwhd", "world": "LPS"}, "a.nii.gz: expected as many labels"),
+    ({"training": [ITEM | {"box": 4}]}, {"mode": "cccwhd", "world": "LPS"}, "a.nii.gz: expected as many labels"),
+    ({"training": [ITEM | {"box": None}]}, {"mode": "cccwhd", "world": "LPS"}, "a.nii.gz: expected as many labels"),
+    ({"training": [ITEM], "labels": ["A"]}, {"mode": "cccwhd", "world": "LPS"}, "labels is no object: .'A'."),
+    ({"training": [ITEM], "box_mode": ["x"], "world": "LPS"}, {}, "expected a box mode of cccwhd"),
 ])
 def test_a_foreign_list_is_refused_in_words(document, asked, words):
     with pytest.raises(InputError, match=words):
@@ -546,6 +612,16 @@ def test_what_a_tool_rounds_is_forgiven_and_many_numbers_fit(tmp_path):
     assert found.dtype == np.uint16 and np.array_equal(found, drawn)
 
 
+@pytest.mark.parametrize("kind", ["list", "array"])
+def test_a_mask_needs_something_with_a_grid(tmp_path, kind):
+    path = ex.write_nifti(noise((6, 5, 4), np.uint8), OBLIQUE, tmp_path / "x.nii")
+    other = noise((6, 5, 4)) if kind == "array" else []
+    with pytest.raises(InputError, match="expected a stack of dicom.read_stack or a stored volume, got (ndarray|list)"):
+        ex.read_mask(path, other)
+    with pytest.raises(InputError, match="expected a stack of dicom.read_stack, got (ndarray|list)"):
+        ex.write_stack(other, tmp_path / "y.nii")
+
+
 @pytest.mark.parametrize("value", [-1, 0.5, 70000, np.nan, np.inf])
 def test_a_mask_holds_whole_numbers(tmp_path, value):
     drawn = np.zeros((6, 5, 4), np.float32)
@@ -594,6 +670,19 @@ def test_phantom_scans_lie_where_simpleitk_sees_their_dicom(phantom_tables, tmp_
         assert row.modality == "PT" or np.array_equal(found, np.maximum(direct, dicom.AIR_HU))
         seen.append(row.modality)
     assert seen.count("CT") > 8 and "PT" in seen
+
+
+@pytest.mark.parametrize("modality", ["CT", "PT"])
+def test_a_stack_on_disk_is_written_as_the_stack_in_memory_and_takes_its_mask(phantom_tables, tmp_path, modality):
+    root, stacks, instances = phantom_tables
+    usable = (stacks["status"] == "accepted") & (stacks["modality"] == modality) & stacks["suv_refusal"].isna()
+    row = stacks[usable].iloc[0]
+    mine = instances[instances["stack_id"] == row["stack_id"]]
+    whole, opened = dicom.read_stack(mine, root), dicom.open_stack(row, mine, root)
+    first, second = ex.write_stack(whole, tmp_path / "a.nii"), ex.write_stack(opened, tmp_path / "b.nii")
+    assert first.read_bytes() == second.read_bytes()
+    drawn = ex.write_nifti(noise(opened.shape, np.uint8), opened.affine, tmp_path / "mask.nii")
+    assert np.array_equal(ex.read_mask(drawn, opened), noise(opened.shape, np.uint8))
 
 
 @pytest.mark.parametrize("patient", ["A0001", "E0003"])
