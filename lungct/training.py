@@ -1426,7 +1426,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
 
     Returns
     -------
-    The history, one row an epoch: epoch, loss, heat_loss, ..., the same with val_; all before `refit_subtypes`.
+    The history, one row an epoch: epoch, loss, heat_loss, ..., the same with `val_`; all before `refit_subtypes`.
 
     Raises
     ------
