@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -91,75 +91,96 @@ def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -
     return np.clip(1 - abs(centre - cell), 0, None) * overlap.sum(axis=1, keepdims=True)
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e8
-class _InPlane:
-    """One weight matrix along y and one along x, for planes of one shape, (rows, columns): float32.
+class _Split:
+    """Weights (n_target, n_source) of area means as two steps: source cells that count in full in one target are added
+    up, and the few others, the `edges`, taken as they are; then `join` weighs these sums and edges, in float32."""
 
-    Most rows count in full in one cell of the target. 16-bit whole numbers are added there as they are, if sums have
-    room; only the rows on an edge between two cells are weighted one by one.
-    """
+    def __init__(self, weights: np.ndarray):
+        self.full = (weights == weights.max()) & (weights > 0)
+        part = np.where(self.full, 0, weights)
+        self.edges, self.most = np.flatnonzero(part.any(axis=0)), max(1, int(self.full.sum(axis=1).max()))
+        joined = np.hstack([np.eye(len(weights)) * weights.max(), part[:, self.edges]])
+        self.join = sparse.csr_array(joined.astype(np.float32))
 
-    def __init__(self, along_y: np.ndarray, along_x: np.ndarray):
-        full = (along_y == along_y.max()) & (along_y > 0)
-        part = np.where(full, 0, along_y)
-        self.edges, self.most = np.flatnonzero(part.any(axis=0)), max(1, int(full.sum(axis=1).max()))
-        self.full = sparse.csr_array(full.astype(np.int16))
-        joined = np.hstack([np.eye(len(along_y)) * along_y.max(), part[:, self.edges]])
-        self.joined, self.parts = joined.astype(np.float32), list(_parts(along_x))
-        self.rows = np.empty((joined.shape[1], along_x.shape[1]), np.float32)
-        self.cells = np.zeros((joined.shape[1], len(along_x)), np.float32)
-        self.any_numbers = lru_cache(1)(lambda: [sparse.csr_array(w.astype(np.float32)) for w in (along_y, along_x)])
+    def __len__(self) -> int:
+        return self.join.shape[1]
 
-    def __call__(self, plane: np.ndarray, out: np.ndarray) -> None:
-        if not _has_room(plane, self.most):
-            along_y, along_x = self.any_numbers()
-            out[...] = (along_x @ (along_y @ plane.astype(np.float32)).T).T
-            return
-        sums = (self.full @ plane.view(np.int16)).view(plane.dtype)        # signs do not matter to a sum that has room
-        self.rows[: len(sums)], self.rows[len(sums) :] = sums, plane[self.edges]
-        for target, source, weights in self.parts:
-            np.matmul(self.rows[:, source], weights, out=self.cells[:, target])
-        np.matmul(self.joined, self.cells, out=out)
+    def parts(self, at_once: int = 16) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """(targets, cells they are made of, zeros and ones) of a few targets each: hardly a product is wasted."""
+        for start in range(0, len(self.full), at_once):
+            some = self.full[start : start + at_once]
+            used = np.flatnonzero(some.any(axis=0))
+            if len(used):
+                source = slice(used[0], used[-1] + 1)
+                yield slice(start, start + len(some)), source, np.ascontiguousarray(some[:, source].T, np.float32)
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7ea
-_AT_ONCE = 16  # so many columns of a target are made by one matrix, which then holds hardly any zeros
+_AT_ONCE = 8  # slices joined in one go: more would not stay in the cache
 
 
-def _parts(weights: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(columns of the target, columns they are made of, dense float32 weights) of the targets that have any."""
-    for start in range(0, len(weights), _AT_ONCE):
-        some = weights[start : start + _AT_ONCE]
-        used = np.flatnonzero(some.any(axis=0))
-        if len(used):
-            source = slice(used[0], used[-1] + 1)
-            yield slice(start, start + _AT_ONCE), source, np.ascontiguousarray(some[:, source].T, np.float32)
+class _InPlane:
+    """One weight matrix along y and one along x, for a few planes of one shape (rows, columns) at a time."""
+
+    def __init__(self, along_y: np.ndarray, along_x: np.ndarray):
+        self.weights, self.y, self.x = (along_y, along_x), _Split(along_y), _Split(along_x)
+        self.add_rows, self.parts = sparse.csr_array(self.y.full.astype(np.int16)), list(self.x.parts())
+        self.rows = np.empty((len(self.y), along_x.shape[1]), np.float32)
+        self.one = np.zeros((len(self.y), len(self.x)), np.float32)
+        self.cells = np.zeros((len(self.y), _AT_ONCE, len(self.x)), np.float32)
+
+    def add(self, i: int, plane: np.ndarray) -> bool:
+        """Add up the cells of plane i: whole numbers, exact in any order. False where the sums do not fit."""
+        if plane.dtype != np.uint16 or int(plane.max()) * self.y.most >= 2**16 or self.x.most > 2**8:
+            return False
+        high, wide = len(self.y.full), len(self.x.full)
+        self.rows[:high] = (self.add_rows @ plane.view(np.int16)).view(np.uint16)       # sums of 16 bits have no sign
+        self.rows[high:] = plane.take(self.y.edges, axis=0)
+        for target, source, ones in self.parts:
+            np.matmul(self.rows[:, source], ones, out=self.one[:, target])
+        self.one[:, wide:] = self.rows.take(self.x.edges, axis=1)
+        self.cells[:, i] = self.one
+        return True
+
+    @cached_property
+    def sparse(self) -> list[sparse.csr_array]:            # for numbers of another kind
+        return [sparse.csr_array(weights.astype(np.float32)) for weights in self.weights]
+
+# %% ../nbs/03_build_volumes.ipynb #446dd7eb
+def _joined(planes: _InPlane) -> np.ndarray:
+    """What was added up, with the weights of sums and edges: (planes, y, x) float32. Fractions, in a fixed order."""
+    y, x = planes.y, planes.x
+    rows = (y.join @ planes.cells.reshape(len(y), -1)).reshape(-1, _AT_ONCE, len(x))
+    cells = x.join @ np.ascontiguousarray(rows.transpose(2, 0, 1)).reshape(len(x), -1)
+    return cells.reshape(-1, len(rows), _AT_ONCE).transpose(2, 1, 0)
 
 
-def _has_room(plane: np.ndarray, most: int) -> bool:
-    """Whether so many of a plane's numbers may be added in the 16 bits they have."""
-    if plane.dtype not in (np.int16, np.uint16):
-        return False
-    room = np.iinfo(plane.dtype).max // most
-    return plane.max() <= room and (plane.dtype == np.uint16 or plane.min() >= -room)
+def _any_numbers(planes: _InPlane, plane: np.ndarray) -> np.ndarray:
+    """The same for one plane of any numbers, finite or not."""
+    along_y, along_x = planes.sparse
+    return (along_x @ (along_y @ plane.astype(np.float32)).T).T
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e9
 def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, weights_zyx: Sequence[np.ndarray],
            outside: float) -> np.ndarray:
     """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
     along_z, along_y, along_x = weights_zyx
-    shrink, share = _InPlane(along_y, along_x), np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
+    in_plane, share = _InPlane(along_y, along_x), np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
     planes, added = np.zeros((len(slices), *share.shape), np.float32), np.zeros(len(slices), np.float32)
     memory = np.empty((along_y.shape[1], along_x.shape[1]), np.int16)      # of one slice after the other
-    for k in np.flatnonzero(along_z.any(axis=0)):
-        plane, more = _numbers(slices, k, memory)
-        shrink(plane, out=planes[k])
-        added[k] = more - outside
+    used, whole = np.flatnonzero(along_z.any(axis=0)), np.zeros(len(slices), bool)
+    for some in (used[at : at + _AT_ONCE] for at in range(0, len(used), _AT_ONCE)):
+        for i, k in enumerate(some):
+            plane, more = _numbers(slices, k, memory)
+            added[k], whole[k] = more - outside, in_plane.add(i, plane)
+            if not whole[k]:
+                planes[k] = _any_numbers(in_plane, plane)
+        planes[some[whole[some]]] = _joined(in_plane)[: len(some)][whole[some]]
     along_z = sparse.csr_array(along_z.astype(np.float32))
     volume = along_z @ planes.reshape(len(planes), -1)
-    volume += np.outer(along_z @ added, share)
-    volume += np.float32(outside)
+    volume += np.outer(along_z @ added, share) + np.float32(outside)
     return volume.reshape(-1, *share.shape)
 
-
+# %% ../nbs/03_build_volumes.ipynb #446dd7ec
 def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int, memory: np.ndarray) -> tuple[np.ndarray, int]:
     """Slice k, and what is still to be added to its numbers; whole HU as heights above air, from disk in `memory`."""
     if isinstance(slices, dicom.OpenStack) and slices.suv_factors is None:
