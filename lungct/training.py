@@ -992,7 +992,7 @@ class Settings:
     subtype_weight: float = 1.0     # of the subtype loss in the sum; heat and box count 1
     smoothing: float = 0.1
     balance: float = 0.25
-    patience: int = 30              # epochs without a better mean loss, see `best_epoch`
+    patience: int = 60              # epochs without a better mean loss, see `best_epoch`
     augmented: bool = True
     echoes: int = 2                 # steps that each batch is used for
     transplants: float = 0.5        # share of volumes that get a lesion of another patient
