@@ -122,15 +122,11 @@ def _check_scans(counted, scans):
     twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
     wrong = counted.loc[~np.isfinite(counted["score"].to_numpy(float)), "stack_id"]
     if len(twice):
-        raise runs.InputError(f"scans has stack {_some(twice)} more than once: drop_duplicates('stack_id') first")
+        named = labels._some(sorted(twice))
+        raise runs.InputError(f"scans has stack {named} more than once: drop_duplicates('stack_id') first")
     if len(wrong):
-        raise runs.InputError(f"a score is not finite in stack {_some(wrong)}: predict again, or leave these boxes out")
-
-# %% ../nbs/06_evaluate.ipynb #83a1f9af
-def _some(names, limit=5):
-    # "a, b, c and 7 more"
-    names = sorted(set(map(str, names)))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        named = labels._some(sorted(wrong))
+        raise runs.InputError(f"a score is not finite in stack {named}: predict again, or leave these boxes out")
 
 # %% ../nbs/06_evaluate.ipynb #e40f9a05
 def _match_scan(found, truth, min_iou):

@@ -293,10 +293,7 @@ class _Wanted:
 
 
 def _index(folder: Path, out: Path, workers: int | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    try:
-        instances, problems = dicom.index_dicom(folder, workers=workers)
-    except ValueError as error:
-        raise runs.InputError(str(error)) from error
+    instances, problems = dicom.index_dicom(folder, workers=workers)
     instances, problems = (_not_ours(table, folder, out) for table in (instances, problems))
     if instances.empty:
         raise runs.InputError(f"folder {folder} holds nothing but results of an earlier call: give that of the scans")

@@ -487,14 +487,21 @@ def test_a_volume_that_fits_no_memory(tmp_path, read):
 
 # ---- Hounsfield units ------------------------------------------------------------------------------------------------
 
+@st.composite
+def sixteen_bits(draw):
+    """(stored numbers, header) of slope 1, with any intercept and padding."""
+    bits, signed, seed = draw(st.integers(8, 16)), draw(st.booleans()), draw(st.integers(0, 2**31))
+    ends = st.none() | st.integers(-32768, 65535)
+    header = {"rescale_slope": 1.0, "rescale_intercept": float(draw(st.integers(-40_000, 40_000))),
+              "bits_stored": bits, "pixel_padding_value": draw(ends), "pixel_padding_limit": draw(ends)}
+    return values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16), header
+
+
 @settings(max_examples=400, deadline=None)
-@given(bits=st.integers(8, 16), signed=st.booleans(), intercept=st.integers(-40_000, 40_000),
-       padding=st.none() | st.integers(-32768, 65535), limit=st.none() | st.integers(-32768, 65535),
-       seed=st.integers(0, 2**31))
-def test_fast_way_agrees_with_the_plain_one(bits, signed, intercept, padding, limit, seed):
-    stored = values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16)
-    header = {"rescale_slope": 1.0, "rescale_intercept": float(intercept), "bits_stored": bits,
-              "pixel_padding_value": padding, "pixel_padding_limit": limit}
+@given(plane=sixteen_bits())
+def test_fast_way_agrees_with_the_plain_one(plane):
+    stored, header = plane
+    intercept = int(header["rescale_intercept"])
     expected, counted = pixels.to_hu(stored, header)
     before = stored.copy()
     outside = pixels._hu_in_place(stored, header)
@@ -506,13 +513,11 @@ def test_fast_way_agrees_with_the_plain_one(bits, signed, intercept, padding, li
 
 
 @settings(max_examples=400, deadline=None)
-@given(bits=st.integers(8, 16), signed=st.booleans(), intercept=st.integers(-40_000, 40_000),
-       padding=st.none() | st.integers(-32768, 65535), limit=st.none() | st.integers(-32768, 65535),
-       seed=st.integers(0, 2**31))
-def test_heights_above_air_agree_with_the_plain_way(bits, signed, intercept, padding, limit, seed):
-    stored = values_of(bits, signed, (4, 5), seed).astype(np.int16 if signed else np.uint16)
-    header = {"rescale_slope": 1.0, "rescale_intercept": float(intercept), "bits_stored": bits,
-              "pixel_padding_value": padding, "pixel_padding_limit": limit}
+@given(plane=sixteen_bits())
+def test_heights_above_air_agree_with_the_plain_way(plane):
+    stored, header = plane
+    intercept = int(header["rescale_intercept"])
+    padding, limit = header["pixel_padding_value"], header["pixel_padding_limit"]
     expected, counted = pixels.to_hu(stored, header)
     before = stored.copy()
     above = pixels._above_air_in_place(stored, header)
