@@ -29,6 +29,7 @@ appendix/phantom
 appendix/scale_model
 appendix/plots
 appendix/pixels
+appendix/loops
 appendix/suv
 appendix/runs
 appendix/workers

@@ -483,25 +483,19 @@ def _room(slices: Sequence[Mapping], kind: type) -> np.ndarray:
         what = f"{count:,} slices of {rows} x {columns} pixels need {need:,.0f} GB of memory"
         raise ValueError(f"{slices[0]['path']}: {what}") from None
 
-# %% ../nbs/appendix/pixels.ipynb #af4bdabd
-def _above_air_in_place(stored: np.ndarray, header: Mapping) -> np.ndarray | None:
-    """`to_hu` less air in the memory of 16-bit `stored`, for slope 1: uint16, or None when it cannot be done so."""
-    air, ends, kind = AIR_HU - int(header["rescale_intercept"]), _padding_ends(header), np.iinfo(stored.dtype)
-    if air > kind.max or not _stays_below(2**16 + air, stored, header):
-        return None
-    if ends and ends[1] > max(air, kind.min - 1) and _padding(stored, header).any():
-        return None                                            # padding among possible tissue: rare
-    if air > kind.min and (ends or stored.min() < air):        # where padding is told, it is there
-        np.maximum(stored, np.full(stored.shape[-1], air, stored.dtype), out=stored)
-    above = stored.view(np.uint16)
-    if air:
-        np.subtract(above, np.uint16(air % 2**16), out=above)
-    return above
-
 # %% ../nbs/appendix/pixels.ipynb #af4bdabf
+def _one_step(stored: np.ndarray, header: Mapping) -> tuple[int, int] | None:
+    """(floor, shift) that make Hounsfield units of 16-bit `stored` with slope 1; None when that is not all it takes."""
+    shift, ends = int(header["rescale_intercept"]), _padding_ends(header)
+    floor, most = AIR_HU - shift, 2**15 if stored.dtype == np.int16 else 2**16
+    if floor >= most or (ends and ends[1] > floor and _padding(stored, header).any()):
+        return None                                            # padding among possible tissue is rare
+    return floor, shift
+
+
 def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pydicom.Dataset] | None = None,
-                 memory: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Read one slice as numbers that are Hounsfield units once a whole number is added to each.
+                 memory: np.ndarray | None = None) -> tuple[np.ndarray, int, int]:
+    """Read one slice as (numbers, floor, shift), of which ``max(number, floor) + shift`` are the Hounsfield units.
 
     Parameters
     ----------
@@ -510,17 +504,13 @@ def read_numbers(header: Mapping, root: str | os.PathLike, opened: dict[str, pyd
 
     Returns
     -------
-    ((rows, columns) uint16, what to add: `AIR_HU`), or (Hounsfield units of another type, 0) where 16 bits do not do
+    (rows, columns) int16 or uint16 as stored, floor, shift; float32 Hounsfield units, `AIR_HU`, 0 where it takes more
     """
     memory = _room([header], np.int16)[0] if memory is None else memory
     stored = read_stored(os.path.join(root, header["path"]), header, memory, opened)
-    if _fits(stored, header, memory) and is_whole(header):
-        above = _above_air_in_place(stored, header)
-        if above is not None:
-            return above, AIR_HU
-    hu, _ = to_hu(stored, header)
-    fits = hu.dtype.kind == "i" and hu.max() - AIR_HU < 2**16
-    return ((hu - AIR_HU).astype(np.uint16), AIR_HU) if fits else (hu, 0)
+    if _fits(stored, header, memory) and is_whole(header) and (step := _one_step(stored, header)):
+        return stored, *step
+    return to_hu(stored, header)[0].astype(np.float32), AIR_HU, 0
 
 # %% ../nbs/appendix/pixels.ipynb #cdf80a77
 def read_scaled(slices: Sequence[Mapping], root: str | os.PathLike,

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, sparse, special
+from scipy import optimize, special
 
 from . import runs
 
@@ -817,29 +817,25 @@ def _move(old_edges: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray, 
     ends = ends.clip(0, size - 1)
     corners = ends[:, None, 0] * size + ends[None, :, 1]
     weights = (share[:, None, 0] * share[None, :, 1]).astype("float32")
-    return axis_matrices(old_edges[:1])[0], corners.reshape(4, -1).T, weights.reshape(4, -1).T
+    by_voxel = (np.ascontiguousarray(part.reshape(4, -1).T) for part in (corners, weights))
+    return axis_matrices(old_edges[:1])[0], *by_voxel
 
 # %% ../nbs/05_train_3d_cnn.ipynb #0660d4b7
 def _resample(volumes, moves: Sequence[tuple]):
     if not isinstance(volumes, np.ndarray):
         return ops.stack([_moved_tensor(volumes[i], *move) for i, move in enumerate(moves)])
-    return np.stack([_moved(volume, *move) for volume, move in zip(volumes, moves, strict=True)])
+    from lungct import loops  # a GPU does without
+
+    moved = np.empty_like(volumes)
+    for volume, move, out in zip(volumes, moves, moved, strict=True):
+        loops.move(volume.reshape(len(volume), -1), *move, out.reshape(len(out), -1))
+    return moved
 
 
 def _moved_tensor(volume, along_z: np.ndarray, corners: np.ndarray, weights: np.ndarray):
     slices = ops.matmul(along_z, ops.reshape(volume, (len(along_z), -1)))
     columns = sum(ops.take(slices, corners[:, k], axis=1) * weights[:, k] for k in range(4))
     return ops.reshape(columns, volume.shape)
-
-
-def _moved(volume: np.ndarray, along_z: np.ndarray, corners: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    places = np.arange(0, corners.size + 1, 4, dtype=corners.dtype)
-    in_plane = sparse.csr_array((weights.ravel(), corners.ravel(), places), (len(corners),) * 2)
-    flat = volume.reshape(len(along_z), -1)
-    slices = np.empty_like(flat)
-    for some in (slice(k, k + 16) for k in range(0, len(flat), 16)):  # more would not stay in the cache
-        slices[some] = (in_plane @ np.ascontiguousarray(flat[some].T)).T
-    return (sparse.csr_array(along_z) @ slices).reshape(volume.shape)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4c8cd138
 def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, noise_hu: float):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'axis_weights', 'resample_area', 'to_lattice',
+           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'Runs', 'axis_runs', 'resample_area', 'to_lattice',
            'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions', 'choose_pets',
            'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort', 'Entries',
            'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
@@ -24,12 +24,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import ndimage, sparse
+from scipy import ndimage
 
 import lungct
 from . import dicom, pixels, runs
@@ -67,8 +68,28 @@ class Grid:
         return affine
 
 # %% ../nbs/03_build_volumes.ipynb #6afc2be8
-def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -> np.ndarray:
-    """Weights (n_target, n_source) that resample one axis: area overlap, or linear where the target is finer.
+class Runs(NamedTuple):
+    """What the voxels along a target axis are made of: each a run of neighbours along the source's axis.
+
+    `first`, `last` : (n_target,) source voxels, both included; the first behind the last where there is none.
+    `shares` : (n_target, 3) float32; what the first, each in between, and the last count (0 if it is the first).
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    shares: np.ndarray
+
+    def matrix(self, n_source: int) -> np.ndarray:
+        """The weights as (n_target, n_source), zeros and all."""
+        cell, weights = np.arange(n_source), np.zeros((len(self.first), n_source), np.float32)
+        between = (cell > self.first[:, None]) & (cell < self.last[:, None])
+        for k, where in enumerate((cell == self.first[:, None], between, cell == self.last[:, None])):
+            weights += where * self.shares[:, k, None]
+        return weights
+
+# %% ../nbs/03_build_volumes.ipynb #6afc2be9
+def axis_runs(n_source: int, first_edge: float, step: float, n_target: int) -> Runs:
+    """Weights that resample one axis: area overlap, or linear where the target is finer.
 
     Parameters
     ----------
@@ -79,116 +100,55 @@ def axis_weights(n_source: int, first_edge: float, step: float, n_target: int) -
 
     Returns
     -------
-    Each row sums to the share of its target voxel that lies inside the source, 1 when it lies there altogether.
+    Weights sum to the share of the target voxel that lies inside the source, 1 when it lies there altogether.
     """
     edges = first_edge + step * np.arange(n_target + 1)
-    low, high = np.minimum(edges[:-1], edges[1:])[:, None], np.maximum(edges[:-1], edges[1:])[:, None]
-    cell = np.arange(n_source)
-    overlap = np.clip(np.minimum(high, cell + 1) - np.maximum(low, cell), 0, None) / abs(step)
+    low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
+    low_in, high_in = np.clip(low, 0, n_source), np.clip(high, 0, n_source)
+    covered = (high_in - low_in) / abs(step)
     if abs(step) >= 1:
-        return overlap
-    centre = np.clip((low + high) / 2 - 0.5, 0, n_source - 1)
-    return np.clip(1 - abs(centre - cell), 0, None) * overlap.sum(axis=1, keepdims=True)
-
-# %% ../nbs/03_build_volumes.ipynb #446dd7e8
-class _Split:
-    """Weights (n_target, n_source) of area means as two steps: source cells that count in full in one target are added
-    up, and the few others, the `edges`, taken as they are; then `join` weighs these sums and edges, in float32."""
-
-    def __init__(self, weights: np.ndarray):
-        self.full = (weights == weights.max()) & (weights > 0)
-        part = np.where(self.full, 0, weights)
-        self.edges, self.most = np.flatnonzero(part.any(axis=0)), max(1, int(self.full.sum(axis=1).max()))
-        joined = np.hstack([np.eye(len(weights)) * weights.max(), part[:, self.edges]])
-        self.join = sparse.csr_array(joined.astype(np.float32))
-
-    def __len__(self) -> int:
-        return self.join.shape[1]
-
-    def parts(self, at_once: int = 16) -> Iterator[tuple[slice, slice, np.ndarray]]:
-        """(targets, cells they are made of, zeros and ones) of a few targets each: hardly a product is wasted."""
-        for start in range(0, len(self.full), at_once):
-            some = self.full[start : start + at_once]
-            used = np.flatnonzero(some.any(axis=0))
-            if len(used):
-                source = slice(used[0], used[-1] + 1)
-                yield slice(start, start + len(some)), source, np.ascontiguousarray(some[:, source].T, np.float32)
-
-# %% ../nbs/03_build_volumes.ipynb #446dd7ea
-_AT_ONCE = 8  # slices joined in one go: more would not stay in the cache
-
-
-class _InPlane:
-    """One weight matrix along y and one along x, for a few planes of one shape (rows, columns) at a time."""
-
-    def __init__(self, along_y: np.ndarray, along_x: np.ndarray):
-        self.weights, self.y, self.x = (along_y, along_x), _Split(along_y), _Split(along_x)
-        self.add_rows, self.parts = sparse.csr_array(self.y.full.astype(np.int16)), list(self.x.parts())
-        self.rows = np.empty((len(self.y), along_x.shape[1]), np.float32)
-        self.one = np.zeros((len(self.y), len(self.x)), np.float32)
-        self.cells = np.zeros((len(self.y), _AT_ONCE, len(self.x)), np.float32)
-
-    def add(self, i: int, plane: np.ndarray) -> bool:
-        """Add up the cells of plane i: whole numbers, exact in any order. False where the sums do not fit."""
-        if plane.dtype != np.uint16 or int(plane.max()) * self.y.most >= 2**16 or self.x.most > 2**8:
-            return False
-        high, wide = len(self.y.full), len(self.x.full)
-        self.rows[:high] = (self.add_rows @ plane.view(np.int16)).view(np.uint16)       # sums of 16 bits have no sign
-        self.rows[high:] = plane.take(self.y.edges, axis=0)
-        for target, source, ones in self.parts:
-            np.matmul(self.rows[:, source], ones, out=self.one[:, target])
-        self.one[:, wide:] = self.rows.take(self.x.edges, axis=1)
-        self.cells[:, i] = self.one
-        return True
-
-    @cached_property
-    def sparse(self) -> list[sparse.csr_array]:            # for numbers of another kind
-        return [sparse.csr_array(weights.astype(np.float32)) for weights in self.weights]
-
-# %% ../nbs/03_build_volumes.ipynb #446dd7eb
-def _joined(planes: _InPlane) -> np.ndarray:
-    """What was added up, with the weights of sums and edges: (planes, y, x) float32. Fractions, in a fixed order."""
-    y, x = planes.y, planes.x
-    rows = (y.join @ planes.cells.reshape(len(y), -1)).reshape(-1, _AT_ONCE, len(x))
-    cells = x.join @ np.ascontiguousarray(rows.transpose(2, 0, 1)).reshape(len(x), -1)
-    return cells.reshape(-1, len(rows), _AT_ONCE).transpose(2, 1, 0)
-
-
-def _any_numbers(planes: _InPlane, plane: np.ndarray) -> np.ndarray:
-    """The same for one plane of any numbers, finite or not."""
-    along_y, along_x = planes.sparse
-    return (along_x @ (along_y @ plane.astype(np.float32)).T).T
+        first, last = np.floor(low_in), np.ceil(high_in) - 1
+        shares = np.stack([np.minimum(high_in, first + 1) - low_in, np.ones(n_target), high_in - last]) / abs(step)
+    else:
+        centre = np.clip((low + high) / 2 - 0.5, 0, n_source - 1)
+        first, last = np.floor(centre), np.ceil(centre)
+        shares = np.stack([1 - (centre - first), np.zeros(n_target), centre - first]) * covered
+    shares[2, last <= first] = 0
+    first[covered <= 0], last[covered <= 0], shares[:, covered <= 0] = 1, 0, 0
+    return Runs(first.astype(np.int64), last.astype(np.int64), np.ascontiguousarray(shares.T, np.float32))
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e9
-def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, weights_zyx: Sequence[np.ndarray],
-           outside: float) -> np.ndarray:
-    """Apply one weight matrix along each axis; what no weight covers is `outside`. Returns float32."""
-    along_z, along_y, along_x = weights_zyx
-    in_plane, share = _InPlane(along_y, along_x), np.outer(along_y.sum(axis=1), along_x.sum(axis=1)).astype(np.float32)
-    planes, added = np.zeros((len(slices), *share.shape), np.float32), np.zeros(len(slices), np.float32)
-    memory = np.empty((along_y.shape[1], along_x.shape[1]), np.int16)      # of one slice after the other
-    used, whole = np.flatnonzero(along_z.any(axis=0)), np.zeros(len(slices), bool)
-    for some in (used[at : at + _AT_ONCE] for at in range(0, len(used), _AT_ONCE)):
-        for i, k in enumerate(some):
-            plane, more = _numbers(slices, k, memory)
-            added[k], whole[k] = more - outside, in_plane.add(i, plane)
-            if not whole[k]:
-                planes[k] = _any_numbers(in_plane, plane)
-        planes[some[whole[some]]] = _joined(in_plane)[: len(some)][whole[some]]
-    along_z = sparse.csr_array(along_z.astype(np.float32))
-    volume = along_z @ planes.reshape(len(planes), -1)
-    volume += np.outer(along_z @ added, share) + np.float32(outside)
-    return volume.reshape(-1, *share.shape)
+def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, runs_zyx: Sequence[Runs], outside: float) -> np.ndarray:
+    """Average along each axis; what no run covers is `outside`. Returns float32."""
+    from lungct import loops  # takes half a second to import, and only building needs it
+
+    along_z, along_y, along_x = runs_zyx
+    rows, columns = slices.shape[1:]
+    planes = np.zeros((len(slices), len(along_y.first), len(along_x.first)), np.float32)
+    memory, narrow = np.empty((rows, columns), np.int16), np.empty((len(along_y.first), columns), np.float32)
+    for k in _used(along_z, len(slices)):
+        numbers, floor, shift = _numbers(slices, k, memory)
+        loops.sum_rows(numbers, *along_y, narrow, floor, shift - outside)
+        loops.sum_columns(narrow, *along_x, planes[k])
+    volume = np.empty((len(along_z.first), planes[0].size), np.float32)
+    loops.sum_rows(planes.reshape(len(planes), -1), *along_z, volume)
+    return (volume + np.float32(outside)).reshape(-1, *planes.shape[1:])
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7ec
-def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int, memory: np.ndarray) -> tuple[np.ndarray, int]:
-    """Slice k, and what is still to be added to its numbers; whole HU as heights above air, from disk in `memory`."""
+def _used(runs: Runs, n_source: int) -> np.ndarray:
+    """Source voxels that belong to some run, in order."""
+    some, begun = runs.first <= runs.last, np.zeros(n_source + 1, int)
+    np.add.at(begun, runs.first[some], 1)
+    np.add.at(begun, runs.last[some] + 1, -1)
+    return np.flatnonzero(begun.cumsum())
+
+
+def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int,
+             memory: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Slice k as (numbers, floor, shift), as `pixels.read_numbers` has them; from the disk in `memory`."""
     if isinstance(slices, dicom.OpenStack) and slices.suv_factors is None:
         return pixels.read_numbers(slices.slices[k], slices.root, slices.opened, memory)
-    plane, air = slices[k], int(AIR_HU)
-    if plane.dtype == np.int16 and plane.min() >= air:
-        return plane.view(np.uint16) - np.uint16(air % 2**16), air
-    return plane, 0
+    return slices[k], -np.inf, 0
 
 # %% ../nbs/03_build_volumes.ipynb #bfc0a19b
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel
@@ -206,7 +166,7 @@ def _aligned_weights(source_zyx: Sequence[int], affine: np.ndarray, to_source: n
     weights, target_of = [None] * 3, [0] * 3
     for target, source in enumerate(source_of):
         step, n = to_source[source, target], shape_xyz[target]
-        weights[2 - source] = axis_weights(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
+        weights[2 - source] = axis_runs(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
         target_of[2 - source] = 2 - target
     return weights, target_of
 
@@ -215,7 +175,7 @@ def _resample_oblique(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.
                       shape_zyx: Sequence[int], outside: float) -> np.ndarray:
     """Average to half of `step_mm` along the source's axes, then the mean of 2x2x2 linear samples a voxel."""
     shrink = np.maximum(1, step_mm / 2 / np.linalg.norm(affine[:3, :3], axis=0))
-    weights = [axis_weights(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
+    weights = [axis_runs(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
     smooth = _weigh(values_zyx, weights, outside) - np.float32(outside)
     to_smooth = np.diag([*(1 / shrink), 1.0])
     to_smooth[:3, 3] = 0.5 / shrink - 0.5
@@ -704,7 +664,7 @@ def _in_processes(jobs: Sequence[dict], workers: int) -> Iterator[tuple[dict, st
     from lungct import volumes as module
 
     interrupted = []
-    with worker_pool(workers, [module.__name__]) as pool:
+    with worker_pool(workers, [module.__name__, "lungct.loops"]) as pool:
         running = {pool.submit(module.ensure_volume, job): job for job in jobs}
         for future in as_completed(running):
             try:

@@ -566,9 +566,19 @@ def test_the_normalisation_is_that_of_keras(precision, tolerance, size):
     plain = training.layers.Conv3D(16, 3, strides=2, padding="same")
     plain.build(features.shape)
     plain.set_weights([kernel, bias])
-    wanted = training.layers.LayerNormalization(center=False, scale=False)(plain(features))
+    wanted = ops.convert_to_numpy(training.layers.LayerNormalization(center=False, scale=False)(plain(features)))
     got = ops.convert_to_numpy(ops.cast(layer(features), "float32"))
-    assert np.allclose(got, ops.convert_to_numpy(wanted), rtol=tolerance, atol=tolerance) and got.std() > 0.5
+    room = (tolerance + off_by_itself(layer, features)) * (1 + abs(wanted))
+    assert (abs(got - wanted) <= room).all() and got.std() > 0.5
+
+
+def off_by_itself(layer, features):
+    """Error of the backend's own convolution in the layer's precision, over the deviation of the filters."""
+    ops, kernel = training.ops, layer.kernel - training.ops.mean(layer.kernel, axis=-1, keepdims=True)
+    values, exact = (ops.convert_to_numpy(ops.cast(layer.convolution_op(ops.cast(features, dtype),
+                                                                        ops.cast(kernel, dtype)), "float32"))
+                     for dtype in (layer.compute_dtype, "float32"))
+    return abs(values - exact).max(axis=-1, keepdims=True) / exact.std(axis=-1, keepdims=True)
 
 
 def test_half_precision_divides_in_full_precision():

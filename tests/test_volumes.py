@@ -19,7 +19,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from lungct import dicom, runs, volumes
-from lungct.volumes import Grid, axis_weights, build_cohort, find_lungs, load_cohort, load_volume, resample_area
+from lungct.volumes import Grid, axis_runs, build_cohort, find_lungs, load_cohort, load_volume, resample_area
 
 SUPERSAMPLE = 0.02  # HU-scale tolerance of float32 sums
 
@@ -98,9 +98,9 @@ def test_numbers_of_every_kind_and_size_have_the_same_means(kind, far, wide, ste
     values = random.integers(low, high, (3, 11, wide), endpoint=True)
     values[0, :6], values[1, 3:9] = high, low  # where sums would overflow first
     step = -step if backwards else step
-    along_y, along_x = axis_weights(11, first / 4, step / 4, 9), axis_weights(wide, first, step, 37)
-    weights = [axis_weights(3, 0, 1.5, 2), along_y, along_x]
-    got = volumes._weigh(values.astype(kind), weights, -5.0)
+    runs = [axis_runs(3, 0, 1.5, 2), axis_runs(11, first / 4, step / 4, 9), axis_runs(wide, first, step, 37)]
+    got = volumes._weigh(values.astype(kind), runs, -5.0)
+    weights = [run.matrix(n).astype(float) for run, n in zip(runs, values.shape, strict=True)]
     want = np.einsum("Zk,Yy,Xx,kyx->ZYX", *weights, values + 5.0, optimize=True) - 5
     assert got.dtype == np.float32 and abs(got - want).max() <= (1024 + far) * 1e-6
 
@@ -131,19 +131,37 @@ def test_another_processor_gives_the_same_bytes():
 def test_what_is_not_a_number_stays_in_its_own_cell():
     values = np.ones((8, 8, 8), np.float32)
     values[1, 1, 1] = np.nan
-    got = volumes._weigh(values, [axis_weights(8, 0, 2, 4)] * 3, 0.0)
+    got = volumes._weigh(values, [axis_runs(8, 0, 2, 4)] * 3, 0.0)
     assert np.argwhere(np.isnan(got)).tolist() == [[0, 0, 0]]
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 40), step=st.floats(0.2, 9.0), first=st.floats(-20, 20), backwards=st.booleans())
-def test_axis_weights_rows_sum_to_the_covered_share(n, step, first, backwards):
-    weights = axis_weights(n, first, -step if backwards else step, 7)
-    edges = first + (-step if backwards else step) * np.arange(8)
-    low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
-    share = np.clip(np.minimum(high, n) - np.maximum(low, 0), 0, None) / step
-    assert weights.min() >= 0
-    assert np.allclose(weights.sum(axis=1), share, atol=1e-9)
+def overlaps(n, first, step, targets):
+    """Area overlap, or linear interpolation where the target is finer, one matrix cell after the other."""
+    edges, weights = first + step * np.arange(targets + 1), np.zeros((targets, n))
+    for t, (low, high) in enumerate(np.sort(np.stack([edges[:-1], edges[1:]], axis=1))):
+        covered = max(0.0, min(high, n) - max(low, 0)) / abs(step)
+        centre = min(max((low + high) / 2 - 0.5, 0), n - 1)
+        for i in range(n):
+            area = max(0.0, min(high, i + 1) - max(low, i)) / abs(step)
+            weights[t, i] = area if abs(step) >= 1 else max(0.0, 1 - abs(centre - i)) * covered
+    return weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), step=st.floats(0.2, 9.0), first=st.floats(-20, 50), backwards=st.booleans())
+@example(n=4, step=2.0, first=0.0, backwards=False)
+@example(n=4, step=1.0, first=8.0, backwards=True)
+@example(n=1, step=0.5, first=0.0, backwards=False)
+def test_runs_are_the_overlaps(n, step, first, backwards):
+    step = -step if backwards else step
+    runs = axis_runs(n, first, step, 7)
+    assert np.allclose(runs.matrix(n), overlaps(n, first, step, 7), atol=1e-6)
+    some = runs.first <= runs.last
+    assert (runs.shares >= 0).all() and not runs.shares[~some].any()
+    assert not runs.shares[runs.first == runs.last, 2].any()
+    assert (runs.first[some] >= 0).all() and (runs.last[some] < n).all()
+    used = volumes._used(runs, n)
+    assert set(np.flatnonzero(runs.matrix(n).any(axis=0))) <= set(used) <= set(range(n))
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,0 +1,84 @@
+"""The compiled sums against matrices in double precision, and where their machine code may not be kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct import loops
+from lungct.volumes import axis_runs
+
+KINDS = [np.int16, np.uint16, np.int32, np.int64, np.uint8, np.float32, np.float64]
+
+
+def numbers(random, kind, shape):
+    if np.dtype(kind).kind == "f":
+        return random.normal(0, 1000, shape).astype(kind)
+    ends = np.iinfo(kind)
+    return random.integers(max(ends.min, -(2**20)), min(ends.max, 2**20), shape, endpoint=True).astype(kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 40), wide=st.integers(1, 9), step=st.floats(0.3, 50),
+       first=st.floats(-30, 40), targets=st.integers(1, 9), floor=st.sampled_from([-np.inf, -1000, 24, 70000]),
+       shift=st.sampled_from([0, -1024, 32767, 0.5]), seed=st.integers(0, 2**32 - 1))
+def test_sums_of_rows_are_those_of_the_matrix(kind, n, wide, step, first, targets, floor, shift, seed):
+    plane, runs = numbers(np.random.default_rng(seed), kind, (n, wide)), axis_runs(n, first, step, targets)
+    before, out = plane.copy(), np.full((targets, wide), np.nan, np.float32)
+    loops.sum_rows(plane, *runs, out, floor, shift)
+    want = runs.matrix(n).astype(float) @ (np.maximum(plane.astype(float), floor) + shift)
+    assert np.array_equal(plane, before)
+    assert abs(out - want).max() <= 1e-6 * (abs(plane.astype(float)).max() + abs(shift) + max(floor, 0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 60), high=st.integers(1, 11), step=st.floats(0.3, 50), first=st.floats(-30, 70),
+       backwards=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_sums_of_columns_are_those_of_the_matrix(n, high, step, first, backwards, seed):
+    rows = np.random.default_rng(seed).normal(0, 1000, (high, n)).astype(np.float32)
+    runs = axis_runs(n, first, -step if backwards else step, 7)
+    out = np.full((high, 7), np.nan, np.float32)
+    loops.sum_columns(rows, *runs, out)
+    assert abs(out - rows @ runs.matrix(n).T.astype(float)).max() <= 1e-6 * abs(rows).max() + 1e-6
+
+
+def test_sums_of_sixteen_bits_do_not_overflow():
+    plane, out = np.full((2**15, 2), 2**16 - 1, np.uint16), np.empty((1, 2), np.float32)
+    run = np.array([0]), np.array([len(plane) - 1]), np.ones((1, 3), np.float32)
+    loops.sum_rows(plane, *run, out)
+    assert out.tolist() == [[np.float32(plane.sum(dtype=np.int64) / 2)] * 2]
+    longer = np.concatenate([plane, plane])
+    run = np.array([0]), np.array([len(longer) - 1]), np.ones((1, 3), np.float32)
+    loops.sum_rows(longer, *run, out)
+    assert np.allclose(out, longer[:, 0].sum(dtype=np.int64), rtol=1e-4)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_stays_in_its_own_run(strange):
+    plane, runs = np.ones((8, 4), np.float32), axis_runs(8, 0, 2, 4)
+    plane[3, 1] = strange
+    out, narrow = np.empty((4, 4), np.float32), np.empty((4, 2), np.float32)
+    loops.sum_rows(plane, *runs, out)
+    loops.sum_columns(out, *axis_runs(4, 0, 2, 2), narrow)
+    assert np.argwhere(~np.isfinite(out)).tolist() == [[1, 1]]
+    assert np.array_equal(narrow[1, 0], np.float32(strange), equal_nan=True)
+    assert np.isfinite(narrow).sum() == 7
+
+
+def test_slices_in_any_layout():
+    plane, runs = np.arange(80, dtype=np.int16).reshape(8, 10), axis_runs(4, 0, 2, 2)
+    out = np.empty((2, 5), np.float32)
+    loops.sum_rows(plane[::2, ::2], *runs, out)
+    assert np.array_equal(out, plane[::2, ::2].reshape(2, 2, 5).mean(axis=1))
+
+
+def test_code_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
+    real = loops.numba.njit
+
+    def nowhere(cache=False, **ways):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**ways)
+
+    monkeypatch.setattr(loops.numba, "njit", nowhere)
+    assert loops._compiled(lambda a, b: a + b)(2, 3) == 5
