@@ -51,10 +51,9 @@ def examples(size: int, count: int):
 
 def keras_step(batch: dict, half: bool) -> Callable[[], float]:
     """One bare `train_on_batch` of chapter 5's network."""
-    import keras
-
     from lungct import training
 
+    keras = training.keras  # imported there, with the settings that training has
     training.reproducible(0)
     network = training.build_network(batch["seen"].shape[1], CLASSES, FILTERS,
                                      precision="mixed_bfloat16" if half else "float32")
@@ -140,10 +139,9 @@ def fit_against_steps(size: int, batch: int, epochs: int = 6, patients: int = 32
 
     Between the epochs of fit as many bare steps are made on one and the same batch, and timed by themselves.
     """
-    import keras
-
     from lungct import training
 
+    keras = training.keras
     step, inside = keras_step(example_batch(size, batch), half=False), [0.0]
     one_step = keras.Model.train_on_batch
 
