@@ -68,7 +68,14 @@ def sum_rows(plane: np.ndarray, first: np.ndarray, last: np.ndarray, shares: np.
 # %% ../nbs/appendix/loops.ipynb #10095016
 @_compiled
 def sum_columns(rows, first, last, shares, out):
-    """The same along the other axis, of `rows` (rows, columns) float32 into `out` (rows, targets) float32."""
+    """Weighted sums of columns into `out[:, t]`, of columns `first[t]` to `last[t]`.
+
+    Parameters
+    ----------
+    rows : (rows, columns) float32.
+    first, last, shares : as for `sum_rows`, of columns.
+    out : (rows, targets) float32; the answer is written here.
+    """
     n = len(rows)
     for r in range(0, n, 4):
         i, j, k = min(r + 1, n - 1), min(r + 2, n - 1), min(r + 3, n - 1)
@@ -87,10 +94,15 @@ def sum_columns(rows, first, last, shares, out):
 # %% ../nbs/appendix/loops.ipynb #10095020
 @_compiled
 def move(volume, along_z, corners, weights, out):
-    """Resample a volume: `along_z` (slices, slices) float32 times its slices, then four voxels in plane for each new.
+    """Resample a volume along z and in plane; what the weights leave out is 0.
 
-    `volume`, `out` : (slices, voxels of a slice) float32; `corners` : (voxels, 4) int32, the voxels of a slice that
-    make up each new one; `weights` : (voxels, 4) float32, what they count.
+    Parameters
+    ----------
+    volume : (slices, voxels of a slice) float32.
+    along_z : (slices, slices) float32; row z: what each old slice counts in new slice z.
+    corners : (voxels, 4) int32; the four voxels of a slice that make up each new one.
+    weights : (voxels, 4) float32; what they count.
+    out : of the shape of `volume`, float32; the answer is written here.
     """
     mixed = np.empty(volume.shape[1], np.float32)
     for z in range(len(out)):
