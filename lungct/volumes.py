@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'Runs', 'axis_runs', 'resample_area', 'to_lattice',
-           'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions', 'choose_pets',
-           'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort', 'Entries',
-           'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
+           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'Spans', 'axis_spans', 'resample_area',
+           'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions',
+           'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort',
+           'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import asyncio
@@ -68,8 +68,8 @@ class Grid:
         return affine
 
 # %% ../nbs/03_build_volumes.ipynb #6afc2be8
-class Runs(NamedTuple):
-    """What the voxels along a target axis are made of: each a run of neighbours along the source's axis.
+class Spans(NamedTuple):
+    """What the voxels along a target axis are made of: each a span of neighbours along the source's axis.
 
     `first`, `last` : (n_target,) source voxels, both included; the first behind the last where there is none.
     `shares` : (n_target, 3) float32; what the first, each in between, and the last count (0 if it is the first).
@@ -88,7 +88,7 @@ class Runs(NamedTuple):
         return weights
 
 # %% ../nbs/03_build_volumes.ipynb #6afc2be9
-def axis_runs(n_source: int, first_edge: float, step: float, n_target: int) -> Runs:
+def axis_spans(n_source: int, first_edge: float, step: float, n_target: int) -> Spans:
     """Weights that resample one axis: area overlap, or linear where the target is finer.
 
     Parameters
@@ -115,14 +115,14 @@ def axis_runs(n_source: int, first_edge: float, step: float, n_target: int) -> R
         shares = np.stack([1 - (centre - first), np.zeros(n_target), centre - first]) * covered
     shares[2, last <= first] = 0
     first[covered <= 0], last[covered <= 0], shares[:, covered <= 0] = 1, 0, 0
-    return Runs(first.astype(np.int64), last.astype(np.int64), np.ascontiguousarray(shares.T, np.float32))
+    return Spans(first.astype(np.int64), last.astype(np.int64), np.ascontiguousarray(shares.T, np.float32))
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7e9
-def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, runs_zyx: Sequence[Runs], outside: float) -> np.ndarray:
-    """Average along each axis; what no run covers is `outside`. Returns float32."""
+def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, spans_zyx: Sequence[Spans], outside: float) -> np.ndarray:
+    """Average along each axis; what no span covers is `outside`. Returns float32."""
     from lungct import loops  # takes half a second to import, and only building needs it
 
-    along_z, along_y, along_x = runs_zyx
+    along_z, along_y, along_x = spans_zyx
     rows, columns = slices.shape[1:]
     planes = np.zeros((len(slices), len(along_y.first), len(along_x.first)), np.float32)
     memory, narrow = np.empty((rows, columns), np.int16), np.empty((len(along_y.first), columns), np.float32)
@@ -135,11 +135,11 @@ def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, runs_zyx: Sequence[Ru
     return (volume + np.float32(outside)).reshape(-1, *planes.shape[1:])
 
 # %% ../nbs/03_build_volumes.ipynb #446dd7ec
-def _used(runs: Runs, n_source: int) -> np.ndarray:
-    """Source voxels that belong to some run, in order."""
-    some, begun = runs.first <= runs.last, np.zeros(n_source + 1, int)
-    np.add.at(begun, runs.first[some], 1)
-    np.add.at(begun, runs.last[some] + 1, -1)
+def _used(spans: Spans, n_source: int) -> np.ndarray:
+    """Source voxels that belong to some span, in order."""
+    some, begun = spans.first <= spans.last, np.zeros(n_source + 1, int)
+    np.add.at(begun, spans.first[some], 1)
+    np.add.at(begun, spans.last[some] + 1, -1)
     return np.flatnonzero(begun.cumsum())
 
 
@@ -166,7 +166,7 @@ def _aligned_weights(source_zyx: Sequence[int], affine: np.ndarray, to_source: n
     weights, target_of = [None] * 3, [0] * 3
     for target, source in enumerate(source_of):
         step, n = to_source[source, target], shape_xyz[target]
-        weights[2 - source] = axis_runs(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
+        weights[2 - source] = axis_spans(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
         target_of[2 - source] = 2 - target
     return weights, target_of
 
@@ -175,7 +175,7 @@ def _resample_oblique(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.
                       shape_zyx: Sequence[int], outside: float) -> np.ndarray:
     """Average to half of `step_mm` along the source's axes, then the mean of 2x2x2 linear samples a voxel."""
     shrink = np.maximum(1, step_mm / 2 / np.linalg.norm(affine[:3, :3], axis=0))
-    weights = [axis_runs(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
+    weights = [axis_spans(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
     smooth = _weigh(values_zyx, weights, outside) - np.float32(outside)
     to_smooth = np.diag([*(1 / shrink), 1.0])
     to_smooth[:3, 3] = 0.5 / shrink - 0.5

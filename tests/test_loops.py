@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungct import loops
-from lungct.volumes import axis_runs
+from lungct.volumes import axis_spans
 
 KINDS = [np.int16, np.uint16, np.int32, np.int64, np.uint8, np.float32, np.float64]
 
@@ -23,10 +23,10 @@ def numbers(random, kind, shape):
        first=st.floats(-30, 40), targets=st.integers(1, 9), floor=st.sampled_from([-np.inf, -1000, 24, 70000]),
        shift=st.sampled_from([0, -1024, 32767, 0.5]), seed=st.integers(0, 2**32 - 1))
 def test_sums_of_rows_are_those_of_the_matrix(kind, n, wide, step, first, targets, floor, shift, seed):
-    plane, runs = numbers(np.random.default_rng(seed), kind, (n, wide)), axis_runs(n, first, step, targets)
+    plane, spans = numbers(np.random.default_rng(seed), kind, (n, wide)), axis_spans(n, first, step, targets)
     before, out = plane.copy(), np.full((targets, wide), np.nan, np.float32)
-    loops.sum_rows(plane, *runs, out, floor, shift)
-    want = runs.matrix(n).astype(float) @ (np.maximum(plane.astype(float), floor) + shift)
+    loops.sum_rows(plane, *spans, out, floor, shift)
+    want = spans.matrix(n).astype(float) @ (np.maximum(plane.astype(float), floor) + shift)
     assert np.array_equal(plane, before)
     assert abs(out - want).max() <= 1e-6 * (abs(plane.astype(float)).max() + abs(shift) + max(floor, 0))
 
@@ -36,10 +36,10 @@ def test_sums_of_rows_are_those_of_the_matrix(kind, n, wide, step, first, target
        backwards=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_sums_of_columns_are_those_of_the_matrix(n, high, step, first, backwards, seed):
     rows = np.random.default_rng(seed).normal(0, 1000, (high, n)).astype(np.float32)
-    runs = axis_runs(n, first, -step if backwards else step, 7)
+    spans = axis_spans(n, first, -step if backwards else step, 7)
     out = np.full((high, 7), np.nan, np.float32)
-    loops.sum_columns(rows, *runs, out)
-    assert abs(out - rows @ runs.matrix(n).T.astype(float)).max() <= 1e-6 * abs(rows).max() + 1e-6
+    loops.sum_columns(rows, *spans, out)
+    assert abs(out - rows @ spans.matrix(n).T.astype(float)).max() <= 1e-6 * abs(rows).max() + 1e-6
 
 
 def test_sums_of_sixteen_bits_do_not_overflow():
@@ -54,21 +54,21 @@ def test_sums_of_sixteen_bits_do_not_overflow():
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_stays_in_its_own_run(strange):
-    plane, runs = np.ones((8, 4), np.float32), axis_runs(8, 0, 2, 4)
+def test_what_is_no_number_stays_in_its_own_span(strange):
+    plane, spans = np.ones((8, 4), np.float32), axis_spans(8, 0, 2, 4)
     plane[3, 1] = strange
     out, narrow = np.empty((4, 4), np.float32), np.empty((4, 2), np.float32)
-    loops.sum_rows(plane, *runs, out)
-    loops.sum_columns(out, *axis_runs(4, 0, 2, 2), narrow)
+    loops.sum_rows(plane, *spans, out)
+    loops.sum_columns(out, *axis_spans(4, 0, 2, 2), narrow)
     assert np.argwhere(~np.isfinite(out)).tolist() == [[1, 1]]
     assert np.array_equal(narrow[1, 0], np.float32(strange), equal_nan=True)
     assert np.isfinite(narrow).sum() == 7
 
 
 def test_slices_in_any_layout():
-    plane, runs = np.arange(80, dtype=np.int16).reshape(8, 10), axis_runs(4, 0, 2, 2)
+    plane, spans = np.arange(80, dtype=np.int16).reshape(8, 10), axis_spans(4, 0, 2, 2)
     out = np.empty((2, 5), np.float32)
-    loops.sum_rows(plane[::2, ::2], *runs, out)
+    loops.sum_rows(plane[::2, ::2], *spans, out)
     assert np.array_equal(out, plane[::2, ::2].reshape(2, 2, 5).mean(axis=1))
 
 

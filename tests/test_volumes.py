@@ -19,7 +19,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from lungct import dicom, runs, volumes
-from lungct.volumes import Grid, axis_runs, build_cohort, find_lungs, load_cohort, load_volume, resample_area
+from lungct.volumes import Grid, axis_spans, build_cohort, find_lungs, load_cohort, load_volume, resample_area
 
 SUPERSAMPLE = 0.02  # HU-scale tolerance of float32 sums
 
@@ -98,9 +98,9 @@ def test_numbers_of_every_kind_and_size_have_the_same_means(kind, far, wide, ste
     values = random.integers(low, high, (3, 11, wide), endpoint=True)
     values[0, :6], values[1, 3:9] = high, low  # where sums would overflow first
     step = -step if backwards else step
-    runs = [axis_runs(3, 0, 1.5, 2), axis_runs(11, first / 4, step / 4, 9), axis_runs(wide, first, step, 37)]
-    got = volumes._weigh(values.astype(kind), runs, -5.0)
-    weights = [run.matrix(n).astype(float) for run, n in zip(runs, values.shape, strict=True)]
+    spans = [axis_spans(3, 0, 1.5, 2), axis_spans(11, first / 4, step / 4, 9), axis_spans(wide, first, step, 37)]
+    got = volumes._weigh(values.astype(kind), spans, -5.0)
+    weights = [span.matrix(n).astype(float) for span, n in zip(spans, values.shape, strict=True)]
     want = np.einsum("Zk,Yy,Xx,kyx->ZYX", *weights, values + 5.0, optimize=True) - 5
     assert got.dtype == np.float32 and abs(got - want).max() <= (1024 + far) * 1e-6
 
@@ -131,7 +131,7 @@ def test_another_processor_gives_the_same_bytes():
 def test_what_is_not_a_number_stays_in_its_own_cell():
     values = np.ones((8, 8, 8), np.float32)
     values[1, 1, 1] = np.nan
-    got = volumes._weigh(values, [axis_runs(8, 0, 2, 4)] * 3, 0.0)
+    got = volumes._weigh(values, [axis_spans(8, 0, 2, 4)] * 3, 0.0)
     assert np.argwhere(np.isnan(got)).tolist() == [[0, 0, 0]]
 
 
@@ -152,16 +152,16 @@ def overlaps(n, first, step, targets):
 @example(n=4, step=2.0, first=0.0, backwards=False)
 @example(n=4, step=1.0, first=8.0, backwards=True)
 @example(n=1, step=0.5, first=0.0, backwards=False)
-def test_runs_are_the_overlaps(n, step, first, backwards):
+def test_spans_are_the_overlaps(n, step, first, backwards):
     step = -step if backwards else step
-    runs = axis_runs(n, first, step, 7)
-    assert np.allclose(runs.matrix(n), overlaps(n, first, step, 7), atol=1e-6)
-    some = runs.first <= runs.last
-    assert (runs.shares >= 0).all() and not runs.shares[~some].any()
-    assert not runs.shares[runs.first == runs.last, 2].any()
-    assert (runs.first[some] >= 0).all() and (runs.last[some] < n).all()
-    used = volumes._used(runs, n)
-    assert set(np.flatnonzero(runs.matrix(n).any(axis=0))) <= set(used) <= set(range(n))
+    spans = axis_spans(n, first, step, 7)
+    assert np.allclose(spans.matrix(n), overlaps(n, first, step, 7), atol=1e-6)
+    some = spans.first <= spans.last
+    assert (spans.shares >= 0).all() and not spans.shares[~some].any()
+    assert not spans.shares[spans.first == spans.last, 2].any()
+    assert (spans.first[some] >= 0).all() and (spans.last[some] < n).all()
+    used = volumes._used(spans, n)
+    assert set(np.flatnonzero(spans.matrix(n).any(axis=0))) <= set(used) <= set(range(n))
 
 
 @settings(max_examples=20, deadline=None)
