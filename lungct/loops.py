@@ -22,8 +22,12 @@ def _compiled(function: Callable) -> Callable:
 # %% ../nbs/appendix/loops.ipynb #10095010
 @_compiled
 def _sum_rows(plane, first, last, shares, floor, shift, sums, out):
+    if out.shape != (len(first), plane.shape[1]):
+        raise ValueError("out has another shape")
     for t in range(len(first)):
         begin, end, target = first[t], last[t], out[t]
+        if begin <= end and (begin < 0 or end >= len(plane)):
+            raise ValueError("a span leaves the plane")
         sums[:] = max(0, end - begin - 1) * shift
         for row in range(begin + 1, end):
             values = plane[row]
@@ -42,23 +46,29 @@ def _sum_rows(plane, first, last, shares, floor, shift, sums, out):
 
 # %% ../nbs/appendix/loops.ipynb #10095012
 _LEAST = {np.dtype(np.int16): -(2**15), np.dtype(np.uint16): 0}
-_MOST_ROWS = 2**15
+_MOST_ROWS = 2**14  # times 2**16 for a value and 2**15 for a shift stays below 2**31
 
 
 def sum_rows(plane: np.ndarray, first: np.ndarray, last: np.ndarray, shares: np.ndarray, out: np.ndarray,
              floor: float = -np.inf, shift: float = 0) -> None:
-    """Weighted sums of rows into `out[t]`, of rows `first[t]` to `last[t]`; 0 where the first lies behind the last.
+    """Weighted sums of rows into `out[t]`, of rows `first[t]` to `last[t]`; 0 where first > last.
 
     Parameters
     ----------
     plane : (rows, columns) numbers of any kind.
     first, last : (targets,) int64; row numbers, both included.
-    shares : (targets, 3) float32; what the first row, each in between, and the last count (0 if it is the first).
+    shares : (targets, 3) float32; what the first row, each in between, and the last count. A last row that is the
+        first itself counts 0.
     out : (targets, columns) float32; the answer is written here.
     floor : smaller values count as this one. What is not a number stays so.
     shift : added to every value.
+
+    Raises
+    ------
+    ValueError : a span leaves the plane, or `out` has another shape.
     """
-    if plane.dtype in _LEAST and len(plane) <= _MOST_ROWS and max(abs(shift), floor) < 2**15 and shift == int(shift):
+    short = floor < 2**15 and abs(shift) < 2**15 and shift == int(shift) and (floor == -np.inf or floor == int(floor))
+    if plane.dtype in _LEAST and len(plane) <= _MOST_ROWS and short:
         kind, kind_of_sum, floor = plane.dtype.type, np.int32, max(floor, _LEAST[plane.dtype])
     else:
         kind, kind_of_sum = np.float32, np.float32
@@ -77,6 +87,8 @@ def sum_columns(rows, first, last, shares, out):
     out : (rows, targets) float32; the answer is written here.
     """
     n = len(rows)
+    if out.shape != (n, len(first)) or (first < 0).any() or (last >= rows.shape[1]).any():
+        raise ValueError("a span leaves the plane, or out has another shape")
     for r in range(0, n, 4):
         i, j, k = min(r + 1, n - 1), min(r + 2, n - 1), min(r + 3, n - 1)
         one, two, three, four = rows[r], rows[i], rows[j], rows[k]
@@ -104,6 +116,8 @@ def move(volume, along_z, corners, weights, out):
     weights : (voxels, 4) float32; what they count.
     out : of the shape of `volume`, float32; the answer is written here.
     """
+    if out.shape != volume.shape or corners.shape != (volume.shape[1], 4) or (corners >= volume.shape[1]).any():
+        raise ValueError("a corner leaves the slice, or out has another shape")
     mixed = np.empty(volume.shape[1], np.float32)
     for z in range(len(out)):
         mixed[:] = 0
@@ -119,8 +133,22 @@ def move(volume, along_z, corners, weights, out):
                           + share[2] * mixed[four[2]] + share[3] * mixed[four[3]])
 
 # %% ../nbs/appendix/loops.ipynb #10095024
-for _kind in (np.int16, np.uint16, np.float32):
-    _one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones((1, 3), np.float32), np.empty((1, 1), np.float32)
-    sum_rows(np.zeros((1, 1), _kind), *_one)
-sum_columns(_one[-1], *_one)
-move(_one[-1], _one[-1], np.zeros((1, 4), np.int32), np.zeros((1, 4), np.float32), _one[-1])
+def _work() -> bool:
+    """Whether the loops can be had from where their code is kept, and add up 2 and 3 for each kind of number."""
+    span = np.array([0]), np.array([1]), np.array([[1, 0, 1]], np.float32)
+    pair, out, sums = np.array([[2, 3]], np.float32), np.empty((1, 1), np.float32), []
+    try:
+        for kind in (np.int16, np.uint16, np.float32):
+            sum_rows(pair.T.astype(kind), *span, out)
+            sums.append(out.item())
+        sum_columns(pair, *span, out)
+        sums.append(out.item())
+        move(np.full((1, 1), 5, np.float32), np.ones((1, 1), np.float32), np.zeros((1, 4), np.int32),
+             np.full((1, 4), 0.25, np.float32), out)
+        return [*sums, out.item()] == [5] * 5
+    except OSError:
+        return False
+
+
+if not _work():
+    _sum_rows, sum_columns, move = (numba.njit(nogil=True)(loop.py_func) for loop in (_sum_rows, sum_columns, move))

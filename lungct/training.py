@@ -63,7 +63,7 @@ def _remarks_to_log() -> Iterator[None]:
 # each network is traced once, and this course has several in one process; TensorFlow takes that for a mistake
 logging.getLogger("tensorflow").addFilter(lambda record: "function retracing" not in record.getMessage())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or the first tensor reports that there is no GPU
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # fast convolutions on processors without AVX-512, too
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # oneDNN's convolutions, where it would leave them off, too
 with _remarks_to_log():
     import keras
     from keras import layers, ops
@@ -827,7 +827,7 @@ def _resample(volumes, moves: Sequence[tuple]):
         return ops.stack([_moved_tensor(volumes[i], *move) for i, move in enumerate(moves)])
     from lungct import loops  # a GPU does without
 
-    moved = np.empty_like(volumes)
+    moved = np.empty(volumes.shape, volumes.dtype)  # in C order, whatever order the volumes have
     for volume, move, out in zip(volumes, moves, moved, strict=True):
         loops.move(volume.reshape(len(volume), -1), *move, out.reshape(len(out), -1))
     return moved

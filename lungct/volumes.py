@@ -71,8 +71,9 @@ class Grid:
 class Spans(NamedTuple):
     """What the voxels along a target axis are made of: each a span of neighbours along the source's axis.
 
-    `first`, `last` : (n_target,) source voxels, both included; the first behind the last where there is none.
-    `shares` : (n_target, 3) float32; what the first, each in between, and the last count (0 if it is the first).
+    `first`, `last` : (n_target,) source voxels, both included; `first` > `last` where there is none.
+    `shares` : (n_target, 3) float32; what the first, each in between, and the last count. The last counts 0 where it
+        is the first.
     """
 
     first: np.ndarray
@@ -128,6 +129,8 @@ def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, spans_zyx: Sequence[S
     memory, narrow = np.empty((rows, columns), np.int16), np.empty((len(along_y.first), columns), np.float32)
     for k in _used(along_z, len(slices)):
         numbers, floor, shift = _numbers(slices, k, memory)
+        if numbers.shape != (rows, columns):
+            raise ValueError(f"slice {k} has {numbers.shape} voxels, expected {(rows, columns)}")
         loops.sum_rows(numbers, *along_y, narrow, floor, shift - outside)
         loops.sum_columns(narrow, *along_x, planes[k])
     volume = np.empty((len(along_z.first), planes[0].size), np.float32)
@@ -555,7 +558,7 @@ def load_volume(path: str | os.PathLike) -> Volume:
 # %% ../nbs/03_build_volumes.ipynb #c62ab330
 def _code_version(folder: Path) -> str:
     # a changed comment builds everything anew, too: better once too often than a stale cube
-    sources = [runs.hash_file(folder / f"{name}.py") for name in ("dicom", "pixels", "volumes")]
+    sources = [runs.hash_file(folder / f"{name}.py") for name in ("dicom", "pixels", "loops", "volumes")]
     return f"{lungct.__version__}, sources {runs.hash_value(sources)[:12]}"
 
 
@@ -704,6 +707,11 @@ def _at_worker(job: dict, code: str) -> tuple[dict, str]:
         if not folder.is_dir():
             raise runs.InputError(f"the dask worker on {here} does not see {folder}: "
                                   "mount it there under the same path and restart the worker")
+    try:
+        from lungct import loops  # noqa: F401 - else this worker alone would call its stacks bad
+    except ImportError as error:
+        raise runs.InputError(f"the dask worker on {here} cannot average ({error}): "
+                              "install the same packages there and restart it") from error
     return ensure_volume(job)
 
 # %% ../nbs/03_build_volumes.ipynb #c49305b9

@@ -1,5 +1,8 @@
 """The compiled sums against matrices in double precision, and where their machine code may not be kept."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +23,7 @@ def numbers(random, kind, shape):
 
 @settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(KINDS), n=st.integers(1, 40), wide=st.integers(1, 9), step=st.floats(0.3, 50),
-       first=st.floats(-30, 40), targets=st.integers(1, 9), floor=st.sampled_from([-np.inf, -1000, 24, 70000]),
+       first=st.floats(-30, 40), targets=st.integers(1, 9), floor=st.sampled_from([-np.inf, -1000, 24, 23.5, 70000]),
        shift=st.sampled_from([0, -1024, 32767, 0.5]), seed=st.integers(0, 2**32 - 1))
 def test_sums_of_rows_are_those_of_the_matrix(kind, n, wide, step, first, targets, floor, shift, seed):
     plane, spans = numbers(np.random.default_rng(seed), kind, (n, wide)), axis_spans(n, first, step, targets)
@@ -42,15 +45,37 @@ def test_sums_of_columns_are_those_of_the_matrix(n, high, step, first, backwards
     assert abs(out - rows @ spans.matrix(n).T.astype(float)).max() <= 1e-6 * abs(rows).max() + 1e-6
 
 
-def test_sums_of_sixteen_bits_do_not_overflow():
-    plane, out = np.full((2**15, 2), 2**16 - 1, np.uint16), np.empty((1, 2), np.float32)
-    run = np.array([0]), np.array([len(plane) - 1]), np.ones((1, 3), np.float32)
-    loops.sum_rows(plane, *run, out)
-    assert out.tolist() == [[np.float32(plane.sum(dtype=np.int64) / 2)] * 2]
-    longer = np.concatenate([plane, plane])
-    run = np.array([0]), np.array([len(longer) - 1]), np.ones((1, 3), np.float32)
-    loops.sum_rows(longer, *run, out)
-    assert np.allclose(out, longer[:, 0].sum(dtype=np.int64), rtol=1e-4)
+@pytest.mark.parametrize("rows", [2**14, 2**15, 2**16])
+@pytest.mark.parametrize("kind, value", [(np.uint16, 2**16 - 1), (np.int16, -(2**15))])
+@pytest.mark.parametrize("shift", [0, 2**15 - 1, -(2**15) + 1])
+def test_sums_of_sixteen_bits_do_not_overflow(rows, kind, value, shift):
+    out, span = np.empty((1, 1), np.float32), (np.array([0]), np.array([rows - 1]), np.ones((1, 3), np.float32))
+    loops.sum_rows(np.full((rows, 1), value, kind), *span, out, shift=shift)
+    assert out.item() == pytest.approx(rows * (value + shift), rel=1e-4, abs=1)
+
+
+@pytest.mark.parametrize("first, last, wide", [(-1, 1, 4), (0, 8, 4), (7, 8, 4), (0, 1, 5), (0, 1, 3)])
+def test_what_lies_outside_is_refused_before_it_is_read(first, last, wide):
+    span = np.array([first]), np.array([last]), np.ones((1, 3), np.float32)
+    with pytest.raises(ValueError, match="span leaves|another shape"):
+        loops.sum_rows(np.ones((8, 4), np.int16), *span, np.empty((1, wide), np.float32))
+    with pytest.raises(ValueError, match="span leaves"):
+        loops.sum_columns(np.ones((4, 8), np.float32), *span, np.empty((wide, 1), np.float32))
+
+
+def test_a_moved_volume_is_the_product_of_its_matrices():
+    random = np.random.default_rng(0)
+    volume, along_z = random.normal(0, 1, (5, 12)).astype(np.float32), random.random((5, 5)).astype(np.float32)
+    corners, weights = random.integers(0, 12, (12, 4), dtype=np.int32), random.random((12, 4)).astype(np.float32)
+    along_z[2] = 0                                             # a slice of air
+    out = np.full_like(volume, np.nan)
+    loops.move(volume, along_z, corners, weights, out)
+    in_plane = np.zeros((12, 12))
+    np.add.at(in_plane, (np.arange(12)[:, None], corners), weights)
+    assert np.allclose(out, along_z.astype(float) @ volume @ in_plane.T, atol=1e-5) and not out[2].any()
+    corners[3, 1] = 12
+    with pytest.raises(ValueError, match="corner leaves"):
+        loops.move(volume, along_z, corners, weights, out)
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
@@ -82,3 +107,30 @@ def test_code_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
 
     monkeypatch.setattr(loops.numba, "njit", nowhere)
     assert loops._compiled(lambda a, b: a + b)(2, 3) == 5
+
+
+@pytest.mark.parametrize("oddity", ["raise OSError(28, 'No space left on device')", "out[:] = 0"])
+def test_kept_code_that_is_not_what_was_asked_for_is_left_alone(oddity):
+    """The first calls notice, and this process compiles for itself."""
+    code = f"""
+import numba
+real = numba.njit
+
+def njit(cache=False, **ways):
+    def kept(function):
+        def odd(*given):
+            out = given[-1]
+            {oddity}
+        odd.py_func = function
+        return odd
+    return kept if cache else real(**ways)
+
+numba.njit = njit
+import numpy as np
+from lungct import loops
+out = np.empty((1, 1), np.float32)
+loops.sum_rows(np.array([[2], [3]], np.int16), np.array([0]), np.array([1]), np.ones((1, 3), np.float32), out)
+print(out.item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["5.0"], done.stderr

@@ -406,6 +406,15 @@ def test_a_turn_is_that_of_scipy_and_the_same_on_every_device():
         assert np.allclose(got, wanted, atol=0.01) and np.allclose(tensor[0], got, atol=0.01)
 
 
+@pytest.mark.parametrize("layout", ["F", "transposed"])
+def test_volumes_in_any_layout_are_moved_alike(layout):
+    hu = np.random.default_rng(0).integers(-1000, 400, (2, 16, 16, 16)).astype(np.int16)
+    turned = hu.transpose(0, 3, 2, 1)
+    other = np.asfortranarray(hu) if layout == "F" else np.ascontiguousarray(turned).transpose(0, 3, 2, 1)
+    plain, odd = (training.augment(each, [np.zeros((0, 6))] * 2, np.random.default_rng(1))[0] for each in (hu, other))
+    assert np.array_equal(plain, odd)
+
+
 def test_augmentation_without_change_is_the_identity_up_to_the_mirror():
     hu = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 8, 8)).astype("int16")
     boxes = [np.array([[1, 2, 1, 3, 4, 4]], "float32")] * 6
