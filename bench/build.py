@@ -81,13 +81,13 @@ def folder_table(series: Series, medians: dict[str, float | None]) -> str:
 
 def folder_goals(medians: dict[str, float | None]) -> list[str]:
     """The goals for the path that the peers go, too; and how the whole build stands to them."""
-    def goals(name):
+    def goals(name, what):
         ours = medians[name]
-        return [goal(f"{name}: times as fast as MONAI default", "200 or more", ratio(medians[DEFAULT], ours)),
-                goal(f"{name}: times as fast as MONAI lazy", "15 or more", ratio(medians[LAZY], ours)),
-                goal(f"{name}: times the time to read the bytes", "3 or less", ours / medians[LIMIT])]
+        return [goal(f"MONAI default, in times of {what}", "200 or more", ratio(medians[DEFAULT], ours)),
+                goal(f"MONAI lazy, in times of {what}", "15 or more", ratio(medians[LAZY], ours)),
+                goal(f"{what}, in times of reading the bytes", "3 or less", ours / medians[LIMIT])]
 
-    return goals(AS_PEERS) + goals(OURS)
+    return goals(AS_PEERS, "what the peers do") + goals(OURS, "the whole build")
 
 
 def exact_means(hu_zyx: np.ndarray, affine: np.ndarray, target: np.ndarray, size: int) -> np.ndarray:

@@ -3,8 +3,9 @@
     python bench/strangers.py runs/phantom --patients 150 --seed 1
 
 The default course tests on twelve patients, who leave wide intervals. This makes other phantoms, carries them through
-chapters 1 to 4, and asks the run's network about all that are annotated. The tables that it has to beat are fitted on
-the run's own training patients, as in chapter 6. Prints Markdown; `--append FILE` makes it the part `strangers` there.
+chapters 1 to 4 with the run's parameters, and asks the run's network about all that are used and annotated. The tables
+that it has to beat are fitted on the run's own training patients, as in chapter 6. Prints Markdown, which becomes the
+part `strangers` of a file given with `--append`.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from lungct import course, evaluation, labels, runs, training, volumes
 FOUND = {"sensitivity_at_1": "sensitivity at 1 false positive per scan", "cpm": "CPM",
          "sensitivity_at_threshold": "sensitivity at the threshold that the run's validation chose",
          "false_positives_at_threshold": "false positives per scan at that threshold"}
+SAME = ("min_slices", "max_gap", "min_overlap", "grid_size", "grid_spacing_mm", "class_e")  # as in the run
 
 
 @dataclass
 class Cohort:
-    """What chapters 2 to 4 say of a run's patients, whose names begin with `prefix`, and its volumes when asked for."""
+    """The tables of a run, whose patients get names that begin with `prefix`."""
 
     run: Path
     prefix: str = ""
@@ -39,92 +41,116 @@ class Cohort:
     def labels(self) -> pd.DataFrame:
         return self.load("04_check_labels", "labels")
 
-    def features(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """One row a patient: what the tables know, and the scanner's settings."""
+    @property
+    def lesions(self) -> pd.DataFrame:
+        return self.load("02_parse_annotations", "lesions")
+
+    @property
+    def accepted(self) -> pd.DataFrame:
         cohort = self.load("03_build_volumes", "cohort")
-        cohort = cohort[cohort["status"] == "accepted"]
-        lesions, clinical = (self.load("02_parse_annotations", name) for name in ("lesions", "clinical"))
-        return labels.tabular_features(lesions, cohort, clinical), cohort
+        return cohort[cohort["status"] == "accepted"]
+
+    def features(self) -> pd.DataFrame:
+        """One row a patient: what the tables know."""
+        return labels.tabular_features(self.lesions, self.accepted, self.load("02_parse_annotations", "clinical"))
 
 
-def first_chapters(folder: Path, patients: int, seed: int) -> None:
-    planned = course.plan_course(str(folder), {"phantom_patients": str(patients), "seed": str(seed)})
+@dataclass
+class Asked:
+    """Annotated stacks of a cohort, and what the network saw in each."""
+
+    cohort: Cohort
+    stacks: pd.DataFrame
+    seen: list
+
+    def detections(self) -> pd.DataFrame:
+        return evaluation.detection_table(self.stacks, [(scan.boxes_zyx, scan.scores) for scan in self.seen])
+
+
+def check(run: Path, seed: int) -> None:
+    """Find out at once what would be found out after minutes."""
+    runs.check_finished(run, runs.CHAPTERS[:5])
+    first = runs.load_manifest(run, runs.CHAPTERS[0])
+    if first["inputs"]["dicom_path"]["path"]:
+        raise runs.InputError(f"{run} is no run on phantoms: strangers would be of another kind")
+    if first["seed"] == seed:
+        raise runs.InputError(f"{run} has seed {seed} itself, its phantoms would be no strangers: give another --seed")
+
+
+def first_chapters(run: Path, folder: Path, patients: int, seed: int) -> None:
+    """Chapters 1 to 4 on phantoms of another seed, with the run's parameters."""
+    used = {}
+    for name in runs.CHAPTERS[:4]:
+        used |= runs.load_manifest(run, name)["parameters"]
+    wanted = {name: str(used[name]) for name in SAME} | {"phantom_patients": str(patients), "seed": str(seed)}
+    planned = course.plan_course(str(folder), wanted)
     for name in runs.CHAPTERS[:4]:
         executed = folder / "notebooks" / f"{name}.ipynb"
         course.run_chapter(planned.notebooks / f"{name}.ipynb", executed, planned.parameters(name), course.Progress())
 
 
-def asked(model: Path, cohort: Cohort) -> tuple[pd.DataFrame, list, dict]:
-    """(used and annotated stacks, what the network saw in each, the model's side-car)."""
-    network, side_car = training.load_model(model)
+def ask(model: tuple, cohort: Cohort, roles: tuple[str, ...]) -> Asked:
+    network, side_car = model
     known = cohort.labels
-    if (classes := labels.class_names(known)) != side_car["classes"]:
-        raise SystemExit(f"strangers have subtypes {classes}, the network knows {side_car['classes']}: more patients")
-    known = known[known["role"].isin(labels.ROLES) & (known["lesions"] > 0)].sort_values("stack_id")
+    known = known[known["role"].isin(roles) & (known["lesions"] > 0)].sort_values("stack_id")
     data = volumes.load_cohort(cohort.run / "03_build_volumes", known["stack_id"], pet="pet" in side_car["inputs"])
-    facts = known[["stack_id", "patient_id", "target", "lesions", "role"]].reset_index(drop=True)
-    seen = training.predict(network, data.ct_hu, pet_suv=data.pet_suv)
-    return facts.assign(affine=data.table["affine"]), seen, side_car
+    stacks = known[["stack_id", "patient_id", "target", "lesions", "role"]].reset_index(drop=True)
+    return Asked(cohort, stacks.assign(affine=data.table["affine"]),
+                 training.predict(network, data.ct_hu, pet_suv=data.pet_suv))
 
 
-def detection(model: Path, own: Cohort, strangers: Cohort) -> tuple[dict, int]:
-    """Estimates of the detector on strangers, and how many lesions they have; the threshold is that of the run."""
-    scored, lesions = {}, {}
-    for name, cohort in (("own", own), ("strangers", strangers)):
-        stacks, seen, _ = asked(model, cohort)
-        stacks = stacks[stacks["role"] == "validation"] if name == "own" else stacks
-        lesions[name] = cohort.load("02_parse_annotations", "lesions")
-        boxes = evaluation.detection_table(stacks, [(seen[i].boxes_zyx, seen[i].scores) for i in stacks.index])
-        scored[name] = evaluation.score_rules(boxes, lesions[name], stacks)["centre"]
-        proposals, scans = {"network": boxes}, stacks
-    metrics, _, _ = evaluation.compare_detections(proposals, lesions["strangers"], scans)
-    threshold = evaluation.operating_threshold(scored["own"])
+def detection(validation: Asked, strangers: Asked) -> dict:
+    """Estimates of the detector on strangers; the threshold is the one that the run's validation patients choose."""
+    lesions = strangers.cohort.lesions
+    metrics, _, scored = evaluation.compare_detections({"network": strangers.detections()}, lesions, strangers.stacks)
+    chosen = evaluation.score_scans(validation.detections(), validation.cohort.lesions, validation.stacks)
     found = {name: metrics.get(f"detection/network/{name}") for name in FOUND}
-    count = int(lesions["strangers"]["stack_id"].isin(scans["stack_id"]).sum())
-    return found | evaluation.at_threshold(scored["strangers"], threshold), count
+    return found | evaluation.at_threshold(scored["network"]["centre"], evaluation.operating_threshold(chosen))
 
 
-def subtypes(model: Path, own: Cohort, strangers: Cohort) -> tuple[dict, list[str]]:
-    """Estimates of the network and of each table on the strangers, and the names of the tables."""
-    stacks, seen, side_car = asked(model, strangers)
-    classes = side_car["classes"]
-    probabilities = np.array([scan.probabilities for scan in seen])
-    by_scan = evaluation.prediction_table(stacks, np.zeros(len(stacks)), probabilities, classes)
+def subtypes(classes: list[str], own: Cohort, strangers: Asked) -> tuple[dict, list[str], str]:
+    """Estimates of the network and of each table on strangers, the names of the tables, and the classes averaged."""
+    probabilities = np.array([scan.probabilities for scan in strangers.seen])
+    by_scan = evaluation.prediction_table(strangers.stacks, np.zeros(len(probabilities)), probabilities, classes)
     ours = evaluation.patient_probabilities(by_scan[by_scan["subtype"].notna()], classes)
     truth = ours["subtype"].map({name: k for k, name in enumerate(classes)}).to_numpy(int)
-    columns = [f"p_{name}" for name in classes]
-    trained = own.labels
-    pairs = [cohort.features() for cohort in (own, strangers)]
-    features = pd.concat([features for features, _ in pairs])
-    settings = evaluation.acquisition_features(pd.concat([cohort for _, cohort in pairs], ignore_index=True))
+    columns, trained = [f"p_{name}" for name in classes], own.labels
+    features = pd.concat([own.features(), strangers.cohort.features()])
+    settings = evaluation.acquisition_features(own.accepted)
+    theirs = evaluation.acquisition_features(strangers.cohort.accepted).reindex(columns=settings.columns, fill_value=0)
 
     def answered(rows, used):
         return labels.baseline_probabilities(rows, trained, used)[columns].reindex(ours["patient_id"]).to_numpy(float)
 
     tables = {f"tabular_{name.replace(' + ', '_')}": answered(features, list(used))
               for name, used in labels.FEATURE_SETS.items() if set(used) <= set(features)}
-    tables["acquisition"] = answered(settings, list(settings))
+    tables["acquisition"] = answered(pd.concat([settings, theirs]), list(settings))
     answers = {"network": ours[columns].to_numpy(float)} | tables
     metrics, _ = evaluation.compare_subtypes(answers, truth, classes, ours["patient_id"])
-    return metrics, list(tables)
+    averaged = ", ".join(classes[k] for k in evaluation.averaged_classes(truth, len(classes)))
+    return metrics, list(tables), averaged
 
 
-def sections(run: Path, folder: Path, patients: int, seed: int) -> str:
-    own, strangers, model = Cohort(run), Cohort(folder, "S-"), run / "05_train_3d_cnn"
-    found, lesions = detection(model, own, strangers)
-    named, tables = subtypes(model, own, strangers)
-    scans = strangers.labels.query("lesions > 0 and role in @labels.ROLES")
-    what = (f"{scans['patient_id'].nunique()} of {patients} phantoms of seed {seed}, {len(scans)} scans, "
-            f"{lesions} lesions; the network of {run.name}. All are phantom numbers.")
-    rows = [(text, found[name]) for name, text in FOUND.items()]
-    one = table("Tumours found in strangers", "what | estimate", [(text, str(value)) for text, value in rows], what)
-    both = ("balanced_accuracy", "auc_macro")
-    lines = [(f"network less {name.replace('_', ' ')}",
-              *(str(named[f"subtype/network_minus_{name}/{metric}"]) for metric in both)) for name in tables]
-    lines = [(name.replace("_", " "), *(str(named[f"subtype/{name}/{metric}"]) for metric in both))
-             for name in ("network", *tables)] + lines
-    two = table("Subtypes of strangers", "model | balanced accuracy | mean AUC", lines)
-    return f"{datetime.date.today()}\n\n{one}\n{two}"
+def sections(run: Path, folder: Path, model: tuple, seed: int) -> str:
+    own, others, classes = Cohort(run), Cohort(folder, "S-"), model[1]["classes"]
+    strangers = ask(model, others, labels.ROLES)
+    found = detection(ask(model, own, ("validation",)), strangers)
+    stacks = strangers.stacks
+    what = (f"{stacks['patient_id'].nunique()} phantoms of seed {seed}, {len(stacks)} scans, {stacks['lesions'].sum()} "
+            f"lesions; the network of {run.name}. All are phantom numbers.")
+    parts = [f"{datetime.date.today()}\n",
+             table("Tumours found in strangers", "what | estimate", [(text, str(found[name])) for name, text in
+                                                                   FOUND.items()], what)]
+    if classes == labels.class_names(others.labels):
+        named, tables, averaged = subtypes(classes, own, strangers)
+        rows = [(title, *(str(named[f"subtype/{name}/{metric}"]) for metric in ("balanced_accuracy", "auc_macro")))
+                for title, name in [(name.replace("_", " "), name) for name in ("network", *tables)] +
+                [(f"network less {name.replace('_', ' ')}", f"network_minus_{name}") for name in tables]]
+        parts.append(table("Subtypes of strangers", "model | balanced accuracy | mean AUC", rows,
+                           f"Means over {averaged}. Tables are fitted on the training patients of {run.name}."))
+    else:
+        parts.append(f"No subtypes: the network tells {classes} apart, the strangers have others.\n")
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -134,9 +160,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the phantoms; another than the run's")
     parser.add_argument("--append", type=Path, help="Markdown file whose part `strangers` it becomes")
     wanted = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        first_chapters(Path(scratch), wanted.patients, wanted.seed)
-        text = sections(wanted.run, Path(scratch), wanted.patients, wanted.seed)
+    with course.plain_errors(str(wanted.run)), tempfile.TemporaryDirectory() as scratch:
+        run = wanted.run.absolute()
+        check(run, wanted.seed)
+        model = training.load_model(run / "05_train_3d_cnn")
+        first_chapters(run, Path(scratch), wanted.patients, wanted.seed)
+        text = sections(run, Path(scratch), model, wanted.seed)
     print(text)
     if wanted.append:
         write_part(wanted.append, "strangers", text)

@@ -171,3 +171,21 @@ def test_goals_name_what_was_reached():
     assert "step at 64^3 in float32, times plain torch: goal 1.5 or more, reached 3.00" in text
     assert "in bfloat16, times plain torch: goal 1.5 or more, reached 1.00" in text
     assert "goal 90 or more, reached 93.4" in text and "goal below 5, reached 3.2" in text
+
+
+def test_strangers_are_refused_where_they_would_be_none(tmp_path, monkeypatch):
+    import strangers
+
+    from lungct import runs
+
+    with pytest.raises(runs.InputError, match="01_explore_dicom"):
+        strangers.check(tmp_path, 1)
+    facts = {"seed": 1, "inputs": {"dicom_path": {"path": ""}}}
+    monkeypatch.setattr(strangers.runs, "check_finished", lambda *_: None)
+    monkeypatch.setattr(strangers.runs, "load_manifest", lambda *_: facts)
+    strangers.check(tmp_path, 2)
+    with pytest.raises(runs.InputError, match="has seed 1 itself"):
+        strangers.check(tmp_path, 1)
+    facts["inputs"]["dicom_path"]["path"] = "/data"
+    with pytest.raises(runs.InputError, match="no run on phantoms"):
+        strangers.check(tmp_path, 2)
