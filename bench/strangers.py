@@ -137,7 +137,7 @@ def sections(run: Path, folder: Path, model: tuple, seed: int) -> str:
     found = detection(ask(model, own, ("validation",)), strangers)
     stacks = strangers.stacks
     what = (f"{stacks['patient_id'].nunique()} phantoms of seed {seed}, {len(stacks)} scans, {stacks['lesions'].sum()} "
-            f"lesions; the network of {run.name}. All are phantom numbers.")
+            f"lesions; the network of the run `{run.name}`. All are phantom numbers.")
     parts = [f"{datetime.date.today()}\n",
              table("Tumours found in strangers", "what | estimate", [(text, str(found[name])) for name, text in
                                                                    FOUND.items()], what)]
@@ -147,7 +147,7 @@ def sections(run: Path, folder: Path, model: tuple, seed: int) -> str:
                 for title, name in [(name.replace("_", " "), name) for name in ("network", *tables)] +
                 [(f"network less {name.replace('_', ' ')}", f"network_minus_{name}") for name in tables]]
         parts.append(table("Subtypes of strangers", "model | balanced accuracy | mean AUC", rows,
-                           f"Means over {averaged}. Tables are fitted on the training patients of {run.name}."))
+                           f"Means over {averaged}. Tables are fitted on the training patients of that run."))
     else:
         parts.append(f"No subtypes: the network tells {classes} apart, the strangers have others.\n")
     return "\n".join(parts)
