@@ -60,9 +60,18 @@ def ratio(other: float | None, ours: float) -> float | None:
     return other / ours if other else None
 
 
+def processor() -> str:
+    """Its kind and the width of its registers, on which the speed of training depends, as far as they are known."""
+    told = Path("/proc/cpuinfo")
+    text = told.read_text(encoding="utf-8") if told.is_file() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    wide = next((wide for flag, wide in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if f" {flag} " in text), "")
+    return ", ".join(filter(None, (platform.machine(), name and name[1].strip(), wide)))
+
+
 def today_here(what: str) -> str:
     """The first line of a part: the day, the machine, and what was measured."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return f"{datetime.date.today()}; {machine}; {what}\n"
 
 
