@@ -80,7 +80,7 @@ def folder_table(series: Series, medians: dict[str, float | None]) -> str:
 
 
 def folder_goals(medians: dict[str, float | None]) -> list[str]:
-    """The goals for the path that the peers go, too; and how the whole build stands to them."""
+    """The goals twice: for the path that the peers go, and for the whole build."""
     def goals(name, what):
         ours = medians[name]
         return [goal(f"MONAI default, in times of {what}", "200 or more", ratio(medians[DEFAULT], ours)),

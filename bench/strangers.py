@@ -9,14 +9,13 @@ part `strangers` of a file given with `--append`.
 """
 
 import argparse
-import datetime
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import table, write_part
+from common import table, today_here, write_part
 
 from lungct import course, evaluation, labels, runs, training, volumes
 
@@ -131,26 +130,26 @@ def subtypes(classes: list[str], own: Cohort, strangers: Asked) -> tuple[dict, l
     return metrics, list(tables), averaged
 
 
+def subtype_table(classes: list[str], own: Cohort, strangers: Asked) -> str:
+    named, tables, averaged = subtypes(classes, own, strangers)
+    spoken = {name: name.replace("_", " ") for name in ("network", *tables)}
+    spoken |= {f"network_minus_{name}": f"network less {spoken[name]}" for name in tables}
+    rows = [(title, *(str(named[f"subtype/{name}/{metric}"]) for metric in ("balanced_accuracy", "auc_macro")))
+            for name, title in spoken.items()]
+    return table("Subtypes of strangers", "model | balanced accuracy | mean AUC", rows,
+                 f"Means over {averaged}. Tables are fitted on the training patients of that run.")
+
+
 def sections(run: Path, folder: Path, model: tuple, seed: int) -> str:
     own, others, classes = Cohort(run), Cohort(folder, "S-"), model[1]["classes"]
     strangers = ask(model, others, labels.ROLES)
-    found = detection(ask(model, own, ("validation",)), strangers)
-    stacks = strangers.stacks
+    found, stacks = detection(ask(model, own, ("validation",)), strangers), strangers.stacks
     what = (f"{stacks['patient_id'].nunique()} phantoms of seed {seed}, {len(stacks)} scans, {stacks['lesions'].sum()} "
             f"lesions; the network of the run `{run.name}`. All are phantom numbers.")
-    parts = [f"{datetime.date.today()}\n",
-             table("Tumours found in strangers", "what | estimate", [(text, str(found[name])) for name, text in
-                                                                   FOUND.items()], what)]
-    if classes == labels.class_names(others.labels):
-        named, tables, averaged = subtypes(classes, own, strangers)
-        rows = [(title, *(str(named[f"subtype/{name}/{metric}"]) for metric in ("balanced_accuracy", "auc_macro")))
-                for title, name in [(name.replace("_", " "), name) for name in ("network", *tables)] +
-                [(f"network less {name.replace('_', ' ')}", f"network_minus_{name}") for name in tables]]
-        parts.append(table("Subtypes of strangers", "model | balanced accuracy | mean AUC", rows,
-                           f"Means over {averaged}. Tables are fitted on the training patients of that run."))
-    else:
-        parts.append(f"No subtypes: the network tells {classes} apart, the strangers have others.\n")
-    return "\n".join(parts)
+    rows = [(text, str(found[name])) for name, text in FOUND.items()]
+    known = classes == labels.class_names(others.labels)
+    named = subtype_table(classes, own, strangers) if known else "No subtypes: the network tells others apart.\n"
+    return "\n".join([today_here(what), table("Tumours found in strangers", "what | estimate", rows), named])
 
 
 def main() -> None:

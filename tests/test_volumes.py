@@ -169,7 +169,7 @@ def overlaps(n, first, step, targets):
 def test_spans_are_the_overlaps(n, step, first, backwards):
     step = -step if backwards else step
     spans = axis_spans(n, first, step, 7)
-    assert np.allclose(spans.matrix(n), overlaps(n, first, step, 7), atol=1e-6)
+    assert np.allclose(spans.matrix(n), overlaps(n, first, step, 7), rtol=1e-7, atol=1e-7)
     some = spans.first <= spans.last
     assert (spans.shares >= 0).all() and not spans.shares[~some].any()
     assert not spans.shares[spans.first == spans.last, 2].any()
