@@ -756,7 +756,7 @@ def crossval(
         from lungct import crossval as cross
         from lungct import report
 
-        course = plan_course(run_dir, dict(_pairs(p or [])))
+        course = plan_course(run_dir, check_paths(dict(_pairs(p or []))))
         places = cross.make_folds(course.run_dir, folds)
         run_folds(course, places, min(workers, folds), scheduler, Lines().line)
         asked = fold_parameters(course, places[0])["06_evaluate"]

@@ -44,6 +44,7 @@ def training_step(xla: bool, precision: str, size: int = 32) -> str:
 
     Run it in a process you can afford to lose: a mismatch of driver, CUDA and cuDNN kills the process.
     """
+    runs.fast_convolutions()
     import keras
     import numpy as np
 
@@ -78,7 +79,7 @@ class Trial:
 def try_step(xla: bool, precision: str, command: Sequence[str] | None = None) -> Trial:
     """Make one training step in a separate process; its death is a result, not an error."""
     code = f"from lungct.doctor import training_step; print(training_step({xla}, {precision!r}))"
-    environment = {"TF_ENABLE_ONEDNN_OPTS": "1", **os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}   # the first as in training
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     try:
         done = subprocess.run(command or [sys.executable, "-c", code], capture_output=True, text=True,
                               timeout=STEP_SECONDS, env=environment)

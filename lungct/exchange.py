@@ -93,9 +93,10 @@ def _coco_image(number: int, row: Mapping) -> dict:
 
 
 def _coco_box(number: int, row: Mapping) -> dict:
-    wide, high = int(row["xmax"] - row["xmin"]), int(row["ymax"] - row["ymin"])
+    left, top, right, bottom = (int(row[edge]) if row[edge] % 1 == 0 else float(row[edge]) for edge in EDGES)
+    wide, high = right - left, bottom - top
     return {"id": number, "image_id": int(row["image_id"]), "category_id": CATEGORIES[row["subtype"]],
-            "bbox": [int(row["xmin"]), int(row["ymin"]), wide, high], "area": wide * high, "iscrowd": 0,
+            "bbox": [left, top, wide, high], "area": wide * high, "iscrowd": 0,
             "lesion_id": row["lesion_id"]}
 
 # %% ../nbs/appendix/exchange.ipynb #046a4d18

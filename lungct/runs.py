@@ -6,7 +6,7 @@
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
            'project_path', 'atomic', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value',
            'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'input_path', 'code_hash',
-           'package_versions', 'stale']
+           'package_versions', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -454,6 +454,15 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "absent"
+
+# %% ../nbs/appendix/runs.ipynb #d3c63337
+def fast_convolutions() -> None:
+    """Switch on oneDNN's convolutions for TensorFlow, which asks once, when it is imported.
+
+    It leaves them off where the processor has no instructions for neural networks, and a step then takes four times as
+    long (chapter 5). What the environment says already stays.
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 # %% ../nbs/appendix/runs.ipynb #0c4a0931
 def stale(run_dir: str | os.PathLike, name: str, parameters: Mapping) -> list[str]:

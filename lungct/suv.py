@@ -123,6 +123,13 @@ def _refuse_offset(header: Mapping, column: str) -> None:
     if re.search("[+-]", str(header[column])):
         raise SuvError(f"{_name(column)} is {header[column]}, and nothing confirms its offset from UTC: no SUV")
 
+
+def _no_time(header: Mapping, *columns: str) -> SuvError:
+    """What to raise where none of these columns tells a time: it is written wrongly, or missing."""
+    wrong = [f"{_name(column)} is {header[column]}, expected a time" for column in columns
+             if _given(header, column) is not None]
+    return SuvError(f"{' and '.join(wrong) or _name(columns[0]) + ' is missing'}: no SUV")
+
 # %% ../nbs/appendix/suv.ipynb #ade2753e
 DAY_S = 86400
 UNRELATED_DAYS = 31             # dates further apart than this are not of one calendar
@@ -151,7 +158,7 @@ def _injection(header: Mapping) -> tuple[_Moment, str]:
         raise SuvError(f"{_name('injection_datetime')} is {header['injection_datetime']} and {_name('injection_time')} "
                        f"is {header['injection_time']}: no SUV")
     if not (whole or bare):
-        raise SuvError(f"{_name('injection_time')} is missing: no SUV")
+        raise _no_time(header, "injection_time", "injection_datetime")
     if whole and not bare:
         _refuse_offset(header, "injection_datetime")
     return (whole, "injection_datetime") if whole else (bare, "injection_time")
@@ -186,7 +193,7 @@ def _scan_start(headers: Sequence[Mapping]) -> _Moment:
     if start and first:
         _check_lead(headers[0], column, start, first)
     if not (start or first):
-        raise SuvError(f"{_name('series_time')} is missing: no SUV")
+        raise _no_time(headers[0], "series_time", "acquisition_time")
     return start or first
 
 # %% ../nbs/appendix/suv.ipynb #74207073
@@ -225,7 +232,7 @@ def _own_uptake_s(header: Mapping) -> float:
     """Seconds from the injection to the time that one uncorrected image stands for."""
     begin = _moment(header, "acquisition_time", "acquisition_date")
     if begin is None:
-        raise SuvError(f"{_name('acquisition_time')} is missing: no SUV")
+        raise _no_time(header, "acquisition_time")
     duration_s = _number(header, "frame_duration_ms") / 1000
     return _uptake_s(header, begin) + _mean_activity_s(duration_s, _number(header, "half_life_s"))
 

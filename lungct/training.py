@@ -63,7 +63,7 @@ def _remarks_to_log() -> Iterator[None]:
 # each network is traced once, and this course has several in one process; TensorFlow takes that for a mistake
 logging.getLogger("tensorflow").addFilter(lambda record: "function retracing" not in record.getMessage())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or the first tensor reports that there is no GPU
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # oneDNN's convolutions, where it would leave them off, too
+runs.fast_convolutions()
 with _remarks_to_log():
     import keras
     from keras import layers, ops

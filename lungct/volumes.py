@@ -157,8 +157,8 @@ def _numbers(slices: Sequence[np.ndarray] | dicom.OpenStack, k: int,
 ALIGNED_MM = 0.1  # axes that drift apart by no more than this across the whole target count as parallel
 
 
-def _aligned_weights(source_zyx: Sequence[int], affine: np.ndarray, to_source: np.ndarray, shape_zyx: Sequence[int]):
-    """(weights per source axis, target axis of each source axis), or None when the axes are not parallel."""
+def _aligned_spans(source_zyx: Sequence[int], affine: np.ndarray, to_source: np.ndarray, shape_zyx: Sequence[int]):
+    """(spans per source axis, target axis of each source axis), or None when the axes are not parallel."""
     shape_xyz = np.array(shape_zyx[::-1])
     reach_mm = abs(to_source[:3, :3]) * np.linalg.norm(affine[:3, :3], axis=0)[:, None]
     source_of = reach_mm.argmax(axis=0)
@@ -166,20 +166,20 @@ def _aligned_weights(source_zyx: Sequence[int], affine: np.ndarray, to_source: n
     if sorted(source_of) != [0, 1, 2] or drift_mm.max() > ALIGNED_MM:
         return None
     middle = (to_source @ np.append((shape_xyz - 1) / 2, 1.0))[:3] + 0.5
-    weights, target_of = [None] * 3, [0] * 3
+    spans, target_of = [None] * 3, [0] * 3
     for target, source in enumerate(source_of):
         step, n = to_source[source, target], shape_xyz[target]
-        weights[2 - source] = axis_spans(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
+        spans[2 - source] = axis_spans(source_zyx[2 - source], middle[source] - step * n / 2, step, n)
         target_of[2 - source] = 2 - target
-    return weights, target_of
+    return spans, target_of
 
 # %% ../nbs/03_build_volumes.ipynb #921f026b
 def _resample_oblique(values_zyx: np.ndarray, affine: np.ndarray, to_source: np.ndarray, step_mm: float,
                       shape_zyx: Sequence[int], outside: float) -> np.ndarray:
     """Average to half of `step_mm` along the source's axes, then the mean of 2x2x2 linear samples a voxel."""
     shrink = np.maximum(1, step_mm / 2 / np.linalg.norm(affine[:3, :3], axis=0))
-    weights = [axis_spans(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
-    smooth = _weigh(values_zyx, weights, outside) - np.float32(outside)
+    spans = [axis_spans(n, 0, s, int(np.ceil(n / s))) for n, s in zip(values_zyx.shape, shrink[::-1], strict=True)]
+    smooth = _weigh(values_zyx, spans, outside) - np.float32(outside)
     to_smooth = np.diag([*(1 / shrink), 1.0])
     to_smooth[:3, 3] = 0.5 / shrink - 0.5
     from_half = np.diag([0.5, 0.5, 0.5, 1.0])
@@ -208,12 +208,12 @@ def resample_area(values_zyx: np.ndarray | dicom.OpenStack, affine: np.ndarray, 
     Other directions: averaged to half the target's spacing, then eight linear samples a voxel.
     """
     to_source = np.linalg.inv(affine) @ target_affine
-    parallel = _aligned_weights(values_zyx.shape, affine, to_source, shape_zyx)
+    parallel = _aligned_spans(values_zyx.shape, affine, to_source, shape_zyx)
     if parallel is None:
         step_mm = np.linalg.norm(target_affine[:3, :3], axis=0).max()
         return _resample_oblique(values_zyx, affine, to_source, step_mm, shape_zyx, outside)
-    weights, target_of = parallel
-    return np.ascontiguousarray(_weigh(values_zyx, weights, outside).transpose(np.argsort(target_of)))
+    spans, target_of = parallel
+    return np.ascontiguousarray(_weigh(values_zyx, spans, outside).transpose(np.argsort(target_of)))
 
 # %% ../nbs/03_build_volumes.ipynb #de80dcbd
 def _lattice(affine: np.ndarray, shape_zyx: Sequence[int], spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
@@ -891,7 +891,7 @@ def load_cohort(folder: str | os.PathLike, stack_ids: Sequence[str] | None = Non
     """
     table = runs.load_table(Path(folder) / "cohort.parquet")
     table = table[table.status == "accepted"].set_index("stack_id", drop=False).rename_axis(None)
-    wanted = list(table.index if stack_ids is None else stack_ids)
+    wanted = [stack_ids] if isinstance(stack_ids, str) else list(table.index if stack_ids is None else stack_ids)
     if missing := sorted(set(wanted) - set(table.index)):
         raise KeyError(f"{len(missing)} of {len(wanted)} stacks have no volume in {folder}: {', '.join(missing[:3])}")
     table = table.loc[wanted].reset_index(drop=True)

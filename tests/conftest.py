@@ -12,7 +12,9 @@ REAL = os.environ.get("LUNGCT_REAL_DATA", "")
 def pytest_configure(config):
     # one place for thread limits: two test processes with default BLAS threads are slower than one
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as lungct.training sets it, where a test imports keras first
+    from lungct import runs  # imports NumPy, which asks for the limit
+
+    runs.fast_convolutions()  # as in lungct.training, where a test imports keras first
     # as a script's background job they would ignore Ctrl-C, and so would the runs that tests interrupt
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -323,6 +323,7 @@ LONG = "x" * 300
     (["run", "-p", "--run-dir", "x"], "lungct: -p lacks its value: write -p NAME VALUE"),
     (["run", "-p", "--run-dir=x"], "lungct: -p lacks its value"),
     (["run", "-p", "real_tables", "/nowhere"], "lungct: real_tables /nowhere is not a folder"),
+    (["crossval", "-p", "real_tables", "/nowhere"], "lungct: real_tables /nowhere is not a folder"),
     (["run", "-p", "crashes", "[]"], "parameter crashes is not for -p: the runner fills it in"),
     (["run", "-p", "run_dir", "x"], "parameter run_dir is not for -p: use the option --run-dir"),
     (["run", "--dicom-path", LONG, "--annotation-path", "x"], "(File name too long)"),

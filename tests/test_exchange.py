@@ -75,6 +75,15 @@ def test_coco_by_hand():
     assert [row["id"] for row in document["categories"]] == [1, 2, 3, 4]
 
 
+def test_fractions_of_pixels_survive_coco():
+    """Boxes that came from another tool's COCO may have them."""
+    boxes = boxes_of((2, "G", 10.5, 20.0, 30.75, 60.0))
+    (told,) = through_json(ex.to_coco(boxes, slices()))["annotations"]
+    assert told["bbox"] == [10.5, 20, 20.25, 40] and told["area"] == 810
+    back, _ = ex.from_coco(ex.to_coco(boxes, slices()))
+    assert back[an.EDGES].to_numpy().tolist() == [[10.5, 20, 30.75, 60]]
+
+
 def test_pycocotools_reads_it(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
     (tmp_path / "boxes.json").write_text(json.dumps(ex.to_coco(boxes_of((0, "A", 1, 2, 5, 9), (1, "B", 1, 2, 3, 4)),

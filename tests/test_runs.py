@@ -310,3 +310,12 @@ def test_a_notebook_shows_an_input_error_as_one_line():
     shell.user_ns["InputError"] = InputError
     shell.run_cell("raise InputError('folder x is empty: choose another')")
     assert shown == ["InputError: folder x is empty: choose another"]
+
+
+@pytest.mark.parametrize("said, left", [(None, "1"), ("0", "0")])
+def test_fast_convolutions_are_asked_for_unless_the_environment_says_otherwise(monkeypatch, said, left):
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", said)
+    runs.fast_convolutions()
+    assert os.environ.pop("TF_ENABLE_ONEDNN_OPTS") == left

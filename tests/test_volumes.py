@@ -747,6 +747,7 @@ def test_load_cohort_keeps_the_order_it_is_asked_for(source, tmp_path):
     assert np.array_equal(loaded.ct_hu[0], load_volume(tmp_path / cohort.file[4]).ct_hu)
     assert np.allclose(loaded.affines[1].ravel(), cohort.affine[1])
     assert loaded.ct_hu.shape == (2, 24, 24, 24) and [len(b) for b in loaded.boxes_zyx] == [1, 1]
+    assert list(load_cohort(tmp_path, wanted[0]).table.stack_id) == wanted[:1]      # not a list of letters
 
 
 def test_an_open_cohort_is_read_when_asked_and_checked(source, tmp_path):
