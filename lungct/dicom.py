@@ -547,7 +547,8 @@ def _duplicates(part: _Part, min_slices: int) -> str | None:
     if not same.any():
         return None
     first = part.depth_mm[:-1][same][0]
-    return f"{len(same) + 1} images at {len(same) + 1 - same.sum()} positions, the first again at {first:.1f} mm"
+    places = len(same) + 1 - same.sum()
+    return f"{len(same) + 1} images at {places} position{'s' * (places != 1)}, the first again at {first:.1f} mm"
 
 
 def _gap(part: _Part, min_slices: int) -> str | None:

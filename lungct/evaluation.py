@@ -1444,15 +1444,15 @@ def _words(estimate):
 def _verdict(metrics):
     """Whether the network beats every tabular baseline, in words, and the difference that this hangs on."""
     start, end = "subtype/network_minus_tabular_", "/balanced_accuracy"
-    minus = {name.removeprefix(start).removesuffix(end).replace("_", ", "): estimate for name, estimate
+    minus = {name.removeprefix(start).removesuffix(end).replace("_", " + "): estimate for name, estimate
              in metrics.items() if name.startswith(start) and name.endswith(end)}
     known = {name: estimate for name, estimate in minus.items() if estimate.estimable}
     if not known:
         nothing = next(iter(minus.values()), not_estimable("no tabular baseline to compare with"))
         return _words(nothing), nothing
     name, least = min(known.items(), key=lambda item: item[1].low)
-    words = (f"the network beats each of {len(known)}, {name} by the least" if least.low > 0 else
-             f"the network is worse than {name}" if least.high < 0 else f"not shown to beat {name}")
+    words = (f"the network beats each of {len(known)} tables, that of {name} by the least" if least.low > 0 else
+             f"{'worse than' if least.high < 0 else 'not shown to beat'} the table of {name}")
     return f"{words}: difference in balanced accuracy {least}", least
 
 # %% ../nbs/06_evaluate.ipynb #49d4ef73

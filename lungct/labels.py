@@ -493,6 +493,11 @@ def _count(n: int, noun: str) -> str:
     # "1 patient", "2 patients"
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
+
+def _numbers_in_words(counts: pd.Series) -> str:
+    # "5 A, 3 B"
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
+
 # %% ../nbs/04_check_labels.ipynb #1ad2e62b
 def example_cohort(sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, pd.DataFrame]:
     """A clean cohort of made-up tables, to break on purpose; unpack it into `audit(**tables)`.
@@ -924,7 +929,8 @@ def _missing_class(material):
         if absent:
             yield ("error" if row.sum() >= 3 else "warning",
                    f"class {subtype} ({_count(row.sum(), 'patient')}) is absent from {' and '.join(absent)}",
-                   f"patients by role: {row.to_dict()}", "split stratified by subtype, or gather more patients")
+                   f"patients by role: {_numbers_in_words(row)}",
+                   "split stratified by subtype, or gather more patients")
 
 # %% ../nbs/04_check_labels.ipynb #cbfd112a
 @check("class-balance")
@@ -933,7 +939,7 @@ def _balance(material):
     table = pd.crosstab(material.patients["subtype"], material.patients["role"])
     odd = [f"{s} in {role}" for s, row in table.iterrows() for role, n in row.items()
            if _hypergeometric(n, table.to_numpy().sum(), row.sum(), table[role].sum()) < 0.001]
-    by_role = "; ".join(f"{role}: {column.to_dict()}" for role, column in table.items())
+    by_role = "; ".join(f"{role}: {_numbers_in_words(column)}" for role, column in table.items())
     if odd:
         yield "warning", f"more or fewer than a draw explains: {_some(odd)}", by_role, "split stratified by subtype"
     else:
@@ -972,10 +978,10 @@ def _too_few(material):
     n = int((table["role"] == "test").sum())
     width = float(interval_width(n))
     if width > material.promised_width:
-        by_class = table[table["role"] == "test"]["subtype"].value_counts().to_dict()
+        by_class = table[table["role"] == "test"]["subtype"].value_counts().sort_index()
         yield ("warning", f"with {_count(n, 'test patient')} a 95 % interval is about {width:.2f} wide, "
                f"wanted: at most {material.promised_width:.2f}",
-               f"{_count(len(table), 'labelled patient')}; test patients by class: {by_class}",
+               f"{_count(len(table), 'labelled patient')}; test patients by class: {_numbers_in_words(by_class)}",
                f"{patients_needed(material.promised_width)} test patients would do; what needs more is withheld")
 
 # %% ../nbs/04_check_labels.ipynb #ec092020

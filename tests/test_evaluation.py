@@ -844,9 +844,9 @@ def test_headline_says_phantoms_and_who_wins():
     assert all("12 phantom test patients" in text for text in sentence(0.1, 0.9).values())
     assert not any("phantom" in text for text in sentence(0.1, 0.9, phantoms=False).values())
     label = "Network against tabular baselines"
-    assert sentence(0.1, 0.9)[label].startswith("the network beats each of 2, size by the least: difference in")
-    assert sentence(-0.1, 0.9)[label].startswith("not shown to beat size")
-    assert sentence(-0.5, -0.1)[label].startswith("the network is worse than size")
+    assert sentence(0.1, 0.9)[label].startswith("the network beats each of 2 tables, that of size by the least: ")
+    assert sentence(-0.1, 0.9)[label].startswith("not shown to beat the table of size:")
+    assert sentence(-0.5, -0.1)[label].startswith("worse than the table of size:")
 
 
 def test_each_line_of_the_headline_counts_its_own_patients():

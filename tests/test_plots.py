@@ -139,7 +139,7 @@ def test_histogram(ax):
 def test_curves(ax):
     frame = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "val_loss": [2.5, 2.0], "note": ["a", "b"]})
     plots.show_curves(frame, ax, ylabel="loss")
-    assert [line.get_label() for line in ax.lines] == ["loss", "val_loss"]
+    assert [line.get_label() for line in ax.lines] == ["loss", "loss, validation"]
     assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
     with pytest.raises(ValueError, match="no column accuracy; the table has epoch, loss, val_loss, note"):
         plots.show_curves(frame, ax, columns=["accuracy"])
