@@ -15,6 +15,7 @@ __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_CO
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import combinations
@@ -26,6 +27,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 from defusedxml import DefusedXmlException, ElementTree
+from openpyxl.utils.exceptions import InvalidFileException
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
@@ -108,6 +110,7 @@ class XmlProblem(StrEnum):
     NEGATIVE = "coordinate is negative"
     SWAPPED = "corners are swapped"
     NO_XML = "folder without XML"
+    REPEATED_FOLDER = "folder already read"
 
 # %% ../nbs/02_parse_annotations.ipynb #5d9d7ba5
 EDGES = ["xmin", "ymin", "xmax", "ymax"]
@@ -195,25 +198,28 @@ def _key(path: Path, base: Path) -> dict:
     return {"file": file, "folder": folder, "patient_id": patient_of(folder), "sop_uid": name[:-len(".xml")]}
 
 
-def _walk(root: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
-    # what paths are relative to, all XML files in order, and folders without any or that could not be entered
+def _walk(root: Path) -> tuple[Path, list[Path], list[tuple[Path, str, str]]]:
+    # what paths are relative to, all XML files in order, and folders without any or that were not entered
     if root.is_file():
         return root.parent.parent, [root], []
     files, odd = [], []
 
     def refused(error):
-        odd.append((Path(error.filename), str(error.strerror)))
+        odd.append((Path(error.filename), XmlProblem.UNREADABLE, str(error.strerror)))
 
-    seen = set()
-    for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
-        if _again(folder, seen):
-            below.clear()
-            continue
-        found = [Path(folder, name) for name in names if name.lower().endswith(".xml")]
-        files += found
-        if not found and not below:
-            odd.append((Path(folder), ""))
-    base = root.parent if any(file.parent == root for file in files) else root
+    seen, waiting = set(), [root]
+    while waiting:                                             # links wait, so that a folder keeps its own name
+        for folder, below, names in os.walk(waiting.pop(0), onerror=refused):
+            if _again(folder, seen):
+                odd.append((Path(folder), XmlProblem.REPEATED_FOLDER, "a link leads to it"))
+                below.clear()
+                continue
+            waiting += sorted(path for name in below if (path := Path(folder, name)).is_symlink())
+            found = [Path(folder, name) for name in names if name.lower().endswith(".xml")]
+            files += found
+            if not found and not below:
+                odd.append((Path(folder), XmlProblem.NO_XML, ""))
+    base = root.parent if not files or any(file.parent == root for file in files) else root
     return base, sorted(files), sorted(odd)
 
 # %% ../nbs/02_parse_annotations.ipynb #490ec84b
@@ -267,8 +273,7 @@ def read_annotations(root: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFram
     return _table(rows, BOX_COLUMNS), _table(problems, PROBLEM_COLUMNS)
 
 # %% ../nbs/02_parse_annotations.ipynb #da86d1bd
-def _odd_folder(folder: Path, detail: str, base: Path) -> dict:
-    reason = XmlProblem.UNREADABLE if detail else XmlProblem.NO_XML
+def _odd_folder(folder: Path, reason: XmlProblem, detail: str, base: Path) -> dict:
     key = _key(folder / ".xml", base)
     return {**key, "file": key["file"].removesuffix("/.xml"), "sop_uid": None, "reason": reason.value, "detail": detail}
 
@@ -756,13 +761,16 @@ def read_clinical(path: str | os.PathLike, patients: Container[str] = ()) -> pd.
         If the file is no spreadsheet or lacks a column.
     """
     try:
-        sheet = pd.read_excel(path, dtype=object)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise runs.InputError(f"clinical table {path} cannot be read as .xlsx: {error}") from None
+        sheet = pd.read_excel(path, dtype=object, engine="openpyxl")
+    except (OSError, ValueError, KeyError, SyntaxError, BadZipFile, zlib.error, InvalidFileException) as error:
+        raise runs.InputError(f"clinical table {path} cannot be read as .xlsx, without a password: {error}") from None
     sheet = sheet.rename(columns=lambda name: CLINICAL_HEADERS.get(_plain(name).lower(), name))
     missing = [name for name, column in CLINICAL_HEADERS.items() if column not in sheet.columns]
     if missing:
         raise runs.InputError(f"clinical table {path} has no column {', '.join(missing)}")
+    if not sheet.columns.is_unique:
+        twice = ", ".join(map(str, sheet.columns[sheet.columns.duplicated()]))
+        raise runs.InputError(f"clinical table {path} has two columns that mean {twice}: remove one")
     rows = [_clinical_row(row, patients) for row in sheet.to_dict("records") if _plain(row["patient_id"])]
     frame = _table(rows, CLINICAL_COLUMNS).sort_values("patient_id", kind="stable", ignore_index=True)
     frame.loc[frame.duplicated("patient_id", keep=False), "notes"] += "; patient listed more than once, first kept"

@@ -8,7 +8,7 @@ __all__ = ['FILLED_IN', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', 'DISK_FULL', 'RES
            'check_folder', 'check_writable', 'reasons_to_run', 'code_of', 'Lines', 'Progress', 'ticking',
            'ChapterFailed', 'DeviceDied', 'run_chapter', 'run_on', 'Course', 'plan_course', 'run_course',
            'plain_errors', 'run', 'check_paths', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download',
-           'doctor', 'fold_parameters', 'Quiet', 'run_fold', 'run_folds', 'crossval', 'main']
+           'doctor', 'fold_parameters', 'check_fold_parameters', 'Quiet', 'run_fold', 'run_folds', 'crossval', 'main']
 
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
@@ -84,7 +84,7 @@ def parse_parameter(name: str, text: str, default: object) -> object:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
@@ -645,8 +645,8 @@ def predict(
 ) -> None:
     """Find tumour candidates in CT series with a trained model. Not for clinical use."""
     with plain_errors(out):
-        check_folder("folder", folder)
-        file = Path(model, "model.keras") if Path(model).is_dir() else Path(model)
+        folder, file = check_folder("folder", folder), Path(model).expanduser()
+        file = file / "model.keras" if file.is_dir() else file
         if not file.is_file():
             raise runs.InputError(f"--model {file} is not a file: train one with lungct run")
         target = check_writable("--out", out)
@@ -688,6 +688,15 @@ def fold_parameters(course: Course, place: Path) -> dict[str, dict]:
         held = {**manifest["parameters"], "seed": manifest["seed"]} if manifest else {}
         chosen[name] = {**course.parameters(name), **held, **course.asked(name), "run_dir": str(place)}
     return chosen
+
+
+def check_fold_parameters(course: Course, asked: Mapping[str, str]) -> None:
+    """InputError for a parameter that chapters 5 and 6 do not know: the earlier ones are those of the run."""
+    known = {name for chapter in FOLD_CHAPTERS for name in course.parameters(chapter)}
+    for name in asked:
+        if name not in known:
+            remedy = "use the option --folds" if name == "folds" else "give it to lungct run, or leave it out"
+            raise runs.InputError(f"parameter {name} is not for crossval, which runs chapters 5 and 6: {remedy}")
 
 # %% ../nbs/appendix/course.ipynb #130b8e63
 class Quiet(Progress):
@@ -748,7 +757,8 @@ def crossval(
     run_dir: Annotated[str, typer.Option(help="A run whose chapters 1 to 4 have finished.")] = "runs/phantom",
     folds: Annotated[int, typer.Option(min=3, help="Parts that the patients are dealt into.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Folds at the same time on this machine.")] = 1,
-    p: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="As for run; repeatable.")] = None,
+    p: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE",
+                 help="A parameter of chapter 5 or 6; repeatable.")] = None,
     scheduler: Annotated[str, typer.Option(help="Address of a dask scheduler, such as tcp://host:8786.")] = "",
 ) -> None:
     """Train and evaluate once for each fold of a run's patients; every patient tests once."""
@@ -756,7 +766,9 @@ def crossval(
         from lungct import crossval as cross
         from lungct import report
 
-        course = plan_course(run_dir, check_paths(dict(_pairs(p or []))))
+        given = check_paths(dict(_pairs(p or [])))
+        course = plan_course(run_dir, given)
+        check_fold_parameters(course, given)
         places = cross.make_folds(course.run_dir, folds)
         run_folds(course, places, min(workers, folds), scheduler, Lines().line)
         asked = fold_parameters(course, places[0])["06_evaluate"]

@@ -263,10 +263,19 @@ def _drop_twins(instances: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
     again = instances["sop_uid"].duplicated()
     if not again.any():
         return instances, []
-    first = instances.loc[~again, ["sop_uid", "path"]].set_index("sop_uid")["path"]
-    problems = [_problem(path, FileProblem.DUPLICATE, f"same SOP Instance UID as {first[uid]}")
-                for path, uid in instances.loc[again, ["path", "sop_uid"]].itertuples(index=False)]
+    columns = ["sop_uid", "path", "patient_id", "series_uid"]
+    named = instances[columns].fillna("")
+    first = named[~again].set_index("sop_uid")
+    problems = [_problem(twin.path, FileProblem.DUPLICATE, _told_twin(first.loc[twin.sop_uid], twin))
+                for twin in named[again].itertuples(index=False)]
     return instances[~again].reset_index(drop=True), problems
+
+
+def _told_twin(first: pd.Series, twin: tuple) -> str:
+    """Which file has the same UID, and whether it is another patient's or of another series."""
+    same = first["series_uid"] == twin.series_uid
+    other = ", of another patient" if first["patient_id"] != twin.patient_id else "" if same else ", of another series"
+    return f"same SOP Instance UID as {first['path']}{other}"
 
 # %% ../nbs/01_explore_dicom.ipynb #260ded3d
 def index_dicom(root: str | os.PathLike, workers: int | None = None,
@@ -548,7 +557,7 @@ def _duplicates(part: _Part, min_slices: int) -> str | None:
         return None
     first = part.depth_mm[:-1][same][0]
     places = len(same) + 1 - same.sum()
-    return f"{len(same) + 1} images at {places} position{'s' * (places != 1)}, the first again at {first:.1f} mm"
+    return f"{len(same) + 1} slices at {places} position{'s' if places > 1 else ''}, the first again at {first:.1f} mm"
 
 
 def _gap(part: _Part, min_slices: int) -> str | None:
@@ -744,6 +753,13 @@ def _by_time(rows: pd.DataFrame) -> list[pd.DataFrame]:
     pieces = _pieces(rows, _times(rows))
     return pieces if len(pieces) == np.bincount(_places(part.depth_mm)).max() else [rows]
 
+
+def _by_image(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """One piece for each image where all have several frames."""
+    if "instance" not in rows or not rows["instance"].duplicated(keep=False).all():
+        return [rows]
+    return _pieces(rows, pd.factorize(rows["instance"])[0])
+
 # %% ../nbs/01_explore_dicom.ipynb #64a238d3
 def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | None:
     """Rows by instance number and the number of the place of each, if the numbers are complete and unique."""
@@ -787,7 +803,7 @@ def _by_turn(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return _pieces(numbered, np.arange(len(places)) % turns) if orderly else [rows]
 
 # %% ../nbs/01_explore_dicom.ipynb #75e93f8f
-_SPLITS = (_by_place, _by_size, _by_acquisition, _by_making, _by_time, _by_pass, _by_turn)
+_SPLITS = (_by_place, _by_size, _by_acquisition, _by_making, _by_time, _by_image, _by_pass, _by_turn)
 
 
 @dataclass(frozen=True, eq=False)

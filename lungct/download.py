@@ -7,9 +7,12 @@ __all__ = ['read_manifest', 'expected_images', 'fetch_zip', 'download_series', '
 
 # %% ../nbs/appendix/download.ipynb #adf094de
 import errno
+import os
+import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,9 @@ import pandas as pd
 from . import runs
 
 # %% ../nbs/appendix/download.ipynb #43b53628
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+
+
 def read_manifest(path: str | Path) -> list[str]:
     """Series Instance UIDs of a `.tcia` manifest, in its order, each once.
 
@@ -28,13 +34,18 @@ def read_manifest(path: str | Path) -> list[str]:
     Raises
     ------
     InputError
-        There is no such file, or it names no series.
+        There is no such file, it names no series, or a line begins like a UID and is none.
     """
     path = Path(path)
     if not path.is_file():
         raise runs.InputError(f"manifest {path} is not a file: get it from the collection's page, see data/README.md")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    uids = dict.fromkeys(line for line in lines if line and set(line) <= set("0123456789."))
+    raw = path.read_bytes()
+    text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+    words = [line.strip().strip("\"',;") for line in text.splitlines()]     # as spreadsheets and editors save it
+    for number, word in enumerate(words, 1):
+        if word[:1].isdigit() and not _UID.fullmatch(word):
+            raise runs.InputError(f"manifest {path}, line {number}: {word[:80]!r} is no Series Instance UID")
+    uids = dict.fromkeys(filter(_UID.fullmatch, words))
     if not uids:
         raise runs.InputError(f"manifest {path} names no series: expected one Series Instance UID a line")
     return list(uids)
@@ -100,18 +111,19 @@ def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[st
     OSError
         It is damaged or incomplete, or could not be written.
     """
-    with tempfile.TemporaryDirectory(dir=out, prefix=".incoming-") as waiting:
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".incoming-{os.getpid()}-") as waiting:
         archive = fetch(uid, Path(waiting))
         unpacked = Path(waiting) / "unpacked"
         try:
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(unpacked)  # verifies each member's checksum
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             raise OSError(f"series {uid} arrived damaged: {error}") from None
         found = sum(1 for _ in unpacked.rglob("*.dcm"))
         if found == 0 or (images is not None and found != images):
             raise OSError(f"series {uid} has {found} images, expected {images or 'at least one'}")
-        unpacked.rename(out / uid)
+        if not (out / uid).is_dir():           # another download may have been quicker
+            unpacked.rename(out / uid)
 
 # %% ../nbs/appendix/download.ipynb #9d48a2c1
 def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable[[str, Path], Path] = fetch_zip) -> str:
@@ -133,7 +145,7 @@ def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable
     """
     if limit < 0:
         raise runs.InputError(f"limit is {limit}, expected 0 for all series, or more")
-    where = Path(manifest) if manifest else _only_manifest(Path(out))
+    where = Path(manifest).expanduser() if manifest else _only_manifest(Path(out))
     uids, images = read_manifest(where), expected_images(where.parent)
     folder = _made_ready(Path(out).absolute() / "Lung-PET-CT-Dx")
     missing = [uid for uid in uids if not (folder / uid).is_dir()]
@@ -166,6 +178,13 @@ def _only_manifest(folder: Path) -> Path:
 
 def _made_ready(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for waiting in folder.glob(".incoming-*"):     # of a download that was interrupted
-        shutil.rmtree(waiting)
+    for waiting in folder.glob(".incoming-*"):
+        if not _is_at_work(waiting.name.split("-")[1]):    # of a download that was interrupted
+            shutil.rmtree(waiting)
     return folder
+
+
+def _is_at_work(process: str) -> bool:
+    import psutil
+
+    return process.isdigit() and psutil.pid_exists(int(process))

@@ -17,8 +17,9 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import nibabel as nib
@@ -89,7 +90,7 @@ def _boxes_and_images(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: p
 def _coco_image(number: int, row: Mapping) -> dict:
     return {"id": number, "file_name": row["path"], "width": int(row["columns"]), "height": int(row["rows"]),
             "sop_uid": row["sop_uid"], "patient_id": row["patient_id"], "stack_id": row["stack_id"],
-            "slice_index": int(row["slice_index"])}
+            "slice_index": None if pd.isna(row["slice_index"]) else int(row["slice_index"])}
 
 
 def _coco_box(number: int, row: Mapping) -> dict:
@@ -289,7 +290,7 @@ def to_detection_list(lesions: pd.DataFrame, roles: Mapping[str, str] | None = N
     Parameters
     ----------
     lesions : from `join_lesions`, corners in LPS mm.
-    roles : stack_id -> "training" or "validation" (other names become lists of their own); None: all training.
+    roles : stack_id -> "training" or "validation" (another name becomes a list of its own); None: all training.
     mode : how boxes are written, one of `BOX_MODES`.
     world : of their millimetres, one of `WORLDS`.
     file_name : name of a stack's image, with `{stack_id}` in it.
@@ -297,16 +298,16 @@ def to_detection_list(lesions: pd.DataFrame, roles: Mapping[str, str] | None = N
     Raises
     ------
     InputError
-        A lesion without extent or of no subtype, a stack without a role, another mode or world.
+        A lesion without extent or of no subtype, a stack without a usable role, another mode, world or file name.
     """
-    values = _extents(lesions)
+    values, name_of = _extents(lesions), _namer(file_name)
     document = {"description": "lesions exported by lungct; not for clinical use", "box_mode": mode,
                 "world": f"{world} mm", "labels": {str(number): letter for letter, number in LABELS.items()},
                 "training": [], "validation": []}
     converted = pd.DataFrame(corners_to_mode(values, mode, world), lesions.index)
     for stack_id, mine in lesions.sort_values(["stack_id", "lesion_id"]).groupby("stack_id"):
         document.setdefault(_role(stack_id, roles), []).append({
-            "image": file_name.format(stack_id=stack_id), "box": converted.loc[mine.index].to_numpy().tolist(),
+            "image": name_of(stack_id), "box": converted.loc[mine.index].to_numpy().tolist(),
             "label": [LABELS[letter] for letter in mine["subtype"]]})
     return document
 
@@ -320,11 +321,25 @@ def _extents(lesions: pd.DataFrame) -> np.ndarray:
     return values
 
 
+_RESERVED = ("description", "box_mode", "world", "labels")
+
+
 def _role(stack_id: str, roles: Mapping[str, str] | None) -> str:
     role = "training" if roles is None else roles.get(stack_id)
-    if role is None:
-        raise InputError(f"stack {stack_id} has lesions and no role: give every stack one, or none at all")
+    if not isinstance(role, str) or role in _RESERVED:
+        raise InputError(f"stack {stack_id} has lesions and the role {role!r}: give every stack the name of a list "
+                         f"(none of {', '.join(_RESERVED)}), or give no roles at all")
     return role
+
+
+def _namer(pattern: str) -> Callable[[str], str]:
+    """From a stack_id to the name of its image."""
+    try:
+        if pattern.format(stack_id="a") != pattern.format(stack_id="b"):
+            return lambda stack_id: pattern.format(stack_id=stack_id)
+    except (KeyError, IndexError, ValueError):
+        pass
+    raise InputError(f"file_name is {pattern!r}, expected a name with {{stack_id}} in it and no other field")
 
 # %% ../nbs/appendix/exchange.ipynb #683a6578
 LESION_FIELDS = ["role", "image", "label", "subtype", *CORNERS_MM]
@@ -351,7 +366,7 @@ def from_detection_list(document: Mapping, mode: str | None = None, world: str |
             continue
         for item in items:
             corners = _corners_of(item, mode, world)
-            rows += [{"role": role, "image": item["image"], "label": label, "subtype": names.get(str(label)),
+            rows += [{"role": role, "image": item["image"], "label": label, "subtype": names.get(_as_key(label)),
                       **dict(zip(CORNERS_MM, box, strict=True))}
                      for label, box in zip(item["label"], corners.tolist(), strict=True)]
     return pd.DataFrame(rows, columns=LESION_FIELDS)
@@ -366,6 +381,8 @@ def _conventions(document: object, mode: str | None, world: str | None) -> tuple
     names = document.get("labels") or {str(number): letter for letter, number in LABELS.items()}
     if not isinstance(names, Mapping):
         raise InputError(f"labels is no object: {str(names)[:60]}")
+    if names and all(isinstance(number, Real) for number in names.values()):               # as nnU-Net writes them
+        names = {str(int(number)): name for name, number in names.items()}
     return mode, world, names
 
 # %% ../nbs/appendix/exchange.ipynb #a8dd62a8
@@ -393,6 +410,10 @@ def _corners_of(item: Mapping, mode: str, world: str) -> np.ndarray:
         raise InputError(f"{item['image']}: a box has no size in mode {mode}; was it written in another?")
     return corners
 
+
+def _as_key(label: object) -> str:
+    return str(int(label)) if isinstance(label, Real) and label == int(label) else str(label)
+
 # %% ../nbs/appendix/exchange.ipynb #de9c09c3
 def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.ndarray, dict]:
     """Lesions of one stack as nnDetection's instance map (z, y, x), uint8 or uint16, and its JSON `{"instances": ...}`.
@@ -405,9 +426,11 @@ def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.nd
     Raises
     ------
     InputError
-        A box outside the array, an overlap that would change a box, or no subtype.
+        A box outside the array, an overlap that would change a box, no subtype, or several stacks.
     """
     _check_subtypes(lesions)
+    if "stack_id" in lesions and lesions["stack_id"].nunique() > 1:
+        raise InputError(f"lesions of {lesions['stack_id'].nunique()} stacks, expected those of one: call it for each")
     lesions = lesions.sort_values("lesion_id", ignore_index=True)
     spans = lesions[["k0", "k1", "j0", "j1", "i0", "i1"]].to_numpy(int)
     if (spans[:, ::2] < 0).any() or (spans[:, 1::2] > np.asarray(shape_zyx)).any():
@@ -434,10 +457,10 @@ def from_instances(instances_zyx: np.ndarray, document: Mapping) -> pd.DataFrame
     Raises
     ------
     InputError
-        The two name different instances.
+        The two name different instances, a number is below 1, or a label is none of `LABELS`.
     """
     names = {number: letter for letter, number in LABELS.items()}
-    labels = {int(number): label for number, label in document["instances"].items()}
+    labels = _labels_of(document, names)
     present = set(np.unique(instances_zyx).tolist()) - {0}
     if present != set(labels):
         raise InputError(f"the map holds instances {sorted(present)}, its JSON names {sorted(labels)}")
@@ -446,6 +469,18 @@ def from_instances(instances_zyx: np.ndarray, document: Mapping) -> pd.DataFrame
     table.insert(0, "instance", sorted(labels))
     table["label"] = [labels[number] for number in table["instance"]]
     return table.assign(subtype=table["label"].map(names))
+
+# %% ../nbs/appendix/exchange.ipynb #aa79ed5f
+def _labels_of(document: object, names: Mapping) -> dict[int, int]:
+    """Number -> label from nnDetection's JSON."""
+    told = document.get("instances") if isinstance(document, Mapping) else None
+    if not isinstance(told, Mapping):
+        raise InputError('expected an object {"instances": {number: label}}')
+    for number, label in told.items():
+        if not re.fullmatch("[1-9][0-9]*", str(number)) or not isinstance(label, Real) or label not in names:
+            raise InputError(f"instance {number!r} has the label {label!r}, expected a number from 1 on and one of "
+                             f"{', '.join(map(str, names))}")
+    return {int(number): int(label) for number, label in told.items()}
 
 # %% ../nbs/appendix/exchange.ipynb #69234ecc
 def _spans(instances_zyx: np.ndarray, count: int) -> np.ndarray:
@@ -790,10 +825,14 @@ def export_nifti(cohort_folder: str | os.PathLike, out: str | os.PathLike, chann
 def _chosen(table: pd.DataFrame, stack_ids: Sequence[str] | None) -> pd.DataFrame:
     """The accepted stacks that were asked for, by stack_id."""
     table = table[table.status == "accepted"].sort_values("stack_id", ignore_index=True)
-    missing = sorted(set(stack_ids or ()) - set(table.stack_id))
-    if missing:
-        raise InputError(f"{len(missing)} of {len(stack_ids)} stacks have no volume, such as {missing[0]}")
-    return table if stack_ids is None else table[table.stack_id.isin(list(stack_ids))].reset_index(drop=True)
+    if stack_ids is None:
+        return table
+    wanted = {stack_ids} if isinstance(stack_ids, str) else set(stack_ids)
+    if not wanted:
+        raise InputError("stack_ids is empty: name one stack or more, or give None for all")
+    if missing := sorted(wanted - set(table.stack_id)):
+        raise InputError(f"{len(missing)} of {len(wanted)} stacks have no volume, such as {missing[0]}")
+    return table[table.stack_id.isin(wanted)].reset_index(drop=True)
 
 
 def _write_cases(cohort_folder: Path, out: Path, table: pd.DataFrame, dataset: dict) -> None:
@@ -831,7 +870,8 @@ class Findings:
 
     def uid(self, *words: str) -> str:
         """A UID that is the same for the same findings and words: an archive stores what is sent twice once."""
-        facts = [np.asarray(self.blocks).tolist(), list(map(float, self.scores)), self.model, dict(self.subtypes)]
+        shares = sorted((name, float(share)) for name, share in self.subtypes.items())
+        facts = [np.asarray(self.blocks).tolist(), list(map(float, self.scores)), self.model, shares]
         return _uid(*map(repr, facts), *words)
 
 

@@ -512,14 +512,23 @@ def _in_group(groups: pydicom.Dataset, sequence: str, keyword: str) -> bytes:
 def _frame_values(dataset: pydicom.Dataset, row: Mapping, how: _Decoding) -> dict:
     """What the functional groups of an enhanced object add to its row."""
     shared, frames = ((dataset[tag].value if tag in dataset else None) or [] for tag in (_SHARED_TAG, _FRAMES_TAG))
+    _check_count(row["frames"], len(frames))
     found = {}
     for column, names in _FRAME_FIELDS.items():
         raw = {_in_group(groups, *names) for groups in shared[:1]} - {b""} or {_in_group(g, *names) for g in frames}
-        if row[column] is None and len(raw) == 1:
-            found[column] = _HEADER[column][1](raw.pop(), how)
+        values = [_HEADER[column][1](text, how) for text in raw]               # "1" and "1.0" are one
+        if row[column] is None and values and all(value == values[0] for value in values):
+            found[column] = values[0]
     place, convert = ("PlanePositionSequence", "ImagePositionPatient"), _HEADER["position_mm"][1]
     positions = [convert(_in_group(groups, *place), how) for groups in frames]
     return found | {"frame_positions_mm": positions if positions and None not in positions else None}
+
+# %% ../nbs/appendix/headers.ipynb #5949f773
+def _check_count(told: int | None, described: int) -> None:
+    """BadFile when the number of frames is told twice, and differently."""
+    if described and told not in (None, described):
+        raise BadFile(FileProblem.UNREADABLE, f"{tag_name('frames')} is {told}, its functional groups describe "
+                                            f"{described}")
 
 # %% ../nbs/appendix/headers.ipynb #2ad1f2cc
 _DIRECTORY = "1.2.840.10008.1.3.10"

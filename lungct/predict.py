@@ -318,7 +318,7 @@ def _one(number, row, slices, folder, model, wanted) -> dict:
         if answer.seen is None:
             refused = Refusal.UNLIKE_TRAINING, answer.unlike_training
     if refused:
-        return result | {"refused": refused[0].value, "detail": _without_names(refused[1], slices, wanted)}
+        return result | {"refused": refused[0].value, "detail": _without_names(refused[1], slices, folder, wanted)}
     result |= {"boxes": answer.boxes, "subtypes": answer.subtypes,
                "subtype": max(answer.subtypes, key=answer.subtypes.get, default=None)}
     _draw(result, stack, wanted)
@@ -350,26 +350,26 @@ def _export(result, stack, slices, folder, info, wanted) -> None:
     """SEG, SR and NIfTI of one answered stack, as wanted."""
     blocks = np.array([[box[name] for name in PIXELS] for box in result["boxes"]])
     if wanted.nifti:
-        with _noted("NIfTI", result, slices, wanted):
+        with _noted("NIfTI", result, slices, folder, wanted):
             name, labels = f"{result['stack']}_boxes.nii.gz", exchange.blocks_to_labels(blocks, _values(stack).shape)
             exchange.write_nifti(labels, stack.affine, wanted.out / name)
             result["files"]["nifti"] = name
     if wanted.dicom_files:
         found = exchange.Findings(blocks, [box["score"] for box in result["boxes"]], info["model_hash"],
                                   result["subtypes"])
-        with _noted("SEG and SR", result, slices, wanted):
+        with _noted("SEG and SR", result, slices, folder, wanted):
             patient = exchange.patient_module(folder / slices["path"].iloc[0]) if wanted.show_identity else None
             _save_dicom(result, exchange.source_headers(slices, patient), found, wanted.out)
 
 
 @contextmanager
-def _noted(what, result, slices, wanted):
+def _noted(what, result, slices, folder, wanted):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (ValueError, TypeError) as error:
-        result["notes"].append(_without_names(f"{what} not written: {error}", slices, wanted))
+        result["notes"].append(_without_names(f"{what} not written: {error}", slices, folder, wanted))
 
 # %% ../nbs/appendix/predict.ipynb #7a3d0034
 def _save_dicom(result, sources, found, out) -> None:
@@ -380,13 +380,16 @@ def _save_dicom(result, sources, found, out) -> None:
         result["files"][name] = f"{result['stack']}_{name}.dcm"
 
 # %% ../nbs/appendix/predict.ipynb #befa6f3e
-def _without_names(text: str, slices: pd.DataFrame, wanted) -> str:
-    """A message without the identifiers and paths of a stack."""
+def _without_names(text: str, slices: pd.DataFrame, folder: Path, wanted) -> str:
+    """A message in one line, without the identifiers and paths of a stack and the folder they lie in."""
+    text = " ".join(text.split())
     if wanted.show_identity:
         return text
-    for column in ("path", "stack_id", "patient_id", "series_uid", "study_uid", "sop_uid"):
-        for value in sorted(slices[column].dropna().astype(str).unique(), key=len, reverse=True):
-            text = text.replace(value, f"<{column}>") if value else text
+    names = [("folder", str(place)) for place in (folder.resolve(), folder.absolute(), folder) if place.name]
+    names += [(column, value) for column in ("path", "stack_id", "patient_id", "series_uid", "study_uid", "sop_uid")
+              for value in sorted(slices[column].dropna().astype(str).unique(), key=len, reverse=True) if value]
+    for name, value in names:                              # whole words: the patient 1 is not in every number
+        text = re.sub(rf"(?<![\w.]){re.escape(' '.join(value.split()))}(?!\w|\.\w)", f"<{name}>", text)
     return text
 
 # %% ../nbs/appendix/predict.ipynb #0bb4fa9b

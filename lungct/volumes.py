@@ -402,11 +402,16 @@ def boxes_to_mm(affine: np.ndarray, boxes_zyx: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/03_build_volumes.ipynb #1acc60b4
 def _outline(boxes: pd.DataFrame) -> tuple[int, np.ndarray]:
-    """First slice of a lesion and one row (xmin, ymin, xmax, ymax) in pixel edges for each slice to its last."""
-    by_slice = boxes.groupby("slice_index").agg({"xmin": "min", "ymin": "min", "xmax": "max", "ymax": "max"})
-    known = by_slice.index.to_numpy(int)
-    slices = np.arange(known.min(), known.max() + 1)
-    return int(slices[0]), np.stack([np.interp(slices, known, by_slice[c].to_numpy(float)) for c in by_slice], axis=1)
+    """First slice of a lesion and its rectangles (slices, n, 4), xmin ymin xmax ymax in pixel edges.
+
+    n is the largest number of boxes on a slice; where there are fewer they stand there repeatedly.
+    """
+    own = {k: group[["xmin", "ymin", "xmax", "ymax"]].to_numpy(float) for k, group in boxes.groupby("slice_index")}
+    hulls = np.array([[*drawn[:, :2].min(axis=0), *drawn[:, 2:].max(axis=0)] for drawn in own.values()])
+    slices, most = np.arange(min(own), max(own) + 1), max(map(len, own.values()))
+    between = np.stack([np.interp(slices, list(own), edges) for edges in hulls.T], axis=1)
+    return int(slices[0]), np.stack([np.resize(own.get(k, hull), (most, 4))
+                                     for k, hull in zip(slices, between, strict=True)])
 
 # %% ../nbs/03_build_volumes.ipynb #9d1b2ca1
 def _coverage(outline: tuple[int, np.ndarray], to_source: np.ndarray, low_zyx: np.ndarray, high_zyx: np.ndarray,
@@ -417,8 +422,11 @@ def _coverage(outline: tuple[int, np.ndarray], to_source: np.ndarray, low_zyx: n
     points = np.stack(np.meshgrid(*axes, indexing="ij")[::-1])
     x, y, z = np.tensordot(to_source[:3, :3], points, 1) + to_source[:3, 3, None, None, None] + 0.5
     k = np.floor(z).astype(int) - first
-    x0, y0, x1, y1 = rectangles[np.clip(k, 0, len(rectangles) - 1)].transpose(3, 0, 1, 2)
-    inside = (k >= 0) & (k < len(rectangles)) & (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    inside, here = np.zeros(k.shape, bool), np.clip(k, 0, len(rectangles) - 1)
+    for edges in rectangles.transpose(1, 2, 0):            # one box a slice
+        x0, y0, x1, y1 = edges[:, here]
+        inside |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    inside &= (k >= 0) & (k < len(rectangles))
     nz, ny, nx = np.asarray(high_zyx) - low_zyx
     return inside.reshape(nz, fine, ny, fine, nx, fine).mean(axis=(1, 3, 5))
 

@@ -1,9 +1,11 @@
 """Chapter 2: hostile XML, one outcome for every file, boxes joined into lesions, the clinical table."""
 
+import io
 import json
 import os
 import re
 import time
+import zipfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -1064,3 +1066,52 @@ def test_figures_of_lesions_pass_over_a_stack_that_cannot_be_read(tmp_path, no_w
     for source in sources:
         exec(source, world)
     assert world["example"] is None and world["found"] is None
+
+
+@pytest.mark.parametrize("link", ["A0000", "Zxxxx", "B7", "m", "0"])
+def test_a_folder_keeps_its_own_name_whatever_links_to_it(tmp_path, link):
+    (tmp_path / "A0001").mkdir()
+    (tmp_path / "A0001" / "1.2.3.1.xml").write_text(an.format_annotation([("A", (1, 2, 3, 4))]))
+    (tmp_path / link).symlink_to(tmp_path / "A0001")
+    boxes, problems = an.read_annotations(tmp_path)
+    assert boxes["folder"].tolist() == ["A0001"]
+    assert problems[["folder", "reason"]].to_numpy().tolist() == [[link, "folder already read"]]
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    (tmp_path / "A0009").mkdir()
+    problems = an.read_annotations(tmp_path / "A0009")[1]
+    assert problems[["file", "folder", "patient_id"]].to_numpy().tolist() == [["A0009", "A0009", "Lung_Dx-A0009"]]
+
+
+def zipped(**members):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        for name, text in members.items():
+            packed.writestr(name.replace("__", "/").replace("_", "."), text)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(1000),          # what Excel writes with a password
+    zipped(xl__workbook_bin="x"), zipped(content_xml="<a/>"), b"", b"PK\x03\x04" + bytes(50)])
+def test_a_clinical_table_of_another_kind_is_one_line(tmp_path, content):
+    (tmp_path / "t.xlsx").write_bytes(content)
+    with pytest.raises(runs.InputError, match="cannot be read as .xlsx"):
+        an.read_clinical(tmp_path / "t.xlsx")
+
+
+def test_a_damaged_sheet_is_one_line(tmp_path):
+    pd.DataFrame({name: ["1"] for name in an.CLINICAL_HEADERS}).to_excel(tmp_path / "whole.xlsx", index=False)
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "cut.xlsx", "w") as cut:
+        for name in whole.namelist():
+            cut.writestr(name, whole.read(name)[: 200 if "sheet1" in name else None])
+    with pytest.raises(runs.InputError, match="cannot be read as .xlsx"):
+        an.read_clinical(tmp_path / "cut.xlsx")
+
+
+def test_two_columns_that_mean_one_field_are_refused(tmp_path):
+    sheet = pd.DataFrame({name: ["1"] for name in an.CLINICAL_HEADERS}).assign(**{"\uff2d-Stage": ["0"]})
+    sheet.to_excel(tmp_path / "t.xlsx", index=False)
+    with pytest.raises(runs.InputError, match="two columns that mean m: remove one"):
+        an.read_clinical(tmp_path / "t.xlsx")

@@ -476,7 +476,7 @@ REASONS = {
     Exclusion.PROJECTION: (EVEN, {"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MIP"]}, "AXIAL\\MIP"),
     Exclusion.TOO_FEW_SLICES: ([0, 5, 10], {}, "3 slices, at least 4 needed"),
     Exclusion.DUPLICATE_POSITIONS: ([7] * 6, {"number": 1, "pixels": lambda i: np.full((4, 6), i, np.uint16)},
-                                    "6 images at 1 positions"),
+                                    "6 slices at 1 position, the first again"),
     Exclusion.GAP: ([0, 5, 10, 20, 25, 30], {}, "between 10.0 and 20.0 mm"),
     Exclusion.UNEVEN_SPACING: ([0, 5, 11, 15, 20, 25], {}, "slice 2 is 1.00 mm off"),
     Exclusion.TILTED_GANTRY: (EVEN, {"position": lambda i: (0, i, 5 * i)}, "lean 11.3 degrees"),
@@ -1027,6 +1027,58 @@ def test_a_rescale_that_differs_from_frame_to_frame_is_not_called_missing(single
     n, what = image.NumberOfFrames, "missing, or not the same in all frames, which is not supported,"
     assert row["reason"] == "missing rescale"
     assert row["detail"] == f"RescaleSlope (0028,1053) {what} in {n} of {n} frames"
+
+
+def test_one_rescale_written_in_two_ways_is_one(single_and_enhanced):
+    single, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    for k, groups in enumerate(image.PerFrameFunctionalGroupsSequence):
+        groups.PixelValueTransformationSequence = [Dataset()]
+        groups.PixelValueTransformationSequence[0].RescaleSlope = ["1", "1.0"][k % 2]
+        groups.PixelValueTransformationSequence[0].RescaleIntercept = ["-1024", "-1024.00"][k % 2]
+    image.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence", None)
+    image.save_as(folder / "all.dcm")
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["status"] == "accepted"
+    assert np.array_equal(dicom.read_stack(instances, folder).hu_zyx, single.hu_zyx)
+
+
+def test_frames_that_are_counted_in_two_ways_are_a_problem_with_a_name(single_and_enhanced):
+    _, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    n = image.NumberOfFrames
+    image.NumberOfFrames = n - 1
+    image.save_as(folder / "few.dcm")
+    problem = only(dicom.index_dicom(folder, workers=1)[1])
+    assert problem["reason"] == "unreadable"
+    assert problem["detail"] == f"NumberOfFrames (0028,0008) is {n - 1}, its functional groups describe {n}"
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (1, 1), (2, 1)])
+def test_two_enhanced_images_of_one_series_are_two_stacks(single_and_enhanced, numbers):
+    single, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    for k, number in enumerate(numbers):
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.7.{k + 2}"
+        image.InstanceNumber = number
+        image.PixelData = (image.pixel_array + k).astype(image.pixel_array.dtype).tobytes()
+        image.save_as(folder / f"phase{k}.dcm")
+    (folder / "all.dcm").unlink()
+    stacks, instances = stacks_of(folder)
+    assert stacks["status"].tolist() == ["accepted"] * 2 and stacks["slices"].tolist() == [len(single.hu_zyx)] * 2
+    assert instances.groupby("stack_id")["sop_uid"].nunique().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({}, ""), ({"SeriesInstanceUID": "1.2.9"}, ", of another series"),
+    ({"SeriesInstanceUID": "1.2.9", "PatientID": "P2"}, ", of another patient")])
+def test_whose_the_first_of_two_equal_uids_is(tmp_path, changes, told):
+    uids = {"SOPInstanceUID": lambda i: f"1.2.8.{i}"}
+    write_series(tmp_path / "a", range(6), **uids)
+    write_series(tmp_path / "b", range(6), **uids, **changes)
+    problems = dicom.index_dicom(tmp_path, workers=1)[1]
+    said = problems["detail"].str.extract(r"^same SOP Instance UID as a/00[1-6]\.dcm(.*)$")[0]
+    assert said.tolist() == [told] * 6
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -118,3 +118,44 @@ def test_real_manifest(real_data):
     uids = download.read_manifest(real_data / "Lung-PET-CT-Dx-NBIA-Manifest-122220.tcia")
     expected = download.expected_images(real_data)
     assert len(uids) == 1295 and set(uids) == set(expected) and sum(expected.values()) == 251_135
+
+
+@pytest.mark.parametrize("raw", [
+    "\ufeff1.2.3\n1.2.4\n".encode(), "1.2.3\n1.2.4\n".encode("utf-16"), b'"1.2.3",\r\n..\r\n1.2.4;\r\n',
+    b"ListOfSeriesToDownload=\n1.2.3\n\n1.2.4"])
+def test_a_manifest_as_editors_and_spreadsheets_save_it(tmp_path, raw):
+    (tmp_path / "m.tcia").write_bytes(raw)
+    assert download.read_manifest(tmp_path / "m.tcia") == ["1.2.3", "1.2.4"]
+
+
+def test_a_uid_that_is_none_is_not_passed_over(tmp_path):
+    (tmp_path / "m.tcia").write_text("a=b\n1.2.3\n1.2.x4\n")
+    with pytest.raises(runs.InputError, match="line 3: '1.2.x4' is no Series Instance UID"):
+        download.read_manifest(tmp_path / "m.tcia")
+
+
+def test_a_damaged_member_costs_its_series_only(collection):
+    def squeezed(uid, folder):
+        archive = folder / f"{uid}.zip"
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for number in range(2):
+                packed.writestr(f"1-{number}.dcm", bytes(1000))
+        raw = bytearray(archive.read_bytes())
+        if uid == "1.2.3":
+            raw[30 + len("1-0.dcm")] = 0xFF                # no deflated block begins so
+        archive.write_bytes(raw)
+        return archive
+
+    with pytest.raises(runs.InputError, match="1 series failed, first: series 1.2.3 arrived damaged"):
+        download.download_collection("", str(collection), fetch=squeezed)
+    assert (collection / "Lung-PET-CT-Dx" / "1.2.5").is_dir()
+
+
+def test_a_second_download_leaves_the_first_alone(collection):
+    def meanwhile(uid, folder):
+        download._made_ready(folder.parent)                # what every download begins with
+        if uid == "1.2.4":
+            (folder.parent / uid).mkdir()                  # the other one was quicker
+        return server(uid, folder)
+
+    assert "3 fetched" in download.download_collection("", str(collection), fetch=meanwhile)

@@ -261,7 +261,7 @@ def test_ras_turns_x_and_y_and_keeps_low_before_high():
 @pytest.mark.parametrize(("change", "words"), [
     ({"mode": "xxyyzz"}, "expected a box mode of cccwhd, xyzxyz and a world of LPS, RAS, got 'xxyyzz' and 'LPS'"),
     ({"world": "scanner"}, "got 'cccwhd' and 'scanner'"),
-    ({"roles": {"s1": "training"}}, "stack s2 has lesions and no role"),
+    ({"roles": {"s1": "training"}}, "stack s2 has lesions and the role None"),
 ])
 def test_a_request_that_makes_no_sense_is_refused(change, words):
     with pytest.raises(InputError, match=words):
@@ -1009,3 +1009,57 @@ def test_labels_give_each_voxel_to_the_best_block(places):
         holding = [rank for rank, (i0, i1, j0, j1, k0, k1) in enumerate(blocks, 1)
                    if i0 <= x < i1 and j0 <= y < j1 and k0 <= z < k1]
         assert labels[z, y, x] == min(holding, default=0)
+
+
+# ---------------------------------------------------------------- what does not fit is said
+
+def test_images_without_a_slice_index_can_be_negatives():
+    images = slices().assign(slice_index=pd.array([None, 1, 2, 3][: len(slices())], "Int64"))
+    document = through_json(ex.to_coco(boxes_of((1, "A", 1, 2, 5, 9)), images, negatives=images))
+    assert ex.check_coco(document) == [] and None in [row["slice_index"] for row in document["images"]]
+
+
+def test_instances_are_those_of_one_stack():
+    with pytest.raises(ex.InputError, match="lesions of 2 stacks, expected those of one"):
+        ex.to_instances(lesions_of_two_stacks(), (8, 8, 8))
+
+
+def lesions_of_two_stacks():
+    spans = {"i0": [0, 2], "i1": [1, 3], "j0": [0, 2], "j1": [1, 3], "k0": [0, 2], "k1": [1, 3]}
+    corners = dict(zip(ex.CORNERS_MM, np.array([[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]], float).T, strict=True))
+    names = {"stack_id": ["a", "b"], "lesion_id": ["a_1", "b_1"], "subtype": ["A", "G"]}
+    return pd.DataFrame(names | spans | corners)
+
+
+@pytest.mark.parametrize("ways, told", [
+    ({"file_name": "image.nii.gz"}, "expected a name with {stack_id} in it"),
+    ({"file_name": "{patient_id}.nii.gz"}, "expected a name with {stack_id} in it"),
+    ({"file_name": "{stack_id}_{}.nii.gz"}, "expected a name with {stack_id} in it"),
+    ({"roles": {"a": "labels", "b": "training"}}, "the role 'labels'"),
+    ({"roles": {"a": float("nan"), "b": "training"}}, "the role nan"), ({"roles": {"a": "training"}}, "the role None")])
+def test_detection_lists_with_odd_names_are_refused(ways, told):
+    with pytest.raises(ex.InputError, match=re.escape(told)):
+        ex.to_detection_list(lesions_of_two_stacks(), **ways)
+
+
+@pytest.mark.parametrize("document, told", [
+    ({"inst": {}}, 'expected an object {"instances"'), ([], "expected an object"),
+    ({"instances": {"-1": 0}}, "instance '-1'"), ({"instances": {"1": "A"}}, "the label 'A'"),
+    ({"instances": {"1": 9}}, "the label 9")])
+def test_instance_documents_that_name_nothing_are_refused(document, told):
+    with pytest.raises(ex.InputError, match=re.escape(told)):
+        ex.from_instances(np.ones((2, 2, 2), np.uint8), document)
+
+
+@pytest.mark.parametrize("labels, label", [({"0": "A"}, 0), ({"0": "A"}, 0.0), ({"A": 0}, 0), ({"A": 0.0}, 0)])
+def test_labels_of_a_detection_list_in_either_direction(labels, label):
+    document = {"box_mode": "xyzxyz", "world": "LPS mm", "labels": labels,
+                "training": [{"image": "a.nii.gz", "box": [[0, 0, 0, 1, 1, 1]], "label": [label]}]}
+    assert ex.from_detection_list(through_json(document))["subtype"].tolist() == ["A"]
+
+
+def test_the_uid_of_findings_does_not_depend_on_how_they_are_written():
+    def uid(subtypes):
+        return ex.Findings(np.zeros((1, 6), int), [0.5], "model", subtypes).uid("seg")
+
+    assert uid({"A": 0.5, "G": 0.5}) == uid({"G": np.float32(0.5), "A": np.float64(0.5)}) != uid({"A": 1.0})

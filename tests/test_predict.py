@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import highdicom
@@ -575,6 +576,22 @@ def test_a_file_that_cannot_be_read_costs_its_stack_and_is_not_named(patient, mo
     made = predict.predict_folder(patient, model, tmp_path, workers=1)
     failed = [stack for stack in made.stacks if stack["refused"] == "cannot be read"]
     assert {stack["detail"] for stack in failed} == {"file <path> of <patient_id> changed since it was indexed"}
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_name_of_the_folder_may_be_the_patients(tmp_path, monkeypatch, relative):
+    folder = tmp_path / "Müller Hans  1950"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = Path(folder.name) if relative else folder
+    slices = pd.DataFrame({"path": ["p/1.dcm"], "stack_id": ["1_2ab"], "patient_id": ["1"], "series_uid": ["1.2.3"],
+                           "study_uid": ["1.2"], "sop_uid": ["1.2.3.4"]})
+    text = (f"{folder}/p/1.dcm: frame 11 of 1.2.3.4, series 1.2.3. in study 1.2,\n pydicom of {tmp_path / folder}: "
+            "patient 1 has 1.5 mm; 1_2ab")
+    told = predict._without_names(text, slices, folder, SimpleNamespace(show_identity=False))
+    assert told == ("<folder>/<path>: frame 11 of <sop_uid>, series <series_uid>. in study <study_uid>, pydicom of "
+                    "<folder>: patient <patient_id> has 1.5 mm; <stack_id>")
+    assert "Hans" in predict._without_names(text, slices, folder, SimpleNamespace(show_identity=True))
 
 
 # the library ------------------------------------------------------------------------------------------------------

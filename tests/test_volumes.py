@@ -395,7 +395,31 @@ def test_a_lesion_on_one_thin_slice_keeps_its_area():
 def test_bridged_slices_are_interpolated():
     drawn = {"slice_index": [4, 6], "xmin": [0, 10], "ymin": [0, 0], "xmax": [20, 40], "ymax": [8, 8]}
     first, outline = volumes._outline(pd.DataFrame(drawn))
-    assert first == 4 and outline.tolist() == [[0, 0, 20, 8], [5, 0, 30, 8], [10, 0, 40, 8]]
+    assert first == 4 and outline[:, 0].tolist() == [[0, 0, 20, 8], [5, 0, 30, 8], [10, 0, 40, 8]]
+
+
+def test_a_mask_has_nothing_between_two_boxes_of_one_slice():
+    drawn = pd.DataFrame([(0, 0, 0, 4, 4), (0, 12, 12, 16, 16), (2, 0, 0, 16, 16)],
+                         columns=["slice_index", "xmin", "ymin", "xmax", "ymax"])
+    low, high = np.zeros(3, int), np.array([3, 16, 16])
+    cover = volumes._coverage(volumes._outline(drawn), np.eye(4), low, high)
+    assert cover.sum(axis=(1, 2)).tolist() == [32, 256, 256]      # the skipped slice lies between the hulls
+    assert cover[0, :4, :4].all() and cover[0, 12:, 12:].all() and not cover[0, 5:11].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(boxes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 9), st.integers(1, 6),
+                                st.integers(1, 6)), min_size=1, max_size=8))
+def test_coverage_is_the_union_of_the_boxes_drawn(boxes):
+    want = np.zeros((4, 16, 16), bool)
+    for k, x, y, wide, high in boxes:
+        want[k, y:y + high, x:x + wide] = True
+    drawn = pd.DataFrame([(k, x, y, x + wide, y + high) for k, x, y, wide, high in boxes],
+                         columns=["slice_index", "xmin", "ymin", "xmax", "ymax"])
+    cover = volumes._coverage(volumes._outline(drawn), np.eye(4), np.zeros(3, int), np.array([4, 16, 16]))
+    drawn_on = sorted(drawn.slice_index.unique())
+    assert np.array_equal(cover[drawn_on], want[drawn_on])
+    assert not cover[: drawn_on[0]].any() and not cover[drawn_on[-1] + 1:].any()
 
 
 def test_cut_and_outside_lesions_are_counted():
