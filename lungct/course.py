@@ -763,12 +763,12 @@ def crossval(
 ) -> None:
     """Train and evaluate once for each fold of a run's patients; every patient tests once."""
     with plain_errors(run_dir):
-        from lungct import crossval as cross
-        from lungct import report
-
         given = check_paths(dict(_pairs(p or [])))
         course = plan_course(run_dir, given)
         check_fold_parameters(course, given)
+        from lungct import crossval as cross  # these take seconds to import
+        from lungct import report
+
         places = cross.make_folds(course.run_dir, folds)
         run_folds(course, places, min(workers, folds), scheduler, Lines().line)
         asked = fold_parameters(course, places[0])["06_evaluate"]

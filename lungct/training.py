@@ -1658,11 +1658,20 @@ def retreat(precision: str, jit_compile: bool, crashes: int) -> tuple[str, dict]
         changes["stands_for"] = _way(precision, jit_compile)
     return ("float32" if crashes > 1 else precision), changes
 
+# %% ../nbs/05_train_3d_cnn.ipynb #858cea36
+def _seconds_each(batches: Iterable, use: Callable) -> float:
+    times = [time.perf_counter()]
+    for batch in batches:
+        use(batch)
+        times.append(time.perf_counter())
+    return (times[-1] - times[0]) / (len(times) - 1)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
 def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 12) -> dict[str, float]:
-    """Seconds: "making" a batch, a "bare" train_on_batch, a step in the "loop" of both. `network` is not changed.
+    """Seconds for "making" a batch, a "bare" train_on_batch, a step in the "loop" of both; and the "input" as a share.
 
-    Medians of five rounds of so many steps. Raises InputError where there is too little memory for a step.
+    Medians of five rounds of so many steps; the share is that of the loop which two rounds of bare steps, one before
+    and one after, do not need. `network` is not changed. Raises InputError where there is too little memory for a step.
     """
     check_memory(network, settings, train)
     trainer = _trainer(keras.models.clone_model(network), settings)
@@ -1673,19 +1682,17 @@ def input_cost(network: keras.Model, train: Examples, settings: Settings, steps:
     def step(batch):
         trainer.train_on_batch(*batch[1:])
 
-    def seconds(batches: Iterable, use: Callable) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            use(batch)
-        return (time.perf_counter() - start) / steps
-
     feed, made = _ahead(_stream(trainer, train, replace(settings, epochs=10**6), 1)), [*islice(fresh(), 2)]
     deque(islice(feed, settings.echoes**2 * ECHO_AFTER), maxlen=0)  # at first all batches are new
     step(made[0])  # the first call traces the graph
-    rounds = [{"making": seconds(fresh(), len), "bare": seconds(islice(itertools.cycle(made), steps), step),
-               "loop": seconds(islice(feed, steps), step)} for _ in range(5)]
+    making, bare, loop = [_seconds_each(fresh(), len) for _ in range(5)], [], []
+    for _ in range(6):
+        bare.append(_seconds_each(islice(itertools.cycle(made), steps), step))
+        loop.append(_seconds_each(islice(feed, steps), step))
     feed.close()
-    return {name: float(np.median([each[name] for each in rounds])) for name in rounds[0]}
+    share = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop[:-1]
+    figures = {"making": making, "bare": bare, "loop": loop, "input": share}
+    return {name: float(np.median(values)) for name, values in figures.items()}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:

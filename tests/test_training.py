@@ -1134,8 +1134,18 @@ def test_input_cost_leaves_the_network_alone():
     net = network()
     before = net.get_weights()
     cost = training.input_cost(net, toys(4), quick(), steps=2)
-    assert all(seconds > 0 for seconds in cost.values()) and set(cost) == {"making", "bare", "loop"}
+    assert set(cost) == {"making", "bare", "loop", "input"} and cost.pop("input") < 1
+    assert all(seconds > 0 for seconds in cost.values())
     assert all(np.array_equal(a, b) for a, b in zip(before, net.get_weights(), strict=True))
+
+
+def test_what_the_loop_takes_beyond_its_neighbours_is_input(monkeypatch):
+    """A machine that becomes slower from round to round: the loop takes a tenth more than the bare steps around it."""
+    bare = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    loop = iter([1.5 / 0.9, 2.5 / 0.9, 3.5 / 0.9, 4.5 / 0.9, 5.5 / 0.9, 100.0])
+    calls = iter([0.1] * 5 + [next(kind) for _ in range(6) for kind in (bare, loop)])
+    monkeypatch.setattr(training, "_seconds_each", lambda batches, use: next(calls))
+    assert training.input_cost(network(), toys(4), quick(), steps=2)["input"] == pytest.approx(0.1)
 
 
 # ---- TensorBoard
