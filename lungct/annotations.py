@@ -289,7 +289,7 @@ class Outcome(StrEnum):
     SECONDARY_CAPTURE = "on a secondary capture"
     EXCLUDED_STACK = "on an excluded stack"
     SEVERAL_FRAMES = "on an image of several frames"
-    DROPPED_SLICE = "on a dropped duplicate slice"
+    NO_SLICE = "on an image that is no slice"
     UNKNOWN_LABEL = "unknown label"
     OTHER_SUBTYPE = "label against the patient's subtype"
     NO_AREA = "box without area"
@@ -317,12 +317,26 @@ def _is_capture(sop_class_uid: pd.Series) -> pd.Series:
     uid = sop_class_uid.astype("str").fillna("")
     return uid.eq(SECONDARY_CAPTURE_CLASS) | uid.str.startswith(SECONDARY_CAPTURE_CLASS + ".")
 
+# %% ../nbs/02_parse_annotations.ipynb #e2cb2a01
+def _through_twins(images: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    # slice_index, that of the kept image for its equal repeats; and which images are such repeats
+    index = images["slice_index"]
+    alone = images["accepted"] & index.isna() & images["position_mm"].notna()
+    near = images[images["stack_id"].isin(images.loc[alone, "stack_id"]) & images["position_mm"].notna()]
+    places = pd.Series([(stack, *np.round(place, 2)) for stack, place in
+                        zip(near["stack_id"], near["position_mm"], strict=True)], near.index, dtype=object)
+    kept = dict(zip(places[index[near.index].notna()], index[near.index].dropna(), strict=True))
+    found = places[alone[near.index]].map(kept).astype("Int64").reindex(index.index)
+    return index.fillna(found), found.notna()
 
+# %% ../nbs/02_parse_annotations.ipynb #e2cb2a02
 def _images(instances: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     # one row for each (patient, UID): should the same image be on disk twice, the copy that is in use
     images = instances[[*_PAIR, "sop_class_uid", "rows", "columns", "stack_id", "slice_index"]]
     images = images.merge(stacks[["stack_id", "status", "reason"]], on="stack_id", how="left")
     images["accepted"] = images["status"].eq("accepted").fillna(False)
+    images["position_mm"] = instances["position_mm"].to_numpy() if "position_mm" in instances else None
+    images["slice_index"], images["repeat"] = _through_twins(images)
     images["usable"] = images["accepted"] & images["slice_index"].notna()
     excluded = images["reason"].eq(Exclusion.SECONDARY_CAPTURE.value).fillna(False)
     images["capture"] = _is_capture(images["sop_class_uid"]) | excluded
@@ -373,7 +387,7 @@ def _answers(files: pd.DataFrame, content: pd.DataFrame, instances: pd.DataFrame
         Outcome.SECONDARY_CAPTURE: files["capture"],
         Outcome.EXCLUDED_STACK: ~files["accepted"],
         Outcome.SEVERAL_FRAMES: files["several"],
-        Outcome.DROPPED_SLICE: ~files["usable"],
+        Outcome.NO_SLICE: ~files["usable"],
     }
     inside = content.reindex(files["file"], fill_value=False).set_axis(files.index)
     answers |= {outcome: inside[outcome.value] for outcome in CONTENT_OUTCOMES}
@@ -392,6 +406,8 @@ def _detail(row: Mapping, boxes_of: Mapping[str, pd.DataFrame]) -> str:
             return f"also annotated in {row['also']}" if row["also"] else ""
         case Outcome.EXCLUDED_STACK:
             return row["reason"] if isinstance(row["reason"], str) else "the image is in no stack"
+        case Outcome.MATCHED if row["repeat"]:
+            return f"its image is an equal repeat of slice {row['slice_index']}, and was dropped"
         case Outcome.SEVERAL_FRAMES:
             return f"{row['frames']:.0f} frames in one image, and the annotation does not tell which one it is about"
         case Outcome.UNKNOWN_LABEL | Outcome.OTHER_SUBTYPE:
@@ -433,7 +449,7 @@ def reconcile(instances: pd.DataFrame, stacks: pd.DataFrame, boxes: pd.DataFrame
     boxes, problems = (name_patients(table, instances) for table in (boxes, problems))
     images = _images(instances, stacks)
     files = _files(boxes, problems).merge(images, on=_PAIR, how="left")
-    for flag in ("found", "capture", "accepted", "usable", "several"):
+    for flag in ("found", "capture", "accepted", "usable", "several", "repeat"):
         files[flag] = files[flag].eq(True).fillna(False).astype(bool)
     owners = images.drop_duplicates("sop_uid").set_index("sop_uid")["patient_id"]
     files["owner"] = files["sop_uid"].map(owners)

@@ -240,13 +240,13 @@ def _files_wanted(series: pd.DataFrame, borrowers: pd.DataFrame, taken: Mapping[
     return wanted
 
 # %% ../nbs/appendix/scale_model.ipynb #610c7c1e
-def _unused_spots(series: pd.DataFrame) -> list[tuple[Spot, Outcome]]:
-    """One file on each fragment below eight slices, each end without position, and each repeated slice."""
+def _odd_spots(series: pd.DataFrame) -> list[tuple[Spot, Outcome]]:
+    """One file on each fragment below eight slices, each end without position, and each repeat of a slice."""
     found = []
     for row in series[series["kind"] == "ct"].itertuples():
         last = Spot(row.patient, row.study, row.number, "ct", row.images - 1)
         if row.quirk == "repeat":
-            found.append((last, Outcome.DROPPED_SLICE))
+            found.append((last, Outcome.MATCHED))      # it counts for the slice that it repeats
         elif row.quirk == "no position" or row.images < 8:
             found.append((last, Outcome.EXCLUDED_STACK))
     return found
@@ -325,7 +325,7 @@ def _lower(files: pd.DataFrame, seed: int) -> pd.Series:
 # %% ../nbs/appendix/scale_model.ipynb #51f30d1a
 def plan_files(series: pd.DataFrame, borrowers: pd.DataFrame, seed: int) -> pd.DataFrame:
     """One row an annotation file: `folder sop_uid outcome objects lower word session`; `lower` of its boxes are so."""
-    unused = _unused_spots(series)
+    unused = _odd_spots(series)
     taken = pd.Series([spot.patient[0] for spot, _ in unused]).value_counts()
     used = _used_spots(series, _files_wanted(series, borrowers, taken))
     rows = [(spot.patient, spot.uid(seed), outcome, spot) for spot, outcome in used + unused]

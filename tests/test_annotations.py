@@ -276,7 +276,7 @@ ONE_OF_EACH = [
     (one("A0001", "1.3"), Outcome.SECONDARY_CAPTURE),
     (one("A0001", "1.4"), Outcome.EXCLUDED_STACK),
     (one("A0001", "1.5"), Outcome.EXCLUDED_STACK),
-    (one("A0001", "1.6"), Outcome.DROPPED_SLICE),
+    (one("A0001", "1.6"), Outcome.NO_SLICE),
     (one("A0001", "1.7"), Outcome.SEVERAL_FRAMES),
     (one("A0001", "1.7", "Q"), Outcome.SEVERAL_FRAMES),
     (one("A0001", "1.8"), Outcome.EXCLUDED_STACK),
@@ -1115,3 +1115,30 @@ def test_two_columns_that_mean_one_field_are_refused(tmp_path):
     sheet.to_excel(tmp_path / "t.xlsx", index=False)
     with pytest.raises(runs.InputError, match="two columns that mean m: remove one"):
         an.read_clinical(tmp_path / "t.xlsx")
+
+
+# ---------------------------------------------------------------- repeats of a slice
+
+def with_places(*places):
+    told = pd.Series([None] * len(INSTANCES), dtype=object)
+    for row, place in places:
+        told[row] = place
+    return INSTANCES.assign(position_mm=told)
+
+
+def test_what_is_drawn_on_an_equal_repeat_counts_for_the_slice_it_repeats():
+    """Image 1.6 has a stack and no index: chapter 1 dropped it, for it was 1.2 again."""
+    placed = with_places((0, [0.0, 0, 0]), (1, [0.0, 0, 5.0]), (5, [0.0, 0, 5.001]), (9, [0.0, 0, 10.0]))
+    boxes = box_rows(one("A0001", "1.6"), one("A0001", "1.1"))
+    ledger = an.reconcile(placed, STACKS, boxes, NO_PROBLEMS).set_index("sop_uid")
+    assert ledger.loc["1.6", ["outcome", "stack_id", "slice_index"]].tolist() == ["matched", "s1", 1]
+    assert ledger.loc["1.6", "detail"] == "its image is an equal repeat of slice 1, and was dropped"
+    assert ledger.loc["1.1", "detail"] == ""
+    found = an.place_boxes(boxes, ledger.reset_index()).set_index("sop_uid")
+    assert found["slice_index"].to_dict() == {"1.6": 1, "1.1": 0}
+
+
+@pytest.mark.parametrize("places", [
+    (), ((1, [0.0, 0, 5.0]),), ((1, [0.0, 0, 5.0]), (5, [0.0, 0, 5.1])), ((6, [0.0, 0, 5.0]), (5, [0.0, 0, 5.0]))])
+def test_without_a_twin_in_its_own_stack_a_dropped_image_is_no_slice(places):
+    assert outcomes(one("A0001", "1.6"), instances=with_places(*places)) == {"A0001/1.6.xml": Outcome.NO_SLICE.value}
