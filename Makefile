@@ -44,7 +44,7 @@ docs: $(STAMP) ## the book, into docs/_build/html
 	$(BIN)/python docs/stage.py
 	$(BIN)/python -m sphinx -q -b html docs/_staging docs/_build/html
 
-bench: $(STAMP) ## speed against peers, into bench/results.md; ONLY=store for one part (peers: pip install -e ".[bench]")
+bench: $(STAMP) ## speed against peers, into bench/results.md; ONLY=store for one part (peers: see bench/README.md)
 	$(BIN)/python bench/bench.py $(if $(ONLY),--only $(ONLY))
 
 lab: $(STAMP) ## open the course in JupyterLab

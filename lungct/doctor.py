@@ -108,7 +108,8 @@ def advice(trials: Sequence[Trial]) -> str:
     """One line: what to call the course with, given which trials worked."""
     if all(trial.ok for trial in trials):
         return "Every combination works. The course's defaults are safe here."
-    failed = ", ".join(f"{'XLA, ' if trial.xla else ''}{trial.precision}" for trial in trials if not trial.ok)
+    failed = "; ".join(f"{trial.precision} {'with' if trial.xla else 'without'} XLA"
+                       for trial in trials if not trial.ok)
     if trials[0].ok:
         return f"Leave these alone: {failed}. The course's defaults, float32 without XLA, work."
     return (f"Failing: {failed}. Not even float32 without XLA trains here: compare the driver with the CUDA version "

@@ -466,7 +466,10 @@ SUBTYPES = {"A": "adenocarcinoma", "B": "small cell carcinoma", "E": "large cell
 
 @dataclass(frozen=True)
 class Habits:
-    """How a subtype tends to look: median diameter (mm) and its log spread, then chances between 0 and 1."""
+    """How a subtype tends to look: median diameter (mm) and its log spread, chances, and the depth of its lobes.
+
+    Chances lie between 0 and 1; `lobed` is a share of the radius.
+    """
     diameter_mm: float
     spread: float
     central: float

@@ -45,6 +45,6 @@ def test_exit_status_follows_plain_training(monkeypatch):
     said = []
     monkeypatch.setattr(doctor, "try_step", lambda xla, precision: doctor.Trial(xla, precision, not xla, "detail"))
     assert doctor.examine(said.append, [(False, "float32"), (True, "float32")]) == 0
-    assert "Leave these alone: XLA, float32" in said[-1]
+    assert "Leave these alone: float32 with XLA." in said[-1]
     assert doctor.examine(said.append, [(True, "float32")]) == 1
     assert "Not even float32" in said[-1]

@@ -82,3 +82,13 @@ def test_a_server_that_is_no_scheduler_is_one_line_within_seconds(says):
             connect(address, seconds=1)
     assert time.monotonic() - began < 10
     callers[0].close()
+
+
+def test_a_very_long_folder_for_temporary_files_does_not_matter(tmp_path):
+    long = tmp_path / ("a" * 60) / ("b" * 60)
+    long.mkdir(parents=True)
+    script = ("from lungct.workers import worker_pool\n"
+              "with worker_pool(1) as pool:\n    print(pool.submit(len, 'abc').result())\n")
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False,
+                          env=os.environ | {"TMPDIR": str(long)})
+    assert (told.returncode, told.stdout.split(), told.stderr) == (0, ["3"], "")
