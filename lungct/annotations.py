@@ -320,7 +320,7 @@ def _is_capture(sop_class_uid: pd.Series) -> pd.Series:
 # %% ../nbs/02_parse_annotations.ipynb #e2cb2a01
 def _through_twins(images: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     # slice_index, that of the kept image for its equal repeats; and which images are such repeats
-    index = images["slice_index"]
+    index = images["slice_index"].astype("Int64")
     alone = images["accepted"] & index.isna() & images["position_mm"].notna()
     near = images[images["stack_id"].isin(images.loc[alone, "stack_id"]) & images["position_mm"].notna()]
     places = pd.Series([(stack, *np.round(place, 2)) for stack, place in

@@ -265,17 +265,17 @@ def _drop_twins(instances: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
         return instances, []
     columns = ["sop_uid", "path", "patient_id", "series_uid"]
     named = instances[columns].fillna("")
-    first = named[~again].set_index("sop_uid")
-    problems = [_problem(twin.path, FileProblem.DUPLICATE, _told_twin(first.loc[twin.sop_uid], twin))
+    first = {kept.sop_uid: kept for kept in named[~again].itertuples(index=False)}
+    problems = [_problem(twin.path, FileProblem.DUPLICATE, _told_twin(first[twin.sop_uid], twin))
                 for twin in named[again].itertuples(index=False)]
     return instances[~again].reset_index(drop=True), problems
 
 
-def _told_twin(first: pd.Series, twin: tuple) -> str:
+def _told_twin(first: tuple, twin: tuple) -> str:
     """Which file has the same UID, and whether it is another patient's or of another series."""
-    same = first["series_uid"] == twin.series_uid
-    other = ", of another patient" if first["patient_id"] != twin.patient_id else "" if same else ", of another series"
-    return f"same SOP Instance UID as {first['path']}{other}"
+    same = first.series_uid == twin.series_uid
+    other = ", of another patient" if first.patient_id != twin.patient_id else "" if same else ", of another series"
+    return f"same SOP Instance UID as {first.path}{other}"
 
 # %% ../nbs/01_explore_dicom.ipynb #260ded3d
 def index_dicom(root: str | os.PathLike, workers: int | None = None,

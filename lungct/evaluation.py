@@ -18,13 +18,14 @@ __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_C
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import gammaln
+from scipy.stats import chi2
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
@@ -53,7 +54,7 @@ def match_detections(boxes_mm: np.ndarray, scores: np.ndarray, lesions_mm: np.nd
     boxes, lesions = np.asarray(boxes_mm, float).reshape(-1, 6), np.asarray(lesions_mm, float).reshape(-1, 6)
     fits, quality = _fit(boxes, lesions, min_iou)
     outcome, free = np.full(len(boxes), FALSE_POSITIVE), np.ones(len(lesions), bool)
-    for i in np.argsort(-np.asarray(scores, float), kind="stable"):
+    for i in np.argsort(-np.asarray(scores, float).reshape(len(boxes)), kind="stable"):
         open_lesions = np.flatnonzero(fits[i] & free)
         if open_lesions.size:
             outcome[i] = open_lesions[np.argmax(quality[i, open_lesions])]
@@ -105,7 +106,7 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
     Raises
     ------
-    InputError : a stack is twice in `scans`, or a score of theirs is not finite.
+    InputError : a stack is twice in `scans` or has no patient, or a score of theirs is not finite.
     """
     counted = detections[detections["stack_id"].isin(scans["stack_id"])]
     _check_scans(counted, scans)
@@ -119,6 +120,8 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 # %% ../nbs/06_evaluate.ipynb #83a1f9ae
 def _check_scans(counted, scans):
     """Refuse a scan that is there twice, and scores that have no order: sorted, a NaN would stand anywhere."""
+    if scans["patient_id"].isna().any():
+        raise runs.InputError("a scan has no patient_id: give each a name, its own where it is not known")
     twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
     wrong = counted.loc[~np.isfinite(counted["score"].to_numpy(float)), "stack_id"]
     if len(twice):
@@ -241,13 +244,15 @@ def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Seq
 
     Raises
     ------
-    ValueError : a patient is named twice.
+    ValueError : a patient is named twice, or some have no stratum.
     """
     size = len(patients)
     if len(set(patients)) != size:
         raise ValueError(f"resamples draws patients, each named once: got {size} names, {len(set(patients))} different")
     copies, rng = np.ones((n + 1, size), int), np.random.default_rng(seed)
     strata = np.zeros(size, int) if strata is None else np.asarray(strata)
+    if len(strata) != size or pd.isna(strata).any():
+        raise ValueError(f"{len(strata)} strata, {pd.isna(strata).sum()} of them missing, for {size} patients")
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         copies[1:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n)
@@ -650,7 +655,14 @@ def share_by(right: pd.Series, patients: pd.Series, groups: pd.Series, n: int = 
     Returns
     -------
     Columns group, patients, counted, right (facts) and estimate.
+
+    Raises
+    ------
+    ValueError : of different lengths, or an answer or a patient is missing.
     """
+    if len({len(right), len(patients), len(groups)}) > 1 or pd.isna(right).any() or pd.isna(patients).any():
+        raise ValueError(f"{len(right)} answers, {len(patients)} patients and {len(groups)} groups, expected one of "
+                         "each for every thing counted, of which only a group may be missing")
     table = pd.DataFrame({"right": np.asarray(right, float), "all": 1.0, "patient": np.asarray(patients)})
     rows = []
     for name, part in table.groupby(_named(groups), observed=True, sort=True):
@@ -665,25 +677,28 @@ def _named(groups):
     """Group names by position; what is missing is named, so that it stays counted."""
     groups = pd.Series(groups).reset_index(drop=True)
     if isinstance(groups.dtype, pd.CategoricalDtype):
-        return groups.cat.add_categories(["unknown"]).fillna("unknown")
+        new = [] if "unknown" in groups.cat.categories else ["unknown"]
+        return groups.cat.add_categories(new).fillna("unknown")
     return groups.astype("str").fillna("unknown")
 
 # %% ../nbs/06_evaluate.ipynb #edc63870
-def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float) -> np.ndarray:
+def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float | None) -> np.ndarray:
     """Whether a detection at or above the threshold hit each lesion.
 
     Parameters
     ----------
     scored : from `score_scans`.
-    lesions : column lesion_id.
-    threshold : a score.
+    lesions : columns stack_id and lesion_id.
+    threshold : a score; None, when none was chosen, finds nothing.
 
     Returns
     -------
     (lesions,) bool.
     """
-    found = scored.table.loc[scored.hit & (scored.score >= threshold), "lesion_id"]
-    return lesions["lesion_id"].isin(set(found)).to_numpy()
+    sure = scored.hit & (scored.score >= (np.inf if threshold is None else threshold))
+    pair = ["stack_id", "lesion_id"]  # a number may be unique in its scan only
+    found = pd.MultiIndex.from_frame(scored.table.loc[sure, pair])
+    return pd.MultiIndex.from_frame(lesions[pair]).isin(found)
 
 # %% ../nbs/06_evaluate.ipynb #5b0e71a2
 def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: int = 0) -> dict[str, Estimate]:
@@ -710,8 +725,17 @@ def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: i
         return dict(zip(names, (found[last], false[last]), strict=True))
 
     values = resampled(both, scored.patients, n, seed)
-    return {names[0]: summarise(values[names[0]], patients),
-            names[1]: summarise(values[names[1]], patients, bounds=None, unit="per scan")}
+    false = summarise(values[names[1]], patients, bounds=None, unit="per scan")
+    return {names[0]: summarise(values[names[0]], patients), names[1]: _never_certain(false, int(scored.scans.sum()))}
+
+# %% ../nbs/06_evaluate.ipynb #5b0e71a8
+def _never_certain(rate, scans):
+    """A rate per scan on whose resamples all agree, with the exact interval of a Poisson count in place of none."""
+    if not rate.estimable or rate.high > rate.low:
+        return rate
+    count = round(rate.value * scans)
+    low, high = chi2.ppf(0.025, 2 * count) / 2 if count else 0.0, chi2.ppf(0.975, 2 * count + 2) / 2
+    return replace(rate, low=round(float(low) / scans, 6), high=round(float(high) / scans, 6))
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
@@ -809,7 +833,7 @@ def annotation_agreement(lesions: pd.DataFrame, stacks: pd.DataFrame, min_iou: f
     Columns patient_id, lesion_a, lesion_b, iou, distance_mm (between centres).
     """
     frame = stacks.set_index("stack_id")["frame_of_reference_uid"]
-    lesions = lesions.assign(frame=lesions["stack_id"].map(frame)).dropna(subset="frame")
+    lesions = lesions.assign(frame=lesions["stack_id"].map(frame.replace("", None))).dropna(subset="frame")
     rows = []
     for (patient, _), group in lesions.groupby(["patient_id", "frame"]):
         parts = [part for _, part in group.groupby("stack_id")]
@@ -857,13 +881,24 @@ def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> 
 
 # %% ../nbs/06_evaluate.ipynb #2408c374
 def _known(truth, classes):
-    """Class indices (patients,) as an array; InputError where one is no index of a class."""
+    """Class indices (patients,) as whole numbers; InputError where one is no index of a class."""
     truth = np.asarray(truth)
-    wrong = truth[~((truth >= 0) & (truth < classes))]
+    numbers = truth.astype(float)
+    wrong = truth[~((numbers >= 0) & (numbers < classes) & (numbers % 1 == 0))]
     if len(wrong):
         raise runs.InputError(f"truth holds {wrong[0]}, a class index is 0 to {classes - 1}: leave patients without a "
                               "subtype out, keep = truth >= 0")
-    return truth
+    return numbers.astype(int)
+
+
+def _shares(probability, patients):
+    """Probabilities (patients, classes) as an array; InputError where they are none."""
+    shares = np.asarray(probability, float)
+    if shares.ndim != 2 or len(shares) != patients:
+        raise runs.InputError(f"probabilities have shape {shares.shape}, expected ({patients}, classes)")
+    if not ((shares >= 0) & (shares <= 1 + 1e-6)).all():
+        raise runs.InputError("probabilities hold something that is no number from 0 to 1: leave such patients out")
+    return shares
 
 # %% ../nbs/06_evaluate.ipynb #3126ea86
 def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
@@ -1058,6 +1093,11 @@ def recall_draws(right: Sequence[bool], truth: np.ndarray, averaged: Sequence[in
         recalls.append(np.r_[own.mean(), weights @ [*own, both, neither, first_only, second_only]])
     return np.mean(recalls, axis=0) if recalls else np.full(n + 1, np.nan)
 
+# %% ../nbs/06_evaluate.ipynb #a6ddce79
+def _is_constant(name, given):
+    # by construction; a network that has collapsed may answer otherwise about the next patient
+    return not name.startswith("network") and bool((given == given[:1]).all())
+
 # %% ../nbs/06_evaluate.ipynb #a6ddce7a
 def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, classes: Sequence[str],
                      patients: Sequence[str], n: int = 1000, seed: int = 0) -> tuple[dict, dict]:
@@ -1067,8 +1107,7 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
     ----------
     answers : for each name the probabilities (patients, classes).
     truth : (patients,) class index.
-    classes, patients : names, in the order of columns and rows; each patient once.
-    n, seed : as in `resamples`.
+    classes, patients, n, seed : names, in the order of columns and rows, each patient once; and as in `resamples`.
 
     Returns
     -------
@@ -1076,12 +1115,13 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
 
     Raises
     ------
-    InputError : `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype; answers of another shape.
     """
-    averaged, metrics, drawn = averaged_classes(truth, len(classes)), {}, {}
-    for name, given in answers.items():
+    truth, metrics, drawn = _known(truth, len(classes)), {}, {}
+    averaged = averaged_classes(truth, len(classes))
+    for name, given in {name: _shares(given, len(patients)) for name, given in answers.items()}.items():
         drawn[name] = resampled(lambda w, p=given: subtype_scores(truth, p, w, averaged), patients, n, seed, truth)
-        if not (constant := bool((given == given[:1]).all())):  # draws of its own in place of the resampled recalls
+        if not (constant := _is_constant(name, given)):  # draws of its own in place of the resampled recalls
             right = given.argmax(axis=1) == truth
             drawn[name]["balanced_accuracy"] = recall_draws(right, truth, averaged, name.startswith("network"), n, seed)
         made = subtype_estimates(drawn[name], truth, classes, constant)
@@ -1106,9 +1146,9 @@ def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed
 
     Raises
     ------
-    InputError : `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype; `probability` something that is none.
     """
-    truth = _known(truth, probability.shape[1])
+    truth, probability = _known(truth, np.shape(probability)[-1]), _shares(probability, len(truth))
     if len(truth) < MIN_PATIENTS:
         return not_estimable(f"at least {MIN_PATIENTS} patients needed", len(truth))
     rng, averaged = np.random.default_rng(seed), averaged_classes(truth, probability.shape[1])
@@ -1183,7 +1223,13 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
     Returns
     -------
     (patients, classes), rows sum to 1.
+
+    Raises
+    ------
+    InputError : a temperature that is not above 0.
     """
+    if not temperature > 0:
+        raise runs.InputError(f"temperature is {temperature}, expected a number above 0")
     logits = np.log(np.asarray(probability, float).clip(1e-12)) / temperature
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
@@ -1204,10 +1250,11 @@ def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
 
     Raises
     ------
-    InputError : `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype; `probability` something that is none.
     """
-    truth = _known(truth, np.shape(probability)[1])
-    if len(truth) < MIN_PATIENTS or np.shape(probability)[1] < 2:
+    probability = _shares(probability, len(truth))
+    truth = _known(truth, probability.shape[1])
+    if len(truth) < MIN_PATIENTS or probability.shape[1] < 2:
         return None
 
     def loss(log_temperature):
@@ -1236,9 +1283,9 @@ def calibration_table(truth: np.ndarray, probability: np.ndarray, patients: Sequ
 
     Raises
     ------
-    InputError : `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype; `probability` something that is none.
     """
-    p = np.asarray(probability, float)
+    p = _shares(probability, len(truth))
     true, rows = np.eye(p.shape[1])[_known(truth, p.shape[1])], []
     place = np.searchsorted(np.quantile(p, np.linspace(0, 1, bins + 1))[1:-1], p) if p.size else p
     for k in np.unique(place):

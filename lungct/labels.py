@@ -176,9 +176,15 @@ def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "kee
 
 # %% ../nbs/04_check_labels.ipynb #083776c5
 def class_names(labels: pd.DataFrame) -> list[str]:
-    """Names of the classes 0, 1, ... in `labels`; a merged class carries the name that comes first in `SUBTYPES`."""
-    used = labels[labels["target"] >= 0]
-    return used.groupby("target")["subtype"].min().tolist()
+    """Names of the classes 0, 1, ... in `labels`; a merged class carries the name that comes first in `SUBTYPES`.
+
+    Raises InputError where a class in between is missing, as in a part of a table: ask the whole one.
+    """
+    names = labels[labels["target"] >= 0].groupby("target")["subtype"].min()
+    if names.index.tolist() != list(range(len(names))):
+        raise runs.InputError(f"classes {names.index.tolist()} occur, expected 0 to {len(names) - 1}: is this a part "
+                              "of a table of labels? Take the names from the whole")
+    return names.tolist()
 
 # %% ../nbs/04_check_labels.ipynb #71f6fd1c
 def patient_groups(table: pd.DataFrame, links: Sequence[str] = LINKS) -> pd.Series:
@@ -202,6 +208,13 @@ def patient_groups(table: pd.DataFrame, links: Sequence[str] = LINKS) -> pd.Seri
     return names.groupby(part[: len(patients)]).transform("min")
 
 # %% ../nbs/04_check_labels.ipynb #8815be4a
+def _names(names: Sequence[str], what: str) -> list[str]:
+    # of patients; a single text would be taken apart into letters
+    if isinstance(names, str):
+        raise runs.InputError(f"{what} is the text {names!r}, expected a list of patients")
+    return list(names)
+
+
 def _unit_hash(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on the name and the seed alone (BLAKE2b)."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
@@ -243,6 +256,8 @@ def _still_short(held: Sequence[int], n: int, fractions: Sequence[float]) -> lis
 def _strata(labels: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     # group of each used row; and one row a group: its last class in letter order, its first vendor
     used = labels[labels["target"] >= 0]
+    if not used["patient_id"].map(lambda name: isinstance(name, str)).all():
+        raise runs.InputError("patient_id holds something that is no text: cast it to str, and name what is missing")
     group = used["patient_id"].map(patient_groups(labels)) if len(used) else used["patient_id"]
     vendor = used["vendor"] if "vendor" in used.columns else pd.Series("", index=used.index, dtype="str")
     facts = pd.DataFrame({"target": used["target"], "vendor": vendor})
@@ -274,21 +289,21 @@ def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2,
     Raises
     ------
     lungct.runs.InputError
-        For fractions that are no shares, and a role in `fixed` that is none of `ROLES`.
+        For fractions that are no shares, a role in `fixed` that is none of `ROLES`, patients whose names are no text.
     """
     _check_fractions(fractions)
-    group, strata = _strata(labels)
-    given, groups = dict(fixed or {}), patient_groups(labels)
+    result = labels.reset_index(drop=True)
+    group, strata = _strata(result)
+    given, groups = dict(fixed if fixed is not None else {}), patient_groups(labels)
     _check_roles("fixed", given)
     roles = {groups[name]: given[name] for name in sorted(set(given) & set(groups.index))}
     for _, stratum in strata.groupby("target"):
         held = [sum(roles.get(name) == role for name in stratum.index) for role in ROLES]
         line = _line_up(stratum.loc[[name not in roles for name in stratum.index], "vendor"], seed)
         roles.update(zip(line, np.repeat(ROLES, _still_short(held, len(line), fractions)), strict=True))
-    result = labels.copy()
     patient = result.loc[group.index, "patient_id"]
     result.loc[group.index, "role"] = [given.get(p, roles[g]) for p, g in zip(patient, group, strict=True)]
-    return result
+    return result.set_axis(labels.index)
 
 # %% ../nbs/04_check_labels.ipynb #56e5329b
 def read_locked(path: str | Path) -> list[str]:
@@ -313,7 +328,8 @@ def read_locked(path: str | Path) -> list[str]:
 
 def _dealt_with(fractions: Sequence[float], seed: int, locked: Sequence[str]) -> dict:
     # what a registry has to agree with
-    return {"seed": seed, "fractions": [round(f, 9) for f in fractions], "locked_hash": runs.hash_value(sorted(locked))}
+    locked_hash = runs.hash_value(sorted(_names(locked, "locked")))
+    return {"seed": seed, "fractions": [round(f, 9) for f in fractions], "locked_hash": locked_hash}
 
 # %% ../nbs/04_check_labels.ipynb #94337958
 def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
@@ -332,9 +348,9 @@ def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
         The file was edited, holds a role that is none of `ROLES`, or belongs to another seed, other shares or another
         external test set.
     """
-    held = _load_registry(path)
+    held, dealt = _load_registry(path), _dealt_with(fractions, seed, locked)
     given = held["roles"] if held else {}
-    for name, now in _dealt_with(fractions, seed, locked).items() if held else ():
+    for name, now in dealt.items() if held else ():
         if held[name] != now:
             what = "external test set (its hash)" if name == "locked_hash" else name
             raise runs.InputError(f"registry {path} was frozen with {what} {held[name]}, this run has {now}: "
@@ -392,6 +408,7 @@ def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: 
     -------
     Indexed by patient_id of the used patients; column r holds each patient's fold (0 to folds - 1) in repeat r.
     """
+    labels = labels.reset_index(drop=True)
     group, strata = _strata(labels)
     if not 2 <= folds <= len(strata):
         groups = _count(len(strata), "patient group")
@@ -571,6 +588,9 @@ def coin_scores(pictures: np.ndarray, patients: Sequence[str], trains: np.ndarra
     repeats : throws, one accuracy each.
     seed : of the coins.
     """
+    trains = np.asarray(trains)
+    if trains.dtype != bool:
+        raise runs.InputError(f"trains holds {trains.dtype}, expected True or False for each picture")
     if not 0 < np.sum(trains) < len(trains):
         return []
     near = NearestNeighbors(n_neighbors=1).fit(pictures[trains]).kneighbors(pictures[~trains], return_distance=False)
@@ -1071,8 +1091,10 @@ def tabular_features(lesions: pd.DataFrame, cohort: pd.DataFrame, clinical: pd.D
     -------
     Indexed by patient_id: subtype; lateral, posterior, superior (mm from the grid's centre, lateral without sign),
     log_size (log of the largest in-plane side in mm); with a clinical table age_years, male (0, 1), smoking (0, 1).
-    Medians over a patient's volumes; NaN where unknown.
+    Medians over a patient's volumes; NaN where unknown. InputError where `clinical` has a patient twice.
     """
+    if clinical is not None and clinical["patient_id"].duplicated().any():
+        raise runs.InputError("the clinical table has a patient twice: keep one row each")
     table = lesions.join(_grid_centres(cohort), on="stack_id", how="inner")
     table["size_mm"] = longer_side_mm(table)
     table = table.sort_values("size_mm", kind="stable").drop_duplicates("stack_id", keep="last")
@@ -1085,7 +1107,7 @@ def tabular_features(lesions: pd.DataFrame, cohort: pd.DataFrame, clinical: pd.D
 
 
 def _clinical_features(clinical: pd.DataFrame) -> pd.DataFrame:
-    sex = clinical["sex"].astype("str").str.upper()
+    sex = clinical["sex"].astype("str").str.strip().str.upper().str[:1]      # male and female, too
     smoking = pd.to_numeric(clinical["smoking"], errors="coerce").astype(float)
     return pd.DataFrame({"age_years": pd.to_numeric(clinical["age_years"], errors="coerce").astype(float).to_numpy(),
                          "male": sex.map({"M": 1.0, "F": 0.0}).to_numpy(float), "smoking": smoking.to_numpy()},
@@ -1198,12 +1220,16 @@ def baseline_probabilities(features: pd.DataFrame, labels: pd.DataFrame,
     Returns
     -------
     Indexed by patient_id, columns p_<class> in the order of `class_names`; without two classes in training, the
-    training shares. `attrs["fitted_on"]` lists the patients whose numbers were used.
+    training shares. `attrs["fitted_on"]` lists the patients whose numbers were used. InputError where `features` knows
+    nobody who trains, as when its index is not patient_id.
     """
     classes = class_names(labels)
     target = labels[labels["role"] == "train"].drop_duplicates("patient_id").set_index("patient_id")["target"]
     columns = list(columns or next(c for c in reversed(FEATURE_SETS.values()) if set(c) <= set(features.columns)))
     train = features.index.intersection(target.index)
+    if len(features) and train.empty:
+        raise runs.InputError(f"features are of {features.index[0]!r} and others, of whom nobody trains: index them by "
+                              "patient_id, and give labels with roles")
     y = target[train].to_numpy()
     result = pd.DataFrame(0.0, index=features.index, columns=[f"p_{c}" for c in classes])
     result.attrs["fitted_on"] = train.tolist()

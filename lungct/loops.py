@@ -19,15 +19,26 @@ def _compiled(function: Callable) -> Callable:
     except RuntimeError:                                       # no folder to keep it in
         return numba.njit(nogil=True)(function)
 
+# %% ../nbs/appendix/loops.ipynb #1009500f
+@_compiled
+def _check_spans(first, last, shares, n):
+    if len(last) != len(first) or shares.shape != (len(first), 3):
+        raise ValueError("first, last and shares are not of one length")
+    for t in range(len(first)):
+        if first[t] <= last[t] and (first[t] < 0 or last[t] >= n):
+            raise ValueError("a span leaves the plane")
+
 # %% ../nbs/appendix/loops.ipynb #10095010
 @_compiled
 def _sum_rows(plane, first, last, shares, floor, shift, sums, out):
+    _check_spans(first, last, shares, len(plane))
     if out.shape != (len(first), plane.shape[1]):
         raise ValueError("out has another shape")
     for t in range(len(first)):
         begin, end, target = first[t], last[t], out[t]
-        if begin <= end and (begin < 0 or end >= len(plane)):
-            raise ValueError("a span leaves the plane")
+        if begin > end:
+            target[:] = 0
+            continue
         sums[:] = max(0, end - begin - 1) * shift
         for row in range(begin + 1, end):
             values = plane[row]
@@ -87,8 +98,9 @@ def sum_columns(rows, first, last, shares, out):
     out : (rows, targets) float32; the answer is written here.
     """
     n = len(rows)
-    if out.shape != (n, len(first)) or (first < 0).any() or (last >= rows.shape[1]).any():
-        raise ValueError("a span leaves the plane, or out has another shape")
+    _check_spans(first, last, shares, rows.shape[1])
+    if out.shape != (n, len(first)):
+        raise ValueError("out has another shape")
     for r in range(0, n, 4):
         i, j, k = min(r + 1, n - 1), min(r + 2, n - 1), min(r + 3, n - 1)
         one, two, three, four = rows[r], rows[i], rows[j], rows[k]
@@ -99,7 +111,7 @@ def sum_columns(rows, first, last, shares, out):
                 a, b, c, d = a + one[at], b + two[at], c + three[at], d + four[at]
             a, b, c, d = between * a, between * b, between * c, between * d
             for at, share in ((begin, shares[t, 0]), (end, shares[t, 2])):
-                if share > 0:
+                if share > 0 and begin <= end:
                     a, b, c, d = a + share * one[at], b + share * two[at], c + share * three[at], d + share * four[at]
             out[r, t], out[i, t], out[j, t], out[k, t] = a, b, c, d
 
@@ -116,8 +128,10 @@ def move(volume, along_z, corners, weights, out):
     weights : (voxels, 4) float32; what they count.
     out : of the shape of `volume`, float32; the answer is written here.
     """
-    if out.shape != volume.shape or corners.shape != (volume.shape[1], 4) or (corners >= volume.shape[1]).any():
-        raise ValueError("a corner leaves the slice, or out has another shape")
+    n, size = volume.shape
+    if (out.shape != volume.shape or along_z.shape != (n, n) or corners.shape != (size, 4)
+            or weights.shape != (size, 4) or (corners < 0).any() or (corners >= size).any()):
+        raise ValueError("a corner leaves the slice, or something has another shape")
     mixed = np.empty(volume.shape[1], np.float32)
     for z in range(len(out)):
         mixed[:] = 0
@@ -151,4 +165,5 @@ def _work() -> bool:
 
 
 if not _work():
-    _sum_rows, sum_columns, move = (numba.njit(nogil=True)(loop.py_func) for loop in (_sum_rows, sum_columns, move))
+    _check_spans, _sum_rows, sum_columns, move = (numba.njit(nogil=True)(loop.py_func)
+                                                  for loop in (_check_spans, _sum_rows, sum_columns, move))

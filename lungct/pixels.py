@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'AIR_HU', 'REMEDY', 'MOST_PIXELS', 'THREADS', 'SLICES_A_TH
 
 # %% ../nbs/appendix/pixels.ipynb #f0633970
 import io
+import math
 import os
 import struct
 import sys
@@ -97,9 +98,12 @@ AIR_HU = -1024
 
 
 def is_whole(header: Mapping) -> bool:
-    """True when slope and intercept are whole numbers, so that Hounsfield units are whole too."""
-    pair = float(header["rescale_slope"]), float(header["rescale_intercept"])
-    return all(value.is_integer() and abs(value) < 2**31 for value in pair)
+    """True when slope and intercept are whole numbers, so that HU are whole; ValueError when one of them is none."""
+    pair = _told(header, "rescale_slope"), _told(header, "rescale_intercept")
+    if None in pair or not all(map(math.isfinite, pair)):
+        raise ValueError(f"{header.get('path', 'a slice')}: rescale slope {pair[0]} and intercept {pair[1]}, expected "
+                         "two numbers")
+    return all(float(value).is_integer() and abs(value) < 2**31 for value in pair)
 
 
 def _rescale(stored: np.ndarray, header: Mapping) -> np.ndarray:
@@ -389,6 +393,8 @@ def read_stored(path: str | os.PathLike, header: Mapping, target: np.ndarray | N
     if _is_straight(header):
         kind = _kind(header)
         fits = target is not None and target.dtype.kind in "iu" and target.dtype.itemsize == kind.itemsize
+        if fits and target.shape != shape:
+            raise ValueError(f"{path}: its slice is {shape}, the memory for it {target.shape}")
         stored = target.view(kind) if fits else np.empty(shape, kind)
         _read_straight(os.fspath(path), header, stored)
         return _own_bits(stored, header)
@@ -475,6 +481,8 @@ def _fits(stored: np.ndarray, header: Mapping, plane: np.ndarray) -> bool:
 
 def _room(slices: Sequence[Mapping], kind: type) -> np.ndarray:
     """An array for all slices; ValueError when there cannot be one."""
+    if not slices:
+        raise ValueError("no slice to read: expected one header or more")
     count, rows, columns = len(slices), int(slices[0]["rows"]), int(slices[0]["columns"])
     try:
         return np.empty((count, rows, columns), kind)

@@ -129,7 +129,8 @@ def tagged_figures(notebook) -> list[tuple[str, str]]:
     figures, heading = [], ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            heads = [line.lstrip("# ").strip() for line in cell.source.splitlines() if line.startswith("#")]
+            prose = re.sub(r"^```.*?^```", "", cell.source, flags=re.M | re.S)      # a comment in code is no heading
+            heads = [line.lstrip("# ").strip() for line in prose.splitlines() if line.startswith("#")]
             heading = heads[-1] if heads else heading
         elif "report" in cell.metadata.get("tags", []):
             said = re.match(r"# figure: (.+)", cell.source)
@@ -157,7 +158,7 @@ def chapter_html(path: Path) -> str:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     body = _without_outside(body)
-    body = re.sub(r'\sid="[^"]*"', "", body)  # six notebooks on one page would repeat their ids
+    body = re.sub(r'(<[a-zA-Z][^<>]*?)\sid="[^"]*"', r"\1", body)  # six notebooks on one page would repeat their ids
     return _alternative_texts(body)
 
 # %% ../nbs/appendix/report.ipynb #c68c15cd

@@ -56,8 +56,8 @@ ALLOWED = {
     "epochs": (1, 1_000_000), "batch_size": (1, 100_000), "learning_rate": (1e-9, 10.0), "patience": (1, 1_000_000),
     "filters": [range(8, 4097, 8)], "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
     "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000),
-    "learning_curve_epochs": (0, 1_000_000), "pet": re.compile("True|False"), "tensorboard": re.compile("True|False"),
-    "jit_compile": re.compile("True|False"),
+    "learning_curve_epochs": (0, 1_000_000), "pet": (True, False), "tensorboard": (True, False),
+    "jit_compile": (True, False),
     "bootstrap_samples": (10, 1_000_000),
 }
 
@@ -88,6 +88,8 @@ def _allows(rule, value: object) -> bool:
             return bool(words) and all(word.isdecimal() and int(word) in each for word in words)
         case (str(), *_):
             return value in rule
+        case (bool(), *_):
+            return isinstance(value, bool)
     if isinstance(value, bool) or not isinstance(value, Real if isinstance(rule[0], float) else Integral):
         return False
     return value in rule if isinstance(rule, range) else rule[0] <= value <= rule[1]
@@ -101,7 +103,7 @@ def _in_words(rule) -> str:
             return f"words, each {_in_words(each)}"
         case range():
             return f"a multiple of {rule.step} from {rule.start:,} to {rule.stop - 1:,}"
-        case (str(), *_):
+        case (str() | bool(), *_):
             return " or ".join(map(repr, rule))
     return f"{'' if isinstance(rule[0], float) else 'a whole number from '}{rule[0]:,} to {rule[1]:,}"
 
@@ -121,8 +123,11 @@ def project_path(path: str | os.PathLike) -> Path:
 # %% ../nbs/appendix/runs.ipynb #7d279ba2
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, else remove it."""
-    path = Path(path)
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, else remove it.
+
+    Where `path` is a link, what it leads to is written.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -214,6 +219,8 @@ def load_json(path: str | os.PathLike) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"file {path} does not exist: run the chapter that writes it first") from None
+    except OSError as error:
+        raise InputError(f"file {path} cannot be read ({error.strerror}): mend that, or name another") from None
     except ValueError as error:
         raise InputError(f"file {path} is not valid JSON ({error}): remove it and run its chapter again") from None
 

@@ -93,11 +93,21 @@ class Examples:
         return len(self.ct_hu)
 
     def take(self, rows: Sequence[int]) -> "Examples":
-        """The examples at these positions, in this order."""
-        rows = np.asarray(rows, int)
+        """The examples at these positions, in this order; or those where a mask of all of them is True."""
+        rows = _chosen(rows, len(self))
         boxes = [self.boxes_zyx[row] for row in rows]
         pet_suv = None if self.pet_suv is None else self.pet_suv[rows]
         return Examples(self.ct_hu[rows], boxes, self.target[rows], self.patient_id[rows], self.stack_id[rows], pet_suv)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #88d5a3da
+def _chosen(rows, n: int) -> np.ndarray:
+    # of a mask, or of whole numbers, as they are
+    rows = np.asarray(rows)
+    if rows.dtype == bool and len(rows) == n:
+        return np.flatnonzero(rows)
+    if len(rows) and rows.dtype.kind not in "iu":
+        raise runs.InputError(f"rows are {rows.dtype} ({len(rows)} of them), expected positions, or a mask of {n}")
+    return rows.astype(int)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071b
 def make_examples(ct_hu, boxes_zyx, target=None, patient_id=None, stack_id=None, pet_suv=None) -> Examples:
@@ -118,8 +128,8 @@ def make_examples(ct_hu, boxes_zyx, target=None, patient_id=None, stack_id=None,
     """
     ct_hu = _checked_hu(ct_hu)
     n, boxes = len(ct_hu), [np.asarray(one, "float32") for one in boxes_zyx]
-    names = np.array([f"volume_{i}" for i in range(n)]) if stack_id is None else np.asarray(stack_id, str)
-    patients = names if patient_id is None else np.asarray(patient_id, str)
+    names = np.array([f"volume_{i}" for i in range(n)]) if stack_id is None else _checked_names(stack_id, "stack_id")
+    patients = names if patient_id is None else _checked_names(patient_id, "patient_id")
     target = np.full(n, -1) if target is None else _checked_target(target)
     for name, values in {"boxes_zyx": boxes, "target": target, "patient_id": patients, "stack_id": names}.items():
         if len(values) != n:
@@ -135,8 +145,7 @@ def _checked_hu(ct_hu) -> np.ndarray:
         raise runs.InputError(f"ct_hu has shape {ct_hu.shape}, expected (n, s, s, s): n cubes in HU")
     if ct_hu.dtype.kind not in "iuf":
         raise runs.InputError(f"ct_hu holds {ct_hu.dtype}, expected numbers in HU")
-    if not np.isfinite(ct_hu).all():
-        raise runs.InputError("ct_hu holds NaN or infinity, expected HU: where nothing was measured give -1000, air")
+    _check_finite(ct_hu)
     return ct_hu
 
 
@@ -154,6 +163,19 @@ def _checked_boxes(boxes: np.ndarray, name: str, size: int) -> np.ndarray:
         raise runs.InputError(f"a box of {name} is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to {size}")
     return edges.reshape(-1, 6)
 
+# %% ../nbs/05_train_3d_cnn.ipynb #7669071f
+def _check_finite(ct_hu) -> None:
+    for number, volume in enumerate(ct_hu if ct_hu.dtype.kind == "f" else ()):
+        if not np.isfinite(volume).all():
+            raise runs.InputError(f"ct_hu holds NaN or infinity in volume {number}, expected HU: where nothing was "
+                                  "measured give -1000, air")
+
+
+def _checked_names(names, what: str) -> np.ndarray:
+    if isinstance(names, str) or pd.isna(pd.Series(list(names), dtype=object)).any():
+        raise runs.InputError(f"{what} is a single text or lacks some names, expected one for each volume")
+    return np.asarray(names, str)
+
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071d
 def _check_pet(ct_hu, pet_suv) -> None:
     if pet_suv is not None and tuple(np.shape(pet_suv)) != tuple(ct_hu.shape):
@@ -162,6 +184,8 @@ def _check_pet(ct_hu, pet_suv) -> None:
 
 
 def _check_volumes(network: keras.Model, ct_hu, pet_suv) -> None:
+    if not hasattr(ct_hu, "shape"):
+        raise runs.InputError(f"ct_hu is a {type(ct_hu).__name__}, expected an array (n, s, s, s) in HU")
     if tuple(ct_hu.shape[1:]) != tuple(network.input.shape[1:4]):
         raise runs.InputError(f"volumes have shape {tuple(ct_hu.shape[1:])}, the network takes "
                               f"{tuple(network.input.shape[1:4])}: build them on the model's grid")
@@ -189,8 +213,9 @@ def gather(cohort, labels: pd.DataFrame, role: str) -> Examples:
     Raises
     ------
     lungct.runs.InputError
-        For a cohort that was opened with `in_memory=False`.
+        For a cohort that was opened with `in_memory=False`, another role, or a stack that is labelled twice.
     """
+    _check_labels(labels, role)
     if not isinstance(cohort.ct_hu, np.ndarray):
         raise runs.InputError("the cohort is not in memory: load it with volumes.load_cohort(..., in_memory=True)")
     chosen = labels[(labels["role"] == role) & (labels["lesions"] > 0)].set_index("stack_id")
@@ -204,6 +229,15 @@ def gather(cohort, labels: pd.DataFrame, role: str) -> Examples:
 
 def _has_pet(pet_suv: np.ndarray) -> np.ndarray:
     return ~np.isnan(pet_suv).all(axis=(1, 2, 3))
+
+# %% ../nbs/05_train_3d_cnn.ipynb #45212214
+def _check_labels(labels: pd.DataFrame, role: str) -> None:
+    from lungct.labels import ROLES  # brings scikit-learn along, which training does without
+
+    if role not in ROLES:
+        raise runs.InputError(f"role {role!r}: expected one of {', '.join(ROLES)}")
+    if labels["stack_id"].duplicated().any():
+        raise runs.InputError("labels hold a stack twice, expected one row a stack")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #2f01536b
 WINDOWS_HU = ((-1000.0, 400.0), (-160.0, 240.0))  # lung and bone; soft tissue. Lower edge -> 0, upper edge -> 1
@@ -1012,6 +1046,7 @@ _RULES = (
     (("learning_rate", "clip_norm"), lambda x: 0 < x < np.inf, "a number above zero"),
     (("weight_decay", "subtype_weight"), lambda x: 0 <= x < np.inf, "zero or more"),
     (("smoothing", "balance", "transplants", "pet_dropout"), lambda x: 0 <= x <= 1, "0 to 1"),
+    (("augmented", "jit_compile"), lambda x: isinstance(x, bool), "True or False"),
     (("seed",), lambda x: isinstance(x, Integral) and 0 <= x < 2**32, "a whole number from 0 to 4294967295"),
 )
 
@@ -1417,7 +1452,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     train : one volume or more, on the network's grid.
     validation : the same; None or empty: no early stopping, the last weights are kept.
     settings : None: the defaults.
-    folder : where checkpoints live; a training found there under the same key goes on. None: no checkpoints.
+    folder : where checkpoints live: a training there under the same key goes on, others go. None: no checkpoints.
     report : called with each new row of the history, after its checkpoint is safe.
     log_dir : folder for TensorBoard scalars of every epoch; needs the package tensorboard.
 
@@ -1469,6 +1504,8 @@ def _check_before(network: keras.Model, train: Examples, validation: Examples | 
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     for examples in filter(None, (train, validation)):
         _check_examples(network, examples)
+    if validation and (both := set(train.patient_id) & set(validation.patient_id)):
+        log.warning("%d patients train and validate, such as %s: validation tells nothing then", len(both), min(both))
     _check_devices(settings)
     check_memory(network, settings, train)
 
@@ -1697,6 +1734,8 @@ def input_cost(network: keras.Model, train: Examples, settings: Settings, steps:
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:
     """All volumes of `count` patients, subtypes in proportion; with one seed, fewer patients lie within more."""
+    if count < 0:
+        raise runs.InputError(f"count is {count}, expected 0 patients or more")
     patients, owner, subtype = _by_patient(examples)
     turn, rng = np.empty(len(patients)), np.random.default_rng(seed)
     for group in np.unique(subtype):
@@ -1749,9 +1788,12 @@ def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: i
     Raises
     ------
     lungct.runs.InputError
-        For volumes on another grid.
+        For volumes on another grid, or with voxels that are no numbers; for a batch of none.
     """
     _check_volumes(network, ct_hu, pet_suv)
+    _check_finite(ct_hu)
+    if batch_size < 1:
+        raise runs.InputError(f"batch_size is {batch_size}, expected 1 or more")
     if not len(ct_hu):
         return []
     outputs = _both_ways(network, ct_hu, batch_size, pet_suv)
@@ -1779,18 +1821,25 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     crashes : one line for each attempt of this training that killed its process.
     """
     path = Path(folder) / "model.keras"
+    _check_classes(network, classes)
     _save_network(network, path)
     facts = {
         "schema": MODEL_SCHEMA, "file": path.name, "model_hash": runs.hash_file(path), "classes": list(classes),
-        "grid": {"size": network.input.shape[1], "spacing_mm": spacing_mm}, "windows_hu": [list(w) for w in WINDOWS_HU],
-        "stride": STRIDE, "training_hash": training_hash, "settings": asdict(settings), "validation": dict(validation),
+        "grid": {"size": network.input.shape[1], "spacing_mm": round(float(spacing_mm), 6)}, "stride": STRIDE,
+        "windows_hu": [list(w) for w in WINDOWS_HU], "training_hash": training_hash, "settings": asdict(settings),
         "inputs": ["ct", "pet"] if takes_pet(network) else ["ct"], "window_suv": WINDOW_SUV,
         "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
-        "crashes": list(crashes),
+        "validation": dict(validation), "crashes": list(crashes),
     }
     facts["side_car_hash"] = _hash_of(facts)
     runs.save_json(facts, path.with_suffix(".json"))
     return facts
+
+# %% ../nbs/05_train_3d_cnn.ipynb #24c008b0
+def _check_classes(network: keras.Model, classes: Sequence[str]) -> None:
+    told = _subtypes(network)
+    if told not in (0, len(classes)):
+        raise runs.InputError(f"the network tells {told} subtypes apart, classes names {len(classes)}: {list(classes)}")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #bc83d155
 def _save_network(network: keras.Model, path: Path) -> None:

@@ -857,3 +857,87 @@ def test_each_line_of_the_headline_counts_its_own_patients():
     assert len(texts) == 4 and texts["Subtype, balanced accuracy over A, B"] == "0.50 [0.40, 0.60] (11 test patients)"
     assert texts["Subtype, mean AUC over A, B"] == "not estimable: too few (12 test patients)"
     assert texts["Network against tabular baselines"].startswith("not estimable: no tabular baseline")
+
+
+# ---------------------------------------------------------------- what callers hand over
+
+def test_lesions_numbered_in_each_scan_are_told_apart():
+    scans = pd.DataFrame({"stack_id": list("abc"), "patient_id": list("PQR")})
+    corners = dict(zip(ev.CORNERS_MM, (0.0, 0.0, 0.0, 10.0, 10.0, 10.0), strict=True))
+    lesions = pd.DataFrame([{"stack_id": s, "lesion_id": 1, **corners} for s in "abc"])
+    scored = ev.score_scans(pd.DataFrame([{"stack_id": "b", "score": 0.9, **corners}]), lesions, scans)
+    assert ev.lesions_found(scored, lesions, 0.5).tolist() == [False, True, False]
+    assert len(ev.missed_lesions(scored, lesions, 0.5)) == 2
+    assert not ev.lesions_found(scored, lesions, None).any()
+
+
+def shares(n=20, classes=3):
+    return np.random.default_rng(0).dirichlet(np.ones(classes), n)
+
+
+@pytest.mark.parametrize("change", [lambda p: p * np.where(np.arange(20) == 3, np.nan, 1)[:, None], lambda p: p - 1,
+                                    lambda p: p[:5], lambda p: p[0]])
+@pytest.mark.parametrize("ask", [
+    lambda p, y: ev.fit_temperature(p, y), lambda p, y: ev.chance_range(y, p, 20),
+    lambda p, y: ev.calibration_table(y, p, [str(k) for k in range(20)], n=20),
+    lambda p, y: ev.compare_subtypes({"network": p}, y, list("ABG"), [str(k) for k in range(20)], 20)])
+def test_answers_that_are_no_probabilities_are_refused(change, ask):
+    with pytest.raises(runs.InputError, match="probabilities (hold|have)"):
+        ask(change(shares()), np.arange(20) % 3)
+
+
+@pytest.mark.parametrize("kind", [float, "Int64", list, np.int8])
+def test_truth_of_any_kind_of_whole_numbers(kind):
+    y, names = np.arange(20) % 3, [str(k) for k in range(20)]
+    given = y.tolist() if kind is list else pd.Series(y).astype(kind)
+    answers = {"network": pd.DataFrame(shares())}
+    one, other = (ev.compare_subtypes(answers, t, list("ABG"), names, 50)[0] for t in (y, given))
+    assert one == other
+    with pytest.raises(runs.InputError, match="truth holds 0.5"):
+        ev.subtype_scores(np.where(y == 1, 0.5, y), shares())
+
+
+def test_a_network_that_has_collapsed_is_not_certain():
+    same, names = np.tile([0.5, 0.3, 0.2], (20, 1)), [str(k) for k in range(20)]
+    metrics, _ = ev.compare_subtypes({"majority": same, "network": same}, np.arange(20) % 3, list("ABG"), names, 200)
+    told = {name: metrics[f"subtype/{name}/balanced_accuracy"] for name in ("majority", "network")}
+    assert told["majority"].low == told["majority"].high and told["network"].low < told["network"].high
+
+
+@pytest.mark.parametrize("false, low, high", [(0, 0.0, 3.689 / 12), (1, 6.2006 / 12, 20.9616 / 12)])
+def test_a_rate_on_which_all_patients_agree_is_not_certain(false, low, high):
+    """Exact intervals of a Poisson count of 0 and of 12 (Garwood 1936): 0 to 3.689, 6.2006 to 20.9616."""
+    scans = pd.DataFrame({"stack_id": [f"s{k}" for k in range(12)], "patient_id": [f"P{k}" for k in range(12)]})
+    corners, far = ((a, 0.0, 0.0, a + 10.0, 10.0, 10.0) for a in (0.0, 90.0))
+    lesions = pd.DataFrame([{"stack_id": s, "lesion_id": s, **dict(zip(ev.CORNERS_MM, corners, strict=True))}
+                            for s in scans.stack_id])
+    boxes = lesions.drop(columns="lesion_id").assign(score=0.9)
+    wrong = boxes.assign(**dict(zip(ev.CORNERS_MM, far, strict=True)))
+    scored = ev.score_scans(pd.concat([boxes] + [wrong] * false), lesions, scans)
+    rate = ev.at_threshold(scored, 0.5, 100)["false_positives_at_threshold"]
+    assert (rate.value, rate.low, rate.high) == (false, pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_draws_and_shares_ask_for_one_entry_each():
+    names = [str(k) for k in range(10)]
+    for strata in ([0] * 5, [0.0] * 9 + [np.nan]):
+        with pytest.raises(ValueError, match="strata"):
+            ev.resamples(names, 5, strata=strata)
+    right = pd.Series([True] * 10)
+    for odd in ((right[:9], names, names), (right, names, names[:9]), (right.astype("boolean").mask(right.index == 1),
+                names, names), (right, [None, *names[1:]], names)):
+        with pytest.raises(ValueError, match="expected one of each"):
+            ev.share_by(odd[0], pd.Series(odd[1]), pd.Series(odd[2]))
+    groups = pd.Series(pd.Categorical(["a", None] * 5, ["a", "unknown"]))
+    assert ev.share_by(right, pd.Series(names), groups, 10)["group"].tolist() == ["a", "unknown"]
+
+
+def test_odd_small_things_of_evaluation_are_refused():
+    with pytest.raises(runs.InputError, match="temperature is 0"):
+        ev.with_temperature(shares(), 0)
+    with pytest.raises(ValueError):
+        ev.match_detections(np.zeros((2, 6)), [0.5], np.zeros((1, 6)))
+    scans = pd.DataFrame({"stack_id": ["a"], "patient_id": [None]})
+    empty = pd.DataFrame(columns=["stack_id", "score", "lesion_id", *ev.CORNERS_MM])
+    with pytest.raises(runs.InputError, match="no patient_id"):
+        ev.score_scans(empty, empty, scans)

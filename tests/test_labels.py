@@ -924,3 +924,61 @@ def test_headers_without_any_manufacturer_are_called_unknown():
     for silent in (pd.Series([None, None], dtype="str"), pd.Series([np.nan, ""], dtype=object)):
         assert lab.vendor_names(silent).tolist() == ["UNKNOWN", "UNKNOWN"]
     assert lab.vendor_names(pd.Series(["GE MEDICAL", None])).tolist() == ["GE", "UNKNOWN"]
+
+
+# ---------------------------------------------------------------- what callers hand over
+
+def test_names_of_a_part_of_the_classes_are_not_shifted():
+    labels = lab.example_cohort()["labels"]
+    assert lab.class_names(labels) == sorted(labels.loc[labels.target >= 0, "subtype"].unique())
+    with pytest.raises(runs.InputError, match="is this a part of a table"):
+        lab.class_names(labels[labels["target"] != 1])
+
+
+def test_features_that_know_nobody_are_refused():
+    labels = lab.split_patients(lab.example_cohort()["labels"])
+    names = labels["patient_id"].unique()
+    features = pd.DataFrame({"log_size": np.arange(len(names), dtype=float)}, index=pd.Index(names, name="patient_id"))
+    assert np.allclose(lab.baseline_probabilities(features, labels, ["log_size"]).sum(axis=1), 1, atol=1e-6)
+    with pytest.raises(runs.InputError, match="index them by patient_id"):
+        lab.baseline_probabilities(features.reset_index(), labels, ["log_size"])
+
+
+def test_a_mask_of_numbers_is_no_mask():
+    pictures, trains = np.random.default_rng(0).normal(size=(20, 5)), np.arange(20) < 12
+    assert len(lab.coin_scores(pictures, [str(k) for k in range(20)], trains)) == 20
+    with pytest.raises(runs.InputError, match="expected True or False for each picture"):
+        lab.coin_scores(pictures, [str(k) for k in range(20)], trains.astype(int))
+
+
+def test_one_locked_patient_is_a_list_of_one():
+    assert lab.read_registry("", (0.6, 0.2, 0.2), 0, ["Lung_Dx-A0001"]) == {"Lung_Dx-A0001": "test"}
+    with pytest.raises(runs.InputError, match="locked is the text 'Lung_Dx-A0001'"):
+        lab.read_registry("", (0.6, 0.2, 0.2), 0, "Lung_Dx-A0001")
+
+
+def test_a_split_does_not_depend_on_the_index_and_takes_roles_as_a_series():
+    labels = lab.example_cohort()["labels"]
+    odd = labels.set_axis(np.arange(len(labels)) % 7)
+    one, other = lab.split_patients(labels), lab.split_patients(odd)
+    assert other["role"].tolist() == one["role"].tolist() and other.index.equals(odd.index)
+    assert lab.patient_folds(odd).equals(lab.patient_folds(labels))
+    fixed = one.drop_duplicates("patient_id").set_index("patient_id")["role"]
+    assert lab.split_patients(labels, seed=5, fixed=fixed[fixed != "unused"])["role"].tolist() == one["role"].tolist()
+
+
+@pytest.mark.parametrize("names", [lambda n: np.arange(len(n)), lambda n: n.where(n.index > 0)])
+def test_patients_whose_names_are_no_text_are_refused(names):
+    labels = lab.example_cohort()["labels"].sort_values("target", ascending=False, ignore_index=True)
+    odd = labels.assign(patient_id=names(labels["patient_id"]))
+    for ask in (lab.split_patients, lab.patient_folds):
+        with pytest.raises(runs.InputError, match="no text"):
+            ask(odd)
+
+
+def test_a_clinical_table_with_a_patient_twice_is_refused():
+    tables = lab.example_cohort()
+    clinical = pd.DataFrame({"patient_id": ["A", "A"], "sex": ["male", "F "], "smoking": [1, 0], "age_years": [60, 61]})
+    with pytest.raises(runs.InputError, match="has a patient twice"):
+        lab.tabular_features(tables["lesions"], tables["cohort"], clinical)
+    assert lab._clinical_features(clinical)["male"].tolist() == [1.0, 0.0]

@@ -54,13 +54,34 @@ def test_sums_of_sixteen_bits_do_not_overflow(rows, kind, value, shift):
     assert out.item() == pytest.approx(rows * (value + shift), rel=1e-4, abs=1)
 
 
-@pytest.mark.parametrize("first, last, wide", [(-1, 1, 4), (0, 8, 4), (7, 8, 4), (0, 1, 5), (0, 1, 3)])
-def test_what_lies_outside_is_refused_before_it_is_read(first, last, wide):
+@pytest.mark.parametrize("first, last, wide, told", [
+    (-1, 1, 4, "span leaves"), (0, 8, 4, "span leaves"), (7, 8, 4, "span leaves"), (0, 10**10, 4, "span leaves"),
+    (0, 1, 5, "another shape"), (0, 1, 3, "another shape")])
+def test_what_lies_outside_is_refused_before_it_is_read(first, last, wide, told):
     span = np.array([first]), np.array([last]), np.ones((1, 3), np.float32)
-    with pytest.raises(ValueError, match="span leaves|another shape"):
+    with pytest.raises(ValueError, match=told):
         loops.sum_rows(np.ones((8, 4), np.int16), *span, np.empty((1, wide), np.float32))
-    with pytest.raises(ValueError, match="span leaves"):
+    with pytest.raises(ValueError, match=told):
         loops.sum_columns(np.ones((4, 8), np.float32), *span, np.empty((wide, 1), np.float32))
+
+
+@pytest.mark.parametrize("first, last", [(2, 1), (10**10, 0), (0, -(10**10))])
+def test_a_span_of_nothing_is_nothing_wherever_it_lies(first, last):
+    span = np.array([first]), np.array([last]), np.ones((1, 3), np.float32)
+    across, down = np.full((1, 4), np.nan, np.float32), np.full((4, 1), np.nan, np.float32)
+    loops.sum_rows(np.ones((8, 4), np.int16), *span, across)
+    loops.sum_columns(np.ones((4, 8), np.float32), *span, down)
+    assert not across.any() and not down.any()
+
+
+@pytest.mark.parametrize("short", ["last", "shares"])
+def test_spans_of_different_lengths_are_refused(short):
+    span = {"first": np.array([0, 1]), "last": np.array([1, 2]), "shares": np.ones((2, 3), np.float32)}
+    span[short] = span[short][:1]
+    with pytest.raises(ValueError, match="not of one length"):
+        loops.sum_rows(np.ones((8, 4), np.int16), *span.values(), np.empty((2, 4), np.float32))
+    with pytest.raises(ValueError, match="not of one length"):
+        loops.sum_columns(np.ones((4, 8), np.float32), *span.values(), np.empty((4, 2), np.float32))
 
 
 def test_a_moved_volume_is_the_product_of_its_matrices():
@@ -73,9 +94,13 @@ def test_a_moved_volume_is_the_product_of_its_matrices():
     in_plane = np.zeros((12, 12))
     np.add.at(in_plane, (np.arange(12)[:, None], corners), weights)
     assert np.allclose(out, along_z.astype(float) @ volume @ in_plane.T, atol=1e-5) and not out[2].any()
-    corners[3, 1] = 12
-    with pytest.raises(ValueError, match="corner leaves"):
-        loops.move(volume, along_z, corners, weights, out)
+    for wrong in (12, -1, -(2**31)):
+        corners[3, 1] = wrong
+        with pytest.raises(ValueError, match="corner leaves"):
+            loops.move(volume, along_z, corners, weights, out)
+    for odd in ((along_z[:1, :1], weights), (along_z, weights[:3])):
+        with pytest.raises(ValueError, match="another shape"):
+            loops.move(volume, odd[0], np.zeros((12, 4), np.int32), odd[1], out)
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])

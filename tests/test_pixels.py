@@ -675,3 +675,32 @@ def test_missing_values_of_a_table_are_missing(tmp_path):
     assert np.array_equal(pixels.read_stored(tmp_path / "a.dcm", header), stored)
     volume, outside = pixels.read_hu([header], tmp_path)
     assert np.array_equal(volume[0], stored - 1024.0) and outside == 0
+
+
+# ---------------------------------------------------------------- what callers hand over
+
+def test_slices_of_another_size_are_not_read_as_this_size(tmp_path):
+    rows = [plain_file(tmp_path / f"{k}.dcm", np.arange(size, dtype=np.int16).reshape(shape))
+            for k, (size, shape) in enumerate(((64, (8, 8)), (64, (4, 16)), (256, (16, 16))))]
+    for other in rows[1:]:
+        with pytest.raises(ValueError, match="its slice is .*, the memory for it"):
+            pixels.read_hu([rows[0], other], tmp_path)
+    with pytest.raises(ValueError, match="no slice to read"):
+        pixels.read_hu([], tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"rescale_slope": np.nan}, {"rescale_intercept": None}, {"rescale_slope": np.inf}])
+def test_a_rescale_that_is_no_number_is_not_air(tmp_path, change):
+    row = plain_file(tmp_path / "a.dcm", np.zeros((4, 4), np.int16))
+    assert (pixels.read_hu([row], tmp_path)[0] == -1024).all()
+    with pytest.raises(ValueError, match="expected two numbers"):
+        pixels.read_hu([row | change], tmp_path)
+
+
+def plain_file(path, stored):
+    """Pixels alone behind their element's head, and the row of an index for them."""
+    path.write_bytes(b"\xe0\x7f\x10\0OW\0\0" + stored.nbytes.to_bytes(4, "little") + stored.tobytes())
+    return {"path": path.name, "rows": stored.shape[0], "columns": stored.shape[1], "samples_per_pixel": 1,
+            "bits_allocated": 16, "bits_stored": 16, "high_bit": 15, "pixel_representation": 1, "pixel_offset": 12,
+            "file_bytes": path.stat().st_size, "transfer_syntax_uid": "1.2.840.10008.1.2.1", "rescale_slope": 1.0,
+            "rescale_intercept": -1024.0}

@@ -151,3 +151,16 @@ def test_cross_validation_has_a_page(tmp_path):
     page = report.build_crossval(tmp_path).read_text(encoding="utf-8")
     assert "in 2 folds" in page and "say nothing about patients" in page and "0.80 [0.10, 0.90]" in page
     assert page.count("not estimable") == 1 and ">0.75</td>" in page and "subtype: auc macro" in page
+
+
+def test_printed_text_and_comments_in_code_are_left_as_they_are(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("# Head\n\n```bash\n# a comment\nls\n```"),
+             nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text='<div id="q">')])]
+    cells[1].metadata["tags"] = ["report"]
+    cells[1].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "AA=="}))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    page = report.chapter_html(tmp_path / "n.ipynb")
+    assert "&lt;div id=&quot;q&quot;&gt;" in page or '&lt;div id="q"&gt;' in page
+    assert ' id="Head"' not in page
+    assert report.tagged_figures(notebook) == [("Head", "AA==")]

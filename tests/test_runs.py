@@ -319,3 +319,23 @@ def test_fast_convolutions_are_asked_for_unless_the_environment_says_otherwise(m
         monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", said)
     runs.fast_convolutions()
     assert os.environ.pop("TF_ENABLE_ONEDNN_OPTS") == left
+
+
+@pytest.mark.parametrize("value, fits", [(True, True), (False, True), ("False", False), (1, False), ("True", False)])
+def test_a_switch_is_true_or_false(value, fits):
+    if fits:
+        runs.check_parameters({"pet": value})
+    else:
+        with pytest.raises(runs.InputError, match=f"parameter pet is {value!r}, expected True or False"):
+            runs.check_parameters({"pet": value})
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "roles.json").write_text("{}")
+    link = tmp_path / "roles.json"
+    link.symlink_to(tmp_path / "store" / "roles.json")
+    runs.save_json({"a": 1}, link)
+    assert link.is_symlink() and runs.load_json(tmp_path / "store" / "roles.json") == {"a": 1}
+    with pytest.raises(runs.InputError, match="cannot be read \\(Is a directory\\)"):
+        runs.load_json(tmp_path)

@@ -1503,3 +1503,65 @@ def test_filters_that_are_no_numbers_are_the_users_to_mend(text):
 def test_unknown_precision_lists_the_known():
     with pytest.raises(runs.InputError, match="precision 'foo': expected one of float32, mixed_bfloat16"):
         training.build_network(SIZE, "AG", (8,), precision="foo")
+
+
+# ---- what callers hand over
+
+
+def test_examples_are_taken_by_position_or_by_mask():
+    some = toys(4)
+    mask = np.array([False, True, False, True])
+    assert list(some.take(mask).stack_id) == list(some.take([1, 3]).stack_id) == list(some.stack_id[[1, 3]])
+    assert list(some.take(pd.Series(mask)).stack_id) == list(some.stack_id[[1, 3]]) and len(some.take([])) == 0
+    for odd in (mask[:2], [0.9, 1.9], ["a"]):
+        with pytest.raises(training.runs.InputError, match="expected positions, or a mask of 4"):
+            some.take(odd)
+
+
+@pytest.mark.parametrize("names", ["abcd", ["a", None, "c", "d"], ["a", float("nan"), "c", "d"]])
+def test_patients_without_a_name_are_no_patient_called_none(names):
+    some = toys(4)
+    with pytest.raises(training.runs.InputError, match="patient_id is a single text or lacks some names"):
+        training.make_examples(some.ct_hu, some.boxes_zyx, patient_id=names)
+
+
+def test_a_volume_that_holds_no_numbers_is_not_predicted():
+    net, volumes = network(), toys(3).ct_hu.astype("float32")
+    assert len(training.predict(net, volumes)) == 3
+    for value in (np.nan, np.inf):
+        volumes[1, 0, 0, 0] = value
+        with pytest.raises(training.runs.InputError, match="NaN or infinity in volume 1, expected HU"):
+            training.predict(net, volumes)
+    with pytest.raises(training.runs.InputError, match="ct_hu is a list"):
+        training.predict(net, [1])
+    with pytest.raises(training.runs.InputError, match="batch_size is 0"):
+        training.predict(net, toys(3).ct_hu, batch_size=0)
+
+
+def test_a_role_that_nobody_knows_is_not_an_empty_role():
+    cohort = SimpleNamespace(ct_hu=np.zeros((1, 2, 2, 2), np.int16))
+    labels = pd.DataFrame({"stack_id": ["a", "a"], "role": "train", "lesions": 1})
+    with pytest.raises(training.runs.InputError, match="role 'val': expected one of train, validation, test"):
+        training.gather(cohort, labels, "val")
+    with pytest.raises(training.runs.InputError, match="labels hold a stack twice"):
+        training.gather(cohort, labels, "train")
+
+
+def test_patients_who_train_and_validate_are_named(caplog):
+    training.fit(network(), toys(2), toys(2), quick(epochs=1))
+    assert "2 patients train and validate" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["augmented", "jit_compile"])
+def test_a_switch_that_is_a_word_is_refused(name):
+    with pytest.raises(training.runs.InputError, match=f"{name} is 'False', expected True or False"):
+        training.Settings(**{name: "False"})
+
+
+def test_a_model_is_not_saved_with_names_that_it_does_not_tell_apart(tmp_path):
+    rest = {"spacing_mm": np.float32(2.1), "training_hash": "x", "settings": quick(), "validation": {}}
+    net = network()
+    with pytest.raises(training.runs.InputError, match="classes names 5"):
+        training.save_model(net, tmp_path, classes=list("ABCDE"), **rest)
+    training.save_model(net, tmp_path, classes=list("AG"), **rest)
+    assert training.load_model(tmp_path, spacing_mm=2.1)[1]["grid"]["spacing_mm"] == 2.1
