@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from check_notebooks import MAX_FIGURE, NBS, ROOT, code_stamps, notebooks
 from nbdev.clean import clean_nb
-from PIL import Image
+from PIL import Image, ImageColor
 
-from lungct import course
+from lungct import course, plots
 
 RUN = ROOT / "runs" / "notebooks"
 LARGE_FIGURE = 60_000  # bytes; beyond it a figure is reduced to a palette
@@ -55,17 +56,28 @@ def shrink(output):
     data.pop("application/vnd.jupyter.widget-view+json", None)
     image = data.get("image/png")
     if image and len(raw := base64.b64decode(image)) > LARGE_FIGURE:
-        packed = reduced(raw, Image.Quantize.MEDIANCUT)
-        if len(packed) > MAX_FIGURE:  # coarser in the greys, and it keeps rare colours such as those of boxes
-            packed = reduced(raw, Image.Quantize.MAXCOVERAGE)
-        data["image/png"] = base64.b64encode(packed).decode()
+        data["image/png"] = base64.b64encode(reduced(raw)).decode()
     return output
 
 
-def reduced(raw: bytes, method: Image.Quantize) -> bytes:
-    """A PNG image in 256 colours chosen by `method`."""
+def reduced(raw: bytes) -> bytes:
+    """A PNG image in 256 colours, those of boxes and lines among them, though they are rare."""
+    image = Image.open(io.BytesIO(raw)).convert("RGB")
+    named = ("#fff", plots.BOX_COLOUR, plots.FOUND_COLOUR, *plots.LINE_COLOURS)
+    marks = [ImageColor.getrgb(colour) for colour in named]
+    common = np.array(image.quantize(256 - len(marks)).getpalette()[: 3 * (256 - len(marks))]).reshape(-1, 3)
+    palette = np.concatenate([common, marks]).astype(np.int64)
+    seen, place = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = np.square(seen[:, None] - palette).sum(axis=2).argmin(axis=1).astype(np.uint8)
+    few = Image.fromarray(nearest[place.ravel()].reshape(image.size[::-1]), "P")
+    few.putpalette(palette.astype(np.uint8).ravel().tolist())
+    packed = as_png(few)
+    return packed if len(packed) <= MAX_FIGURE else as_png(image.quantize(method=Image.Quantize.MAXCOVERAGE))
+
+
+def as_png(image: Image.Image) -> bytes:
     packed = io.BytesIO()
-    Image.open(io.BytesIO(raw)).convert("RGB").quantize(256, method=method).save(packed, "PNG", optimize=True)
+    image.save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 
