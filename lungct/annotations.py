@@ -317,30 +317,21 @@ def _is_capture(sop_class_uid: pd.Series) -> pd.Series:
     uid = sop_class_uid.astype("str").fillna("")
     return uid.eq(SECONDARY_CAPTURE_CLASS) | uid.str.startswith(SECONDARY_CAPTURE_CLASS + ".")
 
-# %% ../nbs/02_parse_annotations.ipynb #e2cb2a01
-def _through_twins(images: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    # slice_index, that of the kept image for its equal repeats; and which images are such repeats
-    index = images["slice_index"].astype("Int64")
-    alone = images["accepted"] & index.isna() & images["position_mm"].notna()
-    near = images[images["stack_id"].isin(images.loc[alone, "stack_id"]) & images["position_mm"].notna()]
-    places = pd.Series([(stack, *np.round(place, 2)) for stack, place in
-                        zip(near["stack_id"], near["position_mm"], strict=True)], near.index, dtype=object)
-    kept = dict(zip(places[index[near.index].notna()], index[near.index].dropna(), strict=True))
-    found = places[alone[near.index]].map(kept).astype("Int64").reindex(index.index)
-    return index.fillna(found), found.notna()
-
 # %% ../nbs/02_parse_annotations.ipynb #e2cb2a02
+_IMAGE_COLUMNS = [*_PAIR, "sop_class_uid", "rows", "columns", "stack_id", "slice_index", "repeats_slice", "frames"]
+
+
 def _images(instances: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFrame:
     # one row for each (patient, UID): should the same image be on disk twice, the copy that is in use
-    images = instances[[*_PAIR, "sop_class_uid", "rows", "columns", "stack_id", "slice_index"]]
+    images = instances.reindex(columns=_IMAGE_COLUMNS)         # hand-made tables need not tell the last two
     images = images.merge(stacks[["stack_id", "status", "reason"]], on="stack_id", how="left")
     images["accepted"] = images["status"].eq("accepted").fillna(False)
-    images["position_mm"] = instances["position_mm"].to_numpy() if "position_mm" in instances else None
-    images["slice_index"], images["repeat"] = _through_twins(images)
+    images["repeat"] = images["accepted"] & images["repeats_slice"].notna()
+    kept = images["repeats_slice"].where(images["repeat"]).astype("Int64")
+    images["slice_index"] = images["slice_index"].astype("Int64").fillna(kept)
     images["usable"] = images["accepted"] & images["slice_index"].notna()
     excluded = images["reason"].eq(Exclusion.SECONDARY_CAPTURE.value).fillna(False)
     images["capture"] = _is_capture(images["sop_class_uid"]) | excluded
-    images["frames"] = instances["frames"].to_numpy() if "frames" in instances else 1
     images["several"] = images["accepted"] & (images["frames"] > 1).fillna(False)
     images["found"] = True
     return images.sort_values("usable", ascending=False, kind="stable").drop_duplicates(_PAIR)

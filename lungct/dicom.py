@@ -42,7 +42,7 @@ from .workers import worker_pool
 _all_ = ["BadFile", "FileProblem", "read_header", "tag_name"]      # this chapter's, too
 
 # %% ../nbs/01_explore_dicom.ipynb #778adabe
-INSTANCE_DTYPES = {"path": "str", **HEADER_DTYPES, "stack_id": "str", "slice_index": "Int64"}
+INSTANCE_DTYPES = {"path": "str", **HEADER_DTYPES, "stack_id": "str", "slice_index": "Int64", "repeats_slice": "Int64"}
 PROBLEM_DTYPES = {"path": "str", "reason": "str", "detail": "str"}
 
 
@@ -254,7 +254,8 @@ def _instance_frame(table: pa.Table) -> pd.DataFrame:
     with _no_collection():
         columns = {name: pd.Series(_lists(table[name]), dtype="object") if name in lists else frame[name]
                    for name in ("path", *HEADER_DTYPES)}
-    empty = {name: pd.Series([None] * len(table), dtype=INSTANCE_DTYPES[name]) for name in ("stack_id", "slice_index")}
+    empty = {name: pd.Series([None] * len(table), dtype=kind) for name, kind in INSTANCE_DTYPES.items()
+             if name not in columns}
     return pd.DataFrame(columns | empty)
 
 # %% ../nbs/01_explore_dicom.ipynb #34543ec1
@@ -935,19 +936,27 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
 
 # %% ../nbs/01_explore_dicom.ipynb #f38531ec
 def _series_stacks(series: pd.DataFrame, min_slices: int,
-                   root: str | os.PathLike | None) -> list[tuple[_Candidate, list]]:
-    """The stacks of one series in order of acquisition, each with the index of the repeats dropped from it."""
+                   root: str | os.PathLike | None) -> list[tuple[_Candidate, dict]]:
+    """The stacks of one series in order of acquisition, each with its share of the repeats, as `_drop_repeats` has."""
     found = []
     for same_class in _pieces(series, series["class_number"].to_numpy()):
         for kind in _by_kind(same_class):
             kept, twins = _drop_repeats(kind, root)
             for candidate in _split(kept, min_slices):
                 index = candidate.part.rows.index
-                found.append((candidate, [again for again, first in twins.items() if first in index]))
+                found.append((candidate, {again: first for again, first in twins.items() if first in index}))
     if len(found) < 2:
         return found
     early = series[["acquisition_number", "instance_number"]].fillna(-1).assign(path=series["path"])
     return sorted(found, key=lambda pair: tuple(early.loc[pair[0].part.rows.index].min()))
+
+# %% ../nbs/01_explore_dicom.ipynb #889868e6
+def _note_places(columns: dict, stack_id: str, kept: pd.Index, twins: dict, owner: np.ndarray) -> None:
+    """Write down where the images of a stack went; `owner` says which image a slice is of."""
+    images, again = owner[kept], owner[list(twins)]
+    columns["stack_id"][images] = columns["stack_id"][again] = stack_id
+    columns["slice_index"][images] = np.arange(len(images))
+    columns["repeats_slice"][again] = kept.get_indexer(list(twins.values()))
 
 # %% ../nbs/01_explore_dicom.ipynb #889868e4
 def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
@@ -965,20 +974,20 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
     -------
     (stacks, instances): one row a stack, sorted by stack_id, with `affine` (16 numbers, row by row, voxel-centre
     index (x, y, z) -> LPS mm); and the instances with `stack_id` and `slice_index` filled. A dropped repeat has a
-    stack and no index, and so has an image that gives several slices.
+    stack and the index of the slice it repeats in `repeats_slice`; an image of several slices has a stack alone.
     """
     instances = instances.reset_index(drop=True)
     slices, described = _one_row_a_slice(instances), []
     slices["class_number"] = slices.groupby(["modality", "sop_class_uid"], dropna=False).ngroup()
-    ids, places = np.full(len(instances), None, object), pd.array([pd.NA] * len(instances), "Int64")
+    owner, columns = slices["instance"].to_numpy(), {"stack_id": np.full(len(instances), None, object)}
+    columns |= {name: pd.array([pd.NA] * len(instances), "Int64") for name in ("slice_index", "repeats_slice")}
     for _, series in slices.groupby(["patient_id", "series_uid"], dropna=False):
         for phase, (found, twins) in enumerate(_series_stacks(series, min_slices, root), 1):
-            images = found.part.rows["instance"].to_numpy()
             described.append(_describe(found, instances, phase, len(twins)))
-            ids[images] = ids[slices["instance"].to_numpy()[twins]] = described[-1]["stack_id"]
-            places[images] = np.arange(len(images))
-    places[slices["instance"][slices["instance"].duplicated()].unique()] = pd.NA
-    return _table(described, STACK_DTYPES), instances.assign(stack_id=pd.Series(ids, dtype="str"), slice_index=places)
+            _note_places(columns, described[-1]["stack_id"], found.part.rows.index, twins, owner)
+    columns["slice_index"][slices["instance"][slices["instance"].duplicated()].unique()] = pd.NA
+    columns["stack_id"] = pd.Series(columns["stack_id"], dtype="str")
+    return _table(described, STACK_DTYPES), instances.assign(**columns)
 
 # %% ../nbs/01_explore_dicom.ipynb #8e0e5eba
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_C
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -87,6 +87,10 @@ class Scored:
     score: np.ndarray           # (detections,)
     hit: np.ndarray             # (detections,) bool
     false: np.ndarray           # (detections,) bool; neither hit nor false: a repeat
+
+    def found_at(self, threshold: float | None) -> np.ndarray:
+        """(detections,) bool; the hits at or above a threshold. None, when none was chosen, finds nothing."""
+        return self.hit & (self.score >= (np.inf if threshold is None else threshold))
 
 # %% ../nbs/06_evaluate.ipynb #83a1f9ad
 def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataFrame,
@@ -297,7 +301,7 @@ def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a0
 def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "",
-              margin: float | None = None) -> Estimate:
+              margin: float | None = None, counted_on: int | None = None) -> Estimate:
     """Estimate from a statistic's values on the sample (first) and on its resamples (the others).
 
     Parameters
@@ -308,6 +312,7 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
         None: it is left as it is.
     unit : of the values; "" for a share.
     margin : by how much it is widened; None: by what a perfect result on `n` units leaves open.
+    counted_on : for a rate without bounds: the number of scans. Where all resamples agree it gets the exact interval.
 
     Returns
     -------
@@ -321,8 +326,9 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     low, high = np.percentile(drawn, [2.5, 97.5])
     if bounds is not None:
         low, high = _widened(value, low, high, perfect_margin(n) if margin is None else margin, bounds)
-    ends = (value, min(low, value), max(high, value))
-    return Estimate(*(round(float(x), 6) for x in ends), int(n), True, None, unit)
+    elif counted_on and low == high:
+        low, high = (end / counted_on for end in _count_interval(round(value * counted_on)))
+    return Estimate(*(round(float(x), 6) for x in (value, min(low, value), max(high, value))), int(n), True, None, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b19f
 def _undefined(values, n):
@@ -357,6 +363,11 @@ def _widened(value: float, low: float, high: float, margin: float, bounds: tuple
         return max(bounds[0], value - margin), min(bounds[1], value + margin)
     to_top, to_bottom = np.isclose(high, bounds[1]), np.isclose(low, bounds[0])
     return (min(low, bounds[1] - margin) if to_top else low), (max(high, bounds[0] + margin) if to_bottom else high)
+
+
+def _count_interval(count: int) -> tuple[float, float]:
+    # exact 95 % interval of a Poisson count
+    return chi2.ppf(0.025, 2 * count) / 2 if count else 0.0, chi2.ppf(0.975, 2 * count + 2) / 2
 
 # %% ../nbs/06_evaluate.ipynb #88d8d3c4
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Sequence[str], n: int = 1000, seed: int = 0,
@@ -695,9 +706,8 @@ def lesions_found(scored: Scored, lesions: pd.DataFrame, threshold: float | None
     -------
     (lesions,) bool.
     """
-    sure = scored.hit & (scored.score >= (np.inf if threshold is None else threshold))
     pair = ["stack_id", "lesion_id"]  # a number may be unique in its scan only
-    found = pd.MultiIndex.from_frame(scored.table.loc[sure, pair])
+    found = pd.MultiIndex.from_frame(scored.table.loc[scored.found_at(threshold), pair])
     return pd.MultiIndex.from_frame(lesions[pair]).isin(found)
 
 # %% ../nbs/06_evaluate.ipynb #5b0e71a2
@@ -725,17 +735,8 @@ def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: i
         return dict(zip(names, (found[last], false[last]), strict=True))
 
     values = resampled(both, scored.patients, n, seed)
-    false = summarise(values[names[1]], patients, bounds=None, unit="per scan")
-    return {names[0]: summarise(values[names[0]], patients), names[1]: _never_certain(false, int(scored.scans.sum()))}
-
-# %% ../nbs/06_evaluate.ipynb #5b0e71a8
-def _never_certain(rate, scans):
-    """A rate per scan on whose resamples all agree, with the exact interval of a Poisson count in place of none."""
-    if not rate.estimable or rate.high > rate.low:
-        return rate
-    count = round(rate.value * scans)
-    low, high = chi2.ppf(0.025, 2 * count) / 2 if count else 0.0, chi2.ppf(0.975, 2 * count + 2) / 2
-    return replace(rate, low=round(float(low) / scans, 6), high=round(float(high) / scans, 6))
+    rate = {"bounds": None, "unit": "per scan", "counted_on": int(scored.scans.sum())}
+    return {names[0]: summarise(values[names[0]], patients), names[1]: summarise(values[names[1]], patients, **rate)}
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:

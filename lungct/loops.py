@@ -36,9 +36,6 @@ def _sum_rows(plane, first, last, shares, floor, shift, sums, out):
         raise ValueError("out has another shape")
     for t in range(len(first)):
         begin, end, target = first[t], last[t], out[t]
-        if begin > end:
-            target[:] = 0
-            continue
         sums[:] = max(0, end - begin - 1) * shift
         for row in range(begin + 1, end):
             values = plane[row]
@@ -48,7 +45,7 @@ def _sum_rows(plane, first, last, shares, floor, shift, sums, out):
         for c in range(len(sums)):
             target[c] = share * np.float32(sums[c])
         for row, share in ((begin, shares[t, 0]), (end, shares[t, 2])):
-            if share > 0:
+            if share > 0 and begin <= end:
                 values = plane[row]
                 for c in range(len(sums)):
                     sums[c] = floor if values[c] < floor else values[c]

@@ -1719,15 +1719,18 @@ def input_cost(network: keras.Model, train: Examples, settings: Settings, steps:
     def step(batch):
         trainer.train_on_batch(*batch[1:])
 
+    def bare_step():
+        return _seconds_each(islice(itertools.cycle(made), steps), step)
+
     feed, made = _ahead(_stream(trainer, train, replace(settings, epochs=10**6), 1)), [*islice(fresh(), 2)]
     deque(islice(feed, settings.echoes**2 * ECHO_AFTER), maxlen=0)  # at first all batches are new
     step(made[0])  # the first call traces the graph
-    making, bare, loop = [_seconds_each(fresh(), len) for _ in range(5)], [], []
-    for _ in range(6):
-        bare.append(_seconds_each(islice(itertools.cycle(made), steps), step))
+    making, loop, bare = [_seconds_each(fresh(), len) for _ in range(5)], [], [bare_step()]
+    for _ in range(5):
         loop.append(_seconds_each(islice(feed, steps), step))
+        bare.append(bare_step())
     feed.close()
-    share = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop[:-1]
+    share = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop
     figures = {"making": making, "bare": bare, "loop": loop, "input": share}
     return {name: float(np.median(values)) for name, values in figures.items()}
 

@@ -1119,16 +1119,9 @@ def test_two_columns_that_mean_one_field_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- repeats of a slice
 
-def with_places(*places):
-    told = pd.Series([None] * len(INSTANCES), dtype=object)
-    for row, place in places:
-        told[row] = place
-    return INSTANCES.assign(position_mm=told)
-
-
 def test_what_is_drawn_on_an_equal_repeat_counts_for_the_slice_it_repeats():
     """Image 1.6 has a stack and no index: chapter 1 dropped it, for it was 1.2 again."""
-    placed = with_places((0, [0.0, 0, 0]), (1, [0.0, 0, 5.0]), (5, [0.0, 0, 5.001]), (9, [0.0, 0, 10.0]))
+    placed = INSTANCES.assign(repeats_slice=(INSTANCES["sop_uid"] == "1.6").map({True: 1.0}))
     boxes = box_rows(one("A0001", "1.6"), one("A0001", "1.1"))
     ledger = an.reconcile(placed, STACKS, boxes, NO_PROBLEMS).set_index("sop_uid")
     assert ledger.loc["1.6", ["outcome", "stack_id", "slice_index"]].tolist() == ["matched", "s1", 1]
@@ -1138,7 +1131,10 @@ def test_what_is_drawn_on_an_equal_repeat_counts_for_the_slice_it_repeats():
     assert found["slice_index"].to_dict() == {"1.6": 1, "1.1": 0}
 
 
-@pytest.mark.parametrize("places", [
-    (), ((1, [0.0, 0, 5.0]),), ((1, [0.0, 0, 5.0]), (5, [0.0, 0, 5.1])), ((6, [0.0, 0, 5.0]), (5, [0.0, 0, 5.0]))])
-def test_without_a_twin_in_its_own_stack_a_dropped_image_is_no_slice(places):
-    assert outcomes(one("A0001", "1.6"), instances=with_places(*places)) == {"A0001/1.6.xml": Outcome.NO_SLICE.value}
+def test_a_repeat_in_an_excluded_stack_is_excluded():
+    placed = INSTANCES.assign(repeats_slice=(INSTANCES["sop_uid"] == "1.8").map({True: 0.0}), frames=1)
+    assert outcomes(one("A0001", "1.8"), instances=placed) == {"A0001/1.8.xml": Outcome.EXCLUDED_STACK.value}
+
+
+def test_a_dropped_image_that_repeats_nothing_is_no_slice():
+    assert outcomes(one("A0001", "1.6")) == {"A0001/1.6.xml": Outcome.NO_SLICE.value}

@@ -789,6 +789,8 @@ def test_equal_repeats_are_dropped_and_counted(tmp_path):
     assert only(stacks)["dropped_duplicates"] == 2
     dropped = instances[instances["slice_index"].isna()]
     assert len(dropped) == 2 and dropped["stack_id"].eq(only(stacks)["stack_id"]).all()
+    assert dropped["repeats_slice"].tolist() == [2, 2], "they were given the pixels and the place of the third slice"
+    assert instances.loc[instances["slice_index"].notna(), "repeats_slice"].isna().all()
     unknown, _ = stacks_of(folder, with_root=False)
     assert unknown["dropped_duplicates"].sum() == 0 and "accepted" in set(unknown["status"])
 
