@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILLED_IN', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', 'DISK_FULL', 'RESTARTS', 'app', 'INTERRUPTED', 'GRACE_SECONDS',
-           'FOLD_CHAPTERS', 'notebook_folder', 'chapter_parameters', 'parse_parameter', 'read_overrides',
+           'FOLD_CHAPTERS', 'notebook_folder', 'cells_of', 'chapter_parameters', 'parse_parameter', 'read_overrides',
            'check_folder', 'check_writable', 'reasons_to_run', 'code_of', 'Lines', 'Progress', 'ticking',
            'ChapterFailed', 'DeviceDied', 'run_chapter', 'run_on', 'Course', 'plan_course', 'run_course',
            'plain_errors', 'run', 'check_paths', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download',
@@ -13,6 +13,7 @@ __all__ = ['FILLED_IN', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', 'DISK_FULL', 'RES
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
 import errno
+import json
 import logging
 import os
 import queue
@@ -43,6 +44,12 @@ def notebook_folder() -> Path:
             return place
     raise runs.InputError(f"no chapter notebooks in {' or '.join(map(str, places))}: run from a checkout of lungct")
 
+# %% ../nbs/appendix/course.ipynb #ca326f05
+def cells_of(notebook: Path) -> list[dict]:
+    """Cells of a notebook, the source of each as one text; ValueError, LookupError or TypeError when it is none."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
 # %% ../nbs/appendix/course.ipynb #29224958
 def chapter_parameters(notebook: Path) -> dict:
     """Parameter names and default values of a chapter, from its cell tagged `parameters`.
@@ -56,13 +63,10 @@ def chapter_parameters(notebook: Path) -> dict:
     InputError
         No cell has the tag, or several have.
     """
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell for cell in cells_of(notebook) if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise runs.InputError(f"{notebook} has {len(tagged)} cells tagged 'parameters', expected one")
-    statements = ast.parse(tagged[0].source).body
+    statements = ast.parse(tagged[0]["source"]).body
     return {item.targets[0].id: ast.literal_eval(item.value) for item in statements if isinstance(item, ast.Assign)}
 
 # %% ../nbs/appendix/course.ipynb #21cda351
@@ -180,14 +184,12 @@ def reasons_to_run(run_dir: Path, name: str, notebook: Path, parameters: Mapping
 
 def code_of(notebook: Path) -> list[str] | None:
     """Sources of a notebook's code cells, without the parameters that papermill injected; None if it is cut short."""
-    import nbformat
-
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
-    except ValueError:
+        cells = cells_of(notebook)
+    except (ValueError, LookupError, TypeError):
         return None
-    ours = (cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", []))
-    return [cell.source for cell in ours if cell.cell_type == "code"]
+    ours = (cell for cell in cells if "injected-parameters" not in cell["metadata"].get("tags", []))
+    return [cell["source"] for cell in ours if cell["cell_type"] == "code"]
 
 # %% ../nbs/appendix/course.ipynb #f7ca1639
 class Lines:

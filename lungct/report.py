@@ -156,10 +156,16 @@ def chapter_html(path: Path) -> str:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    exporter = HTMLExporter(template_name="basic", filters={"highlight_code": _plain_code})
+    body, _ = exporter.from_notebook_node(notebook)
     body = _without_outside(body)
     body = re.sub(r'(<[a-zA-Z][^<>]*?)\sid="[^"]*"', r"\1", body)  # six notebooks on one page would repeat their ids
     return _alternative_texts(body)
+
+
+def _plain_code(source: str, metadata: Mapping | None = None) -> str:
+    # no colours: a mark around each word would be most of the page, and most of the time that it takes
+    return f"<pre>{html.escape(source, quote=False)}</pre>"
 
 # %% ../nbs/appendix/report.ipynb #c68c15cd
 def _without_outside(body: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 REAL = os.environ.get("LUNGCT_REAL_DATA", "")
+LONGEST = [f"test_{name}.py" for name in ("end_to_end", "training", "course", "labels", "survival", "dicom", "predict")]
 
 
 def pytest_configure(config):
@@ -21,8 +22,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    # a file stays in one process; the longest file first, or one process works alone at the end
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    # a file stays in one process; the longest files first, or one process works alone at the end
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter):
