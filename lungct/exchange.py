@@ -382,7 +382,7 @@ def _conventions(document: object, mode: str | None, world: str | None) -> tuple
     if not isinstance(names, Mapping):
         raise InputError(f"labels is no object: {str(names)[:60]}")
     if names and all(isinstance(number, Real) for number in names.values()):               # as nnU-Net writes them
-        names = {str(int(number)): name for name, number in names.items()}
+        names = {_as_key(number): name for name, number in names.items()}
     return mode, world, names
 
 # %% ../nbs/appendix/exchange.ipynb #a8dd62a8
@@ -412,7 +412,7 @@ def _corners_of(item: Mapping, mode: str, world: str) -> np.ndarray:
 
 
 def _as_key(label: object) -> str:
-    return str(int(label)) if isinstance(label, Real) and label == int(label) else str(label)
+    return str(int(label)) if isinstance(label, Real) and float(label).is_integer() else str(label)
 
 # %% ../nbs/appendix/exchange.ipynb #de9c09c3
 def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.ndarray, dict]:

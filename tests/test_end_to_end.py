@@ -132,11 +132,10 @@ def test_a_run_killed_in_chapter_3_goes_on_there(small_run):
 def test_each_chapter_runs_alone_under_papermill(small_run, tmp_path, name):
     run_dir = tmp_path / "copy"
     shutil.copytree(small_run[0], run_dir)
-    before = outputs(run_dir)[name]
+    before, given = outputs(run_dir)[name], runs.load_manifest(run_dir, name)["parameters"]
     if name == "03_build_volumes":
         shutil.rmtree(run_dir / name)
     root = Path(runs.__file__).resolve().parents[1]
-    given = runs.load_manifest(run_dir, name)["parameters"]
     known = dict(zip(SMALL[1::3], SMALL[2::3], strict=True))
     wanted = [word for key in given if key in known for word in ("-p", key, known[key])]
     command = [sys.executable, "-m", "papermill", root / "nbs" / f"{name}.ipynb", tmp_path / "out.ipynb",

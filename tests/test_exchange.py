@@ -1058,6 +1058,13 @@ def test_labels_of_a_detection_list_in_either_direction(labels, label):
     assert ex.from_detection_list(through_json(document))["subtype"].tolist() == ["A"]
 
 
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), 1e400, None, "B"])
+def test_a_label_that_no_number_or_no_name_stands_for_is_no_subtype(label):
+    document = {"box_mode": "xyzxyz", "world": "LPS mm", "labels": {"A": 0, "G": float("nan")},
+                "training": [{"image": "a.nii.gz", "box": [[0, 0, 0, 1, 1, 1]], "label": [label]}]}
+    assert ex.from_detection_list(document)["subtype"].isin(["G"] if label != label else [None]).all()
+
+
 def test_the_uid_of_findings_does_not_depend_on_how_they_are_written():
     def uid(subtypes):
         return ex.Findings(np.zeros((1, 6), int), [0.5], "model", subtypes).uid("seg")
