@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -312,12 +312,18 @@ def clavicles(chest: Thorax) -> list[tuple]:
     return [([(s * inner[0], *inner[1:]), (s * outer[0], *outer[1:])], 6) for s in (-1, 1)]
 
 # %% ../nbs/appendix/phantom.ipynb #6caafa6f
+@lru_cache(maxsize=8)  # a chest is painted slab by slab, and each slab asks again
+def _knots(seed: int, patient: str, name: str, count: int) -> np.ndarray:
+    knots = named_rng(seed, patient, name).standard_normal((count,) * 3, dtype=np.float32)
+    knots.flags.writeable = False
+    return knots
+
+
 def texture(chest: Thorax, name: str, grid: Grid, scale_mm: float) -> np.ndarray:
     """Smooth random field (z, y, x), mean 0 and spread near 1, with features about `scale_mm` wide."""
-    counts = (int(600 / scale_mm) + 2,) * 3
-    lattice = named_rng(chest.seed, chest.name, name).standard_normal(counts, dtype=np.float32)
+    lattice = _knots(chest.seed, chest.name, name, int(600 / scale_mm) + 2)
     for axis, points in enumerate((grid.z_mm, grid.y_mm, grid.x_mm)):
-        place = np.clip((points + 300) / scale_mm, 0, counts[0] - 1.001)
+        place = np.clip((points + 300) / scale_mm, 0, lattice.shape[axis] - 1.001)
         low, share = place.astype(int), (place % 1).astype(np.float32)
         share = share.reshape([-1 if k == axis else 1 for k in range(3)])
         lattice = np.take(lattice, low, axis) * (1 - share) + np.take(lattice, low + 1, axis) * share
