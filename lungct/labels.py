@@ -9,8 +9,8 @@ __all__ = ['ROLES', 'LINKS', 'CHECKS', 'FACE_VOXELS', 'FEWEST', 'TWINS', 'ACQUIS
            'freeze_roles', 'shared_between_roles', 'patient_folds', 'Finding', 'AuditFailed', 'Material', 'check',
            'audit', 'example_cohort', 'example_tables', 'coin_scores', 'coarse_differences', 'macro_auc',
            'acquisition_test', 'interval_width', 'patients_needed', 'tabular_features', 'tabular_model', 'out_of_fold',
-           'bootstrap_auc', 'baseline_scores', 'baseline_probabilities', 'collection_features', 'false_alarms',
-           'verdict', 'audit_report', 'stop_on_errors']
+           'fold_auc', 'bootstrap_auc', 'baseline_scores', 'baseline_probabilities', 'collection_features',
+           'false_alarms', 'verdict', 'audit_report', 'stop_on_errors']
 
 # %% ../nbs/04_check_labels.ipynb #19c02553
 import hashlib
@@ -1137,14 +1137,39 @@ def out_of_fold(features: pd.DataFrame, columns: Sequence[str], fold: np.ndarray
     return scores
 
 # %% ../nbs/04_check_labels.ipynb #b0825d93
-def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, resamples: int = 500,
+def fold_auc(scores: np.ndarray, truth: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Macro AUC of scores from several models: only two patients whom one model was asked about are compared.
+
+    Parameters
+    ----------
+    scores, truth : (patients, classes); `truth` is one-hot.
+    fold : (patients,) which model gave the scores.
+    weights : (draws, patients) how often each patient counts; None: one draw, in which each counts once.
+
+    Returns
+    -------
+    (draws,); NaN where a class meets no other in any fold.
+    """
+    weights = np.ones((1, len(truth))) if weights is None else weights
+    right, pairs = np.zeros((2, len(weights), truth.shape[1]))
+    for here in (fold == number for number in np.unique(fold)):
+        for c, inside in enumerate(truth[here].T == 1):
+            mine, others = weights[:, here][:, inside], weights[:, here][:, ~inside]
+            one, other = scores[here, c][inside][:, None], scores[here, c][~inside]
+            right[:, c] += (mine @ ((one > other) + 0.5 * (one == other)) * others).sum(axis=1)
+            pairs[:, c] += mine.sum(axis=1) * others.sum(axis=1)
+    return np.divide(right, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0).mean(axis=1)
+
+# %% ../nbs/04_check_labels.ipynb #b0825d95
+def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, folds: np.ndarray, resamples: int = 500,
                   seed: int = 0) -> tuple[float, float, float]:
-    """Macro AUC with its 95 % interval from resampling patients within their class.
+    """Macro AUC within folds with its 95 % interval from resampling patients within their class.
 
     Parameters
     ----------
     scores : (repeats, patients, classes); the AUC is the mean over the repeats.
     truth : (patients, classes), one-hot.
+    folds : (repeats, patients), see `fold_auc`.
     resamples : draws of patients.
     seed : of the draws.
     """
@@ -1152,9 +1177,10 @@ def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, resamples: int = 500,
     label = truth.argmax(axis=1)
     drawn = np.concatenate([rng.choice(np.flatnonzero(label == c), (resamples, int((label == c).sum())))
                             for c in np.unique(label)], axis=1)
-    resampled = np.mean([macro_auc(each[drawn], truth[drawn]) for each in scores], axis=0)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(np.mean([macro_auc(each, truth) for each in scores])), float(low), float(high)
+    counts = np.stack([np.ones(len(label)), *(np.bincount(row, minlength=len(label)) for row in drawn)])
+    values = np.mean([fold_auc(each, truth, fold, counts) for each, fold in zip(scores, folds, strict=True)], axis=0)
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return float(values[0]), float(low), float(high)
 
 # %% ../nbs/04_check_labels.ipynb #6f10d96d
 def baseline_scores(features: pd.DataFrame, folds: int = 5, seed: int = 0, repeats: int = 1,
@@ -1202,12 +1228,13 @@ def _cross_validated(table: pd.DataFrame, sets: Mapping, dealt: pd.DataFrame, se
     truth = pd.get_dummies(table["subtype"]).sort_index(axis=1).to_numpy(float)
     scores = {name: np.array([out_of_fold(table, columns, dealt[repeat].to_numpy()) for repeat in dealt])
               for name, columns in sets.items()}
-    majority = np.tile(truth.mean(axis=0), (1, len(table), 1))
-    return {name: _figures(score, truth, seed) for name, score in {"majority": majority, **scores}.items()}
+    majority = np.tile(truth.mean(axis=0), (len(dealt.columns), len(table), 1))
+    return {name: _figures(score, truth, dealt.to_numpy().T, seed)
+            for name, score in {"majority": majority, **scores}.items()}
 
 
-def _figures(scores: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:
-    auc, low, high = bootstrap_auc(scores, truth, seed=seed)
+def _figures(scores: np.ndarray, truth: np.ndarray, folds: np.ndarray, seed: int) -> dict[str, float]:
+    auc, low, high = bootstrap_auc(scores, truth, folds, seed=seed)
     hit = scores.argmax(axis=2) == truth.argmax(axis=1)
     return {"auc": auc, "low": low, "high": high, "accuracy": hit.mean(),
             "balanced_accuracy": (hit @ truth / truth.sum(axis=0)).mean()}

@@ -745,6 +745,26 @@ def test_macro_auc_equals_scikit_learn():
     assert lab.macro_auc(scores, np.eye(3)[y]) == pytest.approx(expected)
 
 
+def test_fold_auc_is_the_mean_of_scikit_learns_weighted_by_pairs():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(1)
+    y, fold, scores = rng.integers(0, 3, 90), rng.integers(0, 4, 90), rng.dirichlet(np.ones(3), 90).round(1)
+    counts = np.stack([np.ones(90, int), rng.integers(0, 4, 90)])
+
+    def by_hand(c, weights):
+        areas, pairs = [], []
+        for f in range(4):
+            here = np.flatnonzero(fold == f).repeat(weights[fold == f])
+            areas.append(roc_auc_score(y[here] == c, scores[here, c]))
+            pairs.append((y[here] == c).sum() * (y[here] != c).sum())
+        return np.average(areas, weights=pairs)
+
+    wanted = [np.mean([by_hand(c, weights) for c in range(3)]) for weights in counts]
+    assert lab.fold_auc(scores, np.eye(3)[y], fold, counts) == pytest.approx(wanted)
+    assert lab.fold_auc(scores, np.eye(3)[y], np.zeros(90)) == pytest.approx(lab.macro_auc(scores, np.eye(3)[y]))
+
+
 def test_interval_width_is_wilsons():
     # Wilson's interval for 8 of 10, as in Agresti and Coull (1998): 0.490 to 0.943
     assert float(lab.interval_width(10, 0.8)) == pytest.approx(0.943 - 0.490, abs=1e-3)
