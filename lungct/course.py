@@ -135,11 +135,13 @@ def check_folder(option: str, path: str) -> str:
     Raises
     ------
     InputError
-        It is missing or empty.
+        It is a file, missing or empty.
     """
     if not path:
         return ""
     folder = Path(path).expanduser().absolute()
+    if folder.is_file():
+        raise runs.InputError(f"{option} {folder} is a file: give the folder that it lies in")
     if not folder.is_dir():
         raise runs.InputError(f"{option} {folder} is not a folder: check the spelling, or what is mounted there")
     with os.scandir(folder) as entries:
@@ -480,6 +482,8 @@ def _end_when_asked() -> None:
     asked = queue.SimpleQueue()  # the one thing that may be put to while it is being put to
 
     def interrupt(*_) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # once is enough: a second would interrupt the ending
+            signal.signal(number, signal.SIG_IGN)
         asked.put(True)
         raise KeyboardInterrupt
 
@@ -598,7 +602,7 @@ def _pair(rest: list[str]) -> str:
 @app.command()
 def phantom(
     out: Annotated[str, typer.Argument(help="Folder to write; it must not hold anything else.")],
-    patients: Annotated[int, typer.Option(min=1, help="Number of patients.")] = 60,
+    patients: Annotated[int, typer.Option(min=1, max=10_000, help="Number of patients.")] = 60,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     quirks: Annotated[str, typer.Option(help="'all', 'none', or names with commas; '?' lists them.")] = "all",
     scale_model: Annotated[bool, typer.Option("--scale-model", help="The whole collection with tiny pixels.")] = False,
@@ -636,7 +640,7 @@ def _chosen_quirks(text: str) -> tuple[str, ...]:
 @app.command()
 def predict(
     folder: Annotated[str, typer.Argument(help="Folder with DICOM files of one or more series.")],
-    model: Annotated[str, typer.Option(help="model.keras of a run, with model.json beside it, or their folder.")],
+    model: Annotated[str, typer.Option(help="model.keras with model.json beside it, their folder, or a run.")],
     out: Annotated[str, typer.Option(help="Folder for boxes (JSON, CSV), pictures, DICOM SEG and SR.")],
     boxes: Annotated[int, typer.Option(min=1, max=50, help="At most so many boxes a stack.")] = 5,
     pictures: Annotated[int, typer.Option(min=0, help="At most so many pictures a stack.")] = 3,
@@ -648,13 +652,18 @@ def predict(
     """Find tumour candidates in CT series with a trained model. Not for clinical use."""
     with plain_errors(out):
         folder, file = check_folder("folder", folder), Path(model).expanduser()
-        file = file / "model.keras" if file.is_dir() else file
+        if file.is_dir():
+            run = file / "05_train_3d_cnn"
+            file = (run if run.is_dir() else file) / "model.keras"
         if not file.is_file():
             raise runs.InputError(f"--model {file} is not a file: train one with lungct run")
         target = check_writable("--out", out)
         from lungct.predict import predict_folder
 
-        print(predict_folder(folder, file, target, boxes, pictures, dicom, nifti, show_identity, even_if_unlike))
+        found = predict_folder(folder, file, target, boxes, pictures, dicom, nifti, show_identity, even_if_unlike)
+        print(found)
+        if not found.answered:
+            raise runs.InputError("no stack was answered; the lines above say why")
 
 # %% ../nbs/appendix/course.ipynb #d54cda3c
 @app.command()
@@ -786,6 +795,9 @@ def main() -> None:
         status = app(args=join_pairs(sys.argv[1:]) or ["--help"], standalone_mode=False)
     except (runs.InputError, _UsageError) as error:
         status = _complain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print(INTERRUPTED, file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

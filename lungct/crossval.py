@@ -50,10 +50,12 @@ def make_folds(run_dir: str | Path, folds: int) -> list[Path]:
     Raises
     ------
     lungct.runs.InputError
-        Chapters 1 to 4 have not finished in `run_dir`, or there are too few patients for so many folds.
+        Chapters 1 to 4 have not finished in `run_dir`, or what they left is damaged; or there are too few patients for
+        so many folds.
     """
     run_dir = runs.project_path(run_dir)
     runs.check_finished(run_dir, runs.CHAPTERS[:4])
+    runs.check_undamaged(run_dir, runs.CHAPTERS[:4])
     manifest = runs.load_manifest(run_dir, "04_check_labels")
     labelled = runs.load_table(run_dir / "04_check_labels" / "labels.parquet")
     asked = manifest["inputs"]["locked_path"]["path"]

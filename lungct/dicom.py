@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INSTANCE_DTYPES', 'PROBLEM_DTYPES', 'FILES_A_BATCH', 'FILES_A_WORKER', 'SAME_POSITION_MM', 'GAP_STEPS',
            'UNEVEN_STEPS', 'ROUNDED_MM', 'TILT_DEGREES', 'SAME_DIRECTION', 'SAME_SPACING_MM', 'LOCALIZER_THICKNESS_MM',
-           'LOWEST_HU', 'SPARSE_STEPS', 'MOST_TOLD', 'STACK_DTYPES', 'list_files', 'index_dicom', 'slice_normal',
-           'to_mm', 'to_voxel', 'Exclusion', 'build_stacks', 'Stack', 'read_stack', 'OpenStack', 'open_stack',
-           'first_readable', 'resample_to', 'BadFile', 'FileProblem', 'read_header', 'tag_name', 'SuvError',
-           'suv_factor']
+           'LOWEST_HU', 'SPARSE_STEPS', 'MOST_DETOURS', 'LEAST_REGULAR', 'MOST_TOLD', 'STACK_DTYPES', 'list_files',
+           'index_dicom', 'slice_normal', 'to_mm', 'to_voxel', 'Exclusion', 'build_stacks', 'Stack', 'read_stack',
+           'OpenStack', 'open_stack', 'first_readable', 'resample_to', 'BadFile', 'FileProblem', 'read_header',
+           'tag_name', 'SuvError', 'suv_factor']
 
 # %% ../nbs/01_explore_dicom.ipynb #e753f27d
 import gc
@@ -36,13 +36,14 @@ import pydicom
 from . import headers, pixels, runs
 from .headers import HEADER_DTYPES, INDEX_SCHEMA, BadFile, FileProblem, read_header, tag_name, uid_name
 from .pixels import AIR_HU
-from .suv import SuvError, suv_factor, suv_factors
+from .suv import FIRST_ACQUIRED, SuvError, earliest, suv_factor, suv_factors
 from .workers import worker_pool
 
 _all_ = ["BadFile", "FileProblem", "read_header", "tag_name"]      # this chapter's, too
 
 # %% ../nbs/01_explore_dicom.ipynb #778adabe
-INSTANCE_DTYPES = {"path": "str", **HEADER_DTYPES, "stack_id": "str", "slice_index": "Int64", "repeats_slice": "Int64"}
+INSTANCE_DTYPES = {"path": "str", **HEADER_DTYPES, "stack_id": "str", "slice_index": "Int64", "repeats_slice": "Int64",
+                   **dict.fromkeys(FIRST_ACQUIRED, "str")}
 PROBLEM_DTYPES = {"path": "str", "reason": "str", "detail": "str"}
 
 
@@ -394,6 +395,18 @@ def _suv_refusal(rows: pd.DataFrame) -> str | None:
         return str(error)
     return None
 
+
+def _with_first_acquisitions(instances: pd.DataFrame) -> pd.DataFrame:
+    """The images, numbered from 0; those of PET with time and date of the earliest acquisition of their series."""
+    instances = instances.reset_index(drop=True)
+    columns = {name: np.full(len(instances), None, object) for name in FIRST_ACQUIRED}
+    told = instances.reindex(columns=["patient_id", "series_uid", "acquisition_time", "acquisition_date"])
+    for _, series in told[instances["modality"] == "PT"].groupby(["patient_id", "series_uid"], dropna=False):
+        if first := earliest(series.drop_duplicates().to_dict("records")):
+            columns[FIRST_ACQUIRED[0]][series.index] = first["acquisition_time"]
+            columns[FIRST_ACQUIRED[1]][series.index] = first["acquisition_date"]
+    return instances.assign(**{name: pd.Series(column, dtype="str") for name, column in columns.items()})
+
 # %% ../nbs/01_explore_dicom.ipynb #99dfc663
 class Exclusion(StrEnum):
     """Why a stack is not used; the first reason that holds is the one that is named."""
@@ -424,6 +437,8 @@ SAME_SPACING_MM = 1e-4          # pixel spacings that differ less are one
 LOCALIZER_THICKNESS_MM = 50.0   # no CT slice is this thick: it is a projection
 LOWEST_HU = -900.0              # numbers that cannot be as low as this hold no air
 SPARSE_STEPS = 1.5              # slices further apart than this many thicknesses leave much of the patient out
+MOST_DETOURS = 20               # at most one image in so many is a detour of the walk through the patient
+LEAST_REGULAR = 3               # so few slices at even steps may be a volume between the slices of another
 MOST_TOLD = 3                   # kinds of slices that a detail counts up
 
 # %% ../nbs/01_explore_dicom.ipynb #d0422027
@@ -432,7 +447,7 @@ _SLICE_COLUMNS = (
     "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number",
     "acquisition_time", "position_mm", "orientation",
     "pixel_spacing_mm", "slice_thickness_mm", "stack_id", "frame_of_reference_uid", "kernel",
-    "rescale_type")
+    "rescale_type", "corrected_image")
 
 
 def _places_of_images(instances: pd.DataFrame) -> list[list]:
@@ -506,7 +521,8 @@ def _other_modality(part: _Part, min_slices: int) -> str | None:
     return None if modality in ("CT", "PT") else f"modality {modality}"
 
 # %% ../nbs/01_explore_dicom.ipynb #5ad003e4
-_PROJECTED = r"(?i)(?<![a-z0-9])(mip|max[ _]?ip|min[ _]?ip)(?![a-z0-9])"
+_PROJECTED = r"(?i)(?<![a-z0-9])(mip|max[ _]?ip|min[ _]?ip)(?![a-z0-9])|^([^\\]*\\){3}(MAXIMUM|MINIMUM)(\\|$)"
+_COMPUTED = r"^([^\\]*\\){3}(STD_DEVIATION|SUBTRACTION|DIVISION|MULTIPLICATION|ENERGY_PROP_WT)(\\|$)"
 
 
 def _localizer(part: _Part, min_slices: int) -> str | None:
@@ -645,6 +661,8 @@ def _other_unit(part: _Part, min_slices: int) -> str | None:
     told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
     if odd := sorted(told - {"HU", "US"}):            # US, unspecified, is what some makers write for plain CT
         return f"{tag_name('rescale_type')} is {', '.join(odd)}"
+    if (computed := _of_type(part.rows, _COMPUTED)).any():
+        return f"image type {part.rows['image_type'].iloc[computed.argmax()]}"
     if (part.rows["photometric"] == "PALETTE COLOR").any():
         return f"{tag_name('photometric')} is PALETTE COLOR: the numbers stand for colours"
     lowest = _lowest(part.rows)
@@ -714,7 +732,9 @@ def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
     told = _one_frame(rows)                                    # the only one that is told is meant where it is missing
     frame, _ = pd.factorize(frames if told is None else frames.fillna(told), use_na_sentinel=False)
     number = frame * (direction.max() + 1) + direction
-    return _pieces(rows, (number * 2 + _is_localizer(rows)) * 2 + _is_projection(rows))
+    for apart in (_is_localizer(rows), _is_projection(rows), _of_type(rows, _COMPUTED)):
+        number = number * 2 + apart
+    return _pieces(rows, number)
 
 
 def _by_place(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -763,12 +783,12 @@ def _by_image(rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 # %% ../nbs/01_explore_dicom.ipynb #64a238d3
 def _in_number_order(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray] | None:
-    """Rows by instance number and the number of the place of each, if the numbers are complete and unique."""
+    """Rows by instance number and the depth in mm of each, if the numbers are complete and unique."""
     part, numbers = _part(rows), rows["instance_number"]
     if part.depth_mm is None or numbers.isna().any() or numbers.duplicated().any():
         return None
     order = np.argsort(part.rows["instance_number"].to_numpy(np.int64))
-    return part.rows.iloc[order], _places(part.depth_mm)[order]
+    return part.rows.iloc[order], part.depth_mm[order]
 
 # %% ../nbs/01_explore_dicom.ipynb #bb369ff6
 def _places(depth_mm: np.ndarray) -> np.ndarray:
@@ -776,17 +796,50 @@ def _places(depth_mm: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.diff(depth_mm) >= SAME_POSITION_MM)])
 
 # %% ../nbs/01_explore_dicom.ipynb #98c25f25
+def _passes(depth_mm: np.ndarray) -> np.ndarray:
+    """Number each image of a walk by the pass that it belongs to."""
+    steps = np.diff(depth_mm)
+    ways = np.where(np.abs(steps) < SAME_POSITION_MM, 0, np.sign(steps)).astype(int)
+    leaps = np.abs(steps) > GAP_STEPS * _usual_mm(steps)
+    labels, way, length = np.zeros(len(depth_mm), int), 0, 1
+    for i, (next_way, leap) in enumerate(zip(ways, leaps, strict=True), 1):
+        onward = i == len(ways) or ways[i] == next_way
+        stood, turned = i > 1 and ways[i - 2] == 0, way != 0 and next_way != way
+        fresh = next_way == 0 or turned or (leap and (not onward or (stood and way == 0)))
+        labels[i] = labels[i - 1] + fresh
+        if turned and next_way and length == 2 and not leap:   # the pass was one image and the first of this one
+            labels[i - 1], fresh = labels[i], False
+            length = 1
+        way, length = (0, 1) if fresh else (next_way, length + 1)
+    return labels
+
+
+def _usual_mm(steps: np.ndarray) -> float:
+    moved = np.abs(steps[np.abs(steps) >= SAME_POSITION_MM])
+    return float(np.median(moved)) if len(moved) else 0.0
+
+# %% ../nbs/01_explore_dicom.ipynb #98c25f27
+def _detours(depth_mm: np.ndarray) -> np.ndarray:
+    """True for images without which a walk goes straight on, as long as they are few."""
+    def is_step(mm):
+        return (np.abs(mm) >= SAME_POSITION_MM) & (np.abs(mm) <= GAP_STEPS * usual)
+
+    found, steps = np.zeros(len(depth_mm), bool), np.diff(depth_mm)
+    usual = _usual_mm(steps)
+    before, away, across = steps[:-2], steps[1:-1], depth_mm[3:] - depth_mm[1:-2]
+    straight = is_step(before) & is_step(across) & (np.sign(before) == np.sign(across))
+    found[2:-1] = straight & ~(is_step(away) & (np.sign(away) == np.sign(before)))
+    return found & (found.sum() <= max(1, len(found) // MOST_DETOURS))
+
+
 def _by_pass(rows: pd.DataFrame) -> list[pd.DataFrame]:
     ordered = _in_number_order(rows)
     if ordered is None:
         return [rows]
-    numbered, places = ordered
-    labels, label, direction = np.zeros(len(places), int), 0, 0
-    for i in range(1, len(places)):
-        step = np.sign(places[i] - places[i - 1])
-        fresh = step == 0 or (direction != 0 and step != direction)
-        label, direction = (label + 1, 0) if fresh else (label, step)
-        labels[i] = label
+    numbered, depth_mm = ordered
+    aside = _detours(depth_mm)
+    labels = np.cumsum(aside) - len(aside) - 1                 # below 0, each its own
+    labels[~aside] = _passes(depth_mm[~aside])
     return _pieces(numbered, labels)
 
 # %% ../nbs/01_explore_dicom.ipynb #16ac7c8a
@@ -794,7 +847,9 @@ def _by_turn(rows: pd.DataFrame) -> list[pd.DataFrame]:
     ordered = _in_number_order(rows)
     if ordered is None:
         return [rows]
-    numbered, places = ordered
+    numbered, depth_mm = ordered
+    order = np.argsort(depth_mm, kind="stable")
+    places = _places(depth_mm[order])[np.argsort(order)]
     turns = int((places == places[0]).sum())
     if turns < 2 or len(places) % turns:
         return [rows]
@@ -804,7 +859,7 @@ def _by_turn(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return _pieces(numbered, np.arange(len(places)) % turns) if orderly else [rows]
 
 # %% ../nbs/01_explore_dicom.ipynb #75e93f8f
-_SPLITS = (_by_place, _by_size, _by_acquisition, _by_making, _by_time, _by_image, _by_pass, _by_turn)
+_SPLITS = (_by_place, _by_size, _by_acquisition, _by_making, _by_time, _by_image, _by_turn, _by_pass)
 
 
 @dataclass(frozen=True, eq=False)
@@ -838,25 +893,26 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
 
 # %% ../nbs/01_explore_dicom.ipynb #7f1db476
 def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
-    """Accepted volumes that share a stretch of the patient and together pass for one; empty when there are none."""
-    for labels in (_acquisitions(rows), _makings(rows), _times(rows)):
-        if not 1 < len(np.unique(labels)) <= len(rows) // min_slices:
+    """Volumes that share a stretch of the patient and together pass for one; empty when there are none."""
+    for labels in (_acquisitions(rows), _makings(rows), _times(rows), rows["instance"].to_numpy()):
+        if not 1 < len(np.unique(labels)) <= len(rows) // LEAST_REGULAR:
             continue
         parts = [_part(piece) for piece in _pieces(rows, labels)]
-        leaves = [_Candidate(part, *_judge(part, min_slices)) for part in parts]
-        if all(leaf.reason is None for leaf in leaves):
-            ends = np.array([part.depth_mm[[0, -1]] for part in parts])
-            if ends[:, 1].min() - ends[:, 0].max() > np.ptp(ends, axis=1).min() / 2:
-                return leaves
+        regular = [part for part in parts if len(part.rows) >= LEAST_REGULAR and _judge(part, 2)[0] is None]
+        ends = np.array([part.depth_mm[[0, -1]] for part in regular])
+        if len(ends) > 1 and ends[:, 1].min() - ends[:, 0].max() > np.ptp(ends, axis=1).min() / 2:
+            return [_Candidate(part, *_judge(part, min_slices)) for part in parts]
     return []
 
 # %% ../nbs/01_explore_dicom.ipynb #3bfcd687
 def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
-    """Hash of the stored numbers and of what gives them a meaning."""
+    """Hash of the stored numbers and of what gives them a meaning; an image of two numbers at most equals no other."""
     try:
         stored = pixels.read_stored(os.path.join(root, row["path"]), row)
     except (OSError, ValueError):
         return f"unreadable {row['path']}"
+    if ((stored == stored.min()) | (stored == stored.max())).all():
+        return f"blank {row['path']}"
     digest = hashlib.blake2b(np.ascontiguousarray(stored)).hexdigest()
     meaning = ("rescale_slope", "rescale_intercept", "pixel_padding_value", "pixel_padding_limit")
     return f"{digest} {stored.shape} {stored.dtype} {[row[column] for column in meaning]}"
@@ -869,7 +925,8 @@ def _drop_repeats(rows: pd.DataFrame, root: str | os.PathLike | None) -> tuple[p
         return rows, {}                                    # an image of many frames stays whole
     if (np.diff(part.depth_mm) >= SAME_POSITION_MM).all():
         return part.rows, {}                               # no place holds two
-    origins = zip(_acquisitions(part.rows), part.rows["acquisition_time"].fillna(""), _makings(part.rows), strict=True)
+    told = part.rows.reindex(columns=["acquisition_time", "image_type", "corrected_image"]).astype("str").fillna("")
+    origins = zip(_acquisitions(part.rows), _makings(part.rows), *(told[column] for column in told), strict=True)
     places = zip(_places(part.depth_mm).tolist(), part.positions_mm.round(2).tolist(), origins, strict=True)
     where = [(place, *position_mm, *origin) for place, position_mm, origin in places]
     counts, kept, twins = Counter(where), {}, {}
@@ -910,11 +967,19 @@ def _geometry(part: _Part) -> np.ndarray | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #4ba425e6
 def _remark(part: _Part, step_mm: float) -> str | None:
-    """What to know about a stack that is accepted: how much of the patient lies between its slices."""
-    thickness = part.rows["slice_thickness_mm"].max()
-    if not (thickness > 0 and step_mm > SPARSE_STEPS * thickness):
-        return None
-    return f"slices of {thickness:g} mm every {step_mm:.4g} mm: {1 - thickness / step_mm:.0%} of the length not imaged"
+    """What to know about a stack that is accepted: what lies between its slices, and whether they were made alike."""
+    thickness, told = part.rows["slice_thickness_mm"].max(), []
+    if thickness > 0 and step_mm > SPARSE_STEPS * thickness:
+        told.append(f"slices of {thickness:g} mm every {step_mm:.4g} mm: {1 - thickness / step_mm:.0%} of the length "
+                    "not imaged")
+    kinds = part.rows.assign(kind=[text.split("\\")[0] if isinstance(text, str) else None
+                                   for text in part.rows["image_type"]])
+    names = {"kernel": "kernels", "slice_thickness_mm": "slice thicknesses", "kind": "kinds of images"}
+    for column, name in names.items():
+        values = kinds[column].dropna().unique()
+        if len(values) > 1:
+            told.append(f"{len(values)} {name}, such as {values[0]} and {values[1]}")
+    return "; ".join(told) or None
 
 # %% ../nbs/01_explore_dicom.ipynb #1e1ff569
 def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: int) -> dict:
@@ -976,7 +1041,7 @@ def build_stacks(instances: pd.DataFrame, min_slices: int = 8,
     index (x, y, z) -> LPS mm); and the instances with `stack_id` and `slice_index` filled. A dropped repeat has a
     stack and the index of the slice it repeats in `repeats_slice`; an image of several slices has a stack alone.
     """
-    instances = instances.reset_index(drop=True)
+    instances = _with_first_acquisitions(instances)
     slices, described = _one_row_a_slice(instances), []
     slices["class_number"] = slices.groupby(["modality", "sop_class_uid"], dropna=False).ngroup()
     owner, columns = slices["instance"].to_numpy(), {"stack_id": np.full(len(instances), None, object)}

@@ -238,13 +238,17 @@ def _pixel_bytes(rows: int, columns: int, bits: int, samples: int | None, frames
 
 
 def _check_length(row: Mapping, available: int) -> None:
-    """BadFile when there are fewer bytes than the pixels need."""
+    """BadFile when there are fewer bytes than the pixels need, or so many more that another frame fits in."""
     for column in _EXTENT[:3]:
         if not row[column]:
             raise BadFile(FileProblem.UNREADABLE, f"{tag_name(column)} is missing")
     expected = _pixel_bytes(*(row[column] for column in _EXTENT))
-    if not _is_compressed(row["transfer_syntax_uid"]) and available < expected:
+    if _is_compressed(row["transfer_syntax_uid"]):
+        return
+    if available < expected:
         raise BadFile(FileProblem.TRUNCATED, f"pixel data has {available:,} of {expected:,} bytes")
+    if available >= expected + max(1, expected // (row["frames"] or 1)):
+        raise BadFile(FileProblem.UNREADABLE, f"pixel data has {available:,} bytes, its header tells of {expected:,}")
 
 # %% ../nbs/appendix/headers.ipynb #9b9f3111
 def _row(values: Mapping[bytes, bytes], how: _Decoding, syntax: str, size: int) -> dict:
@@ -439,6 +443,8 @@ def _check_packed(stream, start: int, size: int, syntax: str, frames: int | None
         if length > size - start - 12:
             held = f"{size - start - 12:,} of {length:,} bytes"
             raise BadFile(FileProblem.TRUNCATED, f"pixel data has {held}")
+        if syntax in _COMPRESSED and stream.read(4) != _key(0xFFFEE000):
+            raise BadFile(FileProblem.UNREADABLE, "the pixel data is in one piece though its syntax is compressed")
         return
     count, needed = _count_fragments(stream, start + 12, size), max(frames or 1, 1)
     if syntax in _COMPRESSED and count < min(needed, MOST_FRAGMENTS):
@@ -517,8 +523,8 @@ def _frame_values(dataset: pydicom.Dataset, row: Mapping, how: _Decoding) -> dic
     for column, names in _FRAME_FIELDS.items():
         raw = {_in_group(groups, *names) for groups in shared[:1]} - {b""} or {_in_group(g, *names) for g in frames}
         values = [_HEADER[column][1](text, how) for text in raw]               # "1" and "1.0" are one
-        if row[column] is None and values and all(value == values[0] for value in values):
-            found[column] = values[0]
+        if values:                                         # whatever stands outside of the groups, they go first
+            found[column] = values[0] if all(value == values[0] for value in values) else None
     place, convert = ("PlanePositionSequence", "ImagePositionPatient"), _HEADER["position_mm"][1]
     positions = [convert(_in_group(groups, *place), how) for groups in frames]
     return found | {"frame_positions_mm": positions if positions and None not in positions else None}
@@ -893,7 +899,7 @@ def _usable(columns: Mapping[str, list]) -> list[bool]:
     """Whether each row has its identifiers and all its pixels."""
     names = ("sop_uid", "series_uid", "transfer_syntax_uid", "held", *_EXTENT)
     return [uid is not None and series is not None and all(extent[:3])
-            and (_is_compressed(syntax) or held >= _pixel_bytes(*extent))
+            and (_is_compressed(syntax) or 0 <= held - _pixel_bytes(*extent) < max(1, _pixel_bytes(*extent[:4], 1)))
             for uid, series, syntax, held, *extent in zip(*map(columns.get, names), strict=True)]
 
 # %% ../nbs/appendix/headers.ipynb #eae5ea82

@@ -476,11 +476,12 @@ def check(name: str, needs: Sequence[str] = ()) -> Callable:
 
 # %% ../nbs/04_check_labels.ipynb #07edc80f
 def audit(labels: pd.DataFrame, cohort: pd.DataFrame, only: Sequence[str] | None = None, **tables) -> list[Finding]:
-    """Run every check, or those named in `only`; errors first.
+    """Run every check, or only some; errors first.
 
     Parameters
     ----------
     labels, cohort : `labels` with roles; `cohort` of chapter 3.
+    only : names of checks.
     **tables : the other fields of `Material`: lesions, boxes, ledger, voxels (from `inspect_volumes`), locked (patients
         of an external test set), fitted_on (patients whose numbers set means, scales and models), shuffled (from
         `coin_scores`), promised_width, seed.

@@ -253,7 +253,7 @@ def syntax_problem(syntax_uid: str, bits_stored: int | None = None) -> str | Non
 
 # %% ../nbs/appendix/pixels.ipynb #8c683741
 _WIDTHS = (1, 8, 16, 32, 64)
-_TOLD_TO_DECODERS = ("samples_per_pixel", "bits_stored", "pixel_representation", "photometric")
+_TOLD_TO_DECODERS = ("samples_per_pixel", "photometric", "bits_stored", "pixel_representation")
 
 
 def layout_problem(header: Mapping) -> str | None:
@@ -263,7 +263,9 @@ def layout_problem(header: Mapping) -> str | None:
         return None
     if width not in _WIDTHS:
         return f"{headers.tag_name('bits_allocated')} is {width}, expected {', '.join(map(str, _WIDTHS))}"
-    for column in () if _is_plain(header) or width > 16 else _TOLD_TO_DECODERS:
+    # images of floating-point numbers, 32 or 64 bits wide, tell neither bits nor sign
+    whole = width <= 16 or any(_told(header, column) is not None for column in (*_TOLD_TO_DECODERS[2:], "high_bit"))
+    for column in () if _is_plain(header) else _TOLD_TO_DECODERS if whole else _TOLD_TO_DECODERS[:2]:
         value = _told(header, column)
         if value is None or (value == 0 and column != "pixel_representation"):
             return f"{headers.tag_name(column)} is {'missing' if value is None else value}"

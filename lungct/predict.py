@@ -193,8 +193,13 @@ class Predictions:
     unread: dict[str, int]
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def answered(self) -> int:
+        """Stacks that were not refused."""
+        return sum(not stack["refused"] for stack in self.stacks)
+
     def __str__(self) -> str:
-        lines = [f"{len(self.stacks)} stacks; results in {self.out} (not for clinical use)"]
+        lines = [f"{len(self.stacks)} stacks, {self.answered} answered; results in {self.out} (not for clinical use)"]
         lines += [f"  {stack['stack']} ({stack['series']}): {_in_words(stack)}" for stack in self.stacks]
         lines += [f"  {count} file{'s' * (count != 1)} not used: {reason}" for reason, count in self.unread.items()]
         return "\n".join([*lines, *(f"  note: {remark}" for remark in self.remarks)])

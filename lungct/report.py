@@ -305,7 +305,8 @@ def folded(title: str, body: str) -> str:
 def _about(phantoms: bool) -> str:
     if phantoms:
         return "All numbers on this page come from generated phantoms and say nothing about patients."
-    return "These numbers come from the DICOM and annotation folders that the run was given."
+    return ("These numbers come from the DICOM and annotation folders that the run was given. Patients are named as they "
+            "are named there: mind who gets this page.")
 
 # %% ../nbs/appendix/report.ipynb #7942bf04
 def _compared(metrics: Mapping) -> str:
@@ -360,7 +361,13 @@ def _figures(run_dir: Path) -> list[tuple[str, str]]:
 # %% ../nbs/appendix/report.ipynb #01c8f467
 def _chapters(run_dir: Path) -> str:
     printed = '<p class="printed">The chapters are not printed: open the page on a screen.</p>'
-    return printed + "".join(folded(path.stem.replace("_", " "), chapter_html(path)) for path in _notebooks(run_dir))
+    return printed + "".join(folded(path.stem.replace("_", " "), _chapter(run_dir, path))
+                             for path in _notebooks(run_dir))
+
+
+def _chapter(run_dir: Path, path: Path) -> str:
+    # where the run lies on this machine is nobody's business
+    return chapter_html(path).replace(html.escape(str(run_dir)), html.escape(run_dir.name))
 
 # %% ../nbs/appendix/report.ipynb #aacc3a5b
 def build_crossval(run_dir: str | Path) -> Path:

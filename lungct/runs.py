@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
            'project_path', 'atomic', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value',
-           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'input_path', 'code_hash',
-           'package_versions', 'fast_convolutions', 'stale']
+           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'check_undamaged',
+           'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -334,7 +334,7 @@ class Chapter(Outputs):
     def finish(self) -> Path:
         """Hash the outputs and write the manifest, last of all; from now on the chapter counts as done."""
         outputs = {name: hash_file(self.folder / name) for name in sorted(self.outputs)}
-        closing = {"outputs": outputs, "outputs_hash": hash_value(outputs), "code": code_hash(),
+        closing = {"outputs": outputs, "outputs_hash": hash_value(outputs),
                    "packages": package_versions(), "python": platform.python_version(),
                    "seconds": round(time.monotonic() - self.started, 3)}
         return save_json(self.facts | closing, self.folder / MANIFEST)
@@ -358,13 +358,13 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     InputError
         A value makes no sense, a needed chapter has not finished, or a path does not exist. Nothing is written then.
     """
-    if name not in CHAPTERS:
-        raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")
+    _check_name(name)
     check_parameters({**parameters, "seed": seed})
     run_dir = project_path(run_dir)
     seen = {needed: _outputs_hash(run_dir, needed, name) for needed in needs}
     facts = {"schema": SCHEMA_VERSION, "chapter": name, "parameters": dict(parameters), "seed": seed,
-             "inputs": {key: _input(path) for key, path in (inputs or {}).items()}, "needs": seen}
+             "inputs": {key: _input(path) for key, path in (inputs or {}).items()}, "needs": seen,
+             "code": code_hash()}  # what is loaded now; it may be another by the time the chapter ends
     chapter = Chapter(run_dir / name, name, facts, time.monotonic())
     chapter.folder.mkdir(parents=True, exist_ok=True)
     (chapter.folder / MANIFEST).unlink(missing_ok=True)
@@ -385,6 +385,11 @@ def _input(path: str | os.PathLike) -> dict:
         return {"path": "", "fingerprint": ""}
     where = project_path(asked)
     return {"path": os.fspath(where), "fingerprint": fingerprint(where)}
+
+
+def _check_name(name: str) -> None:
+    if name not in CHAPTERS:
+        raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")
 
 # %% ../nbs/appendix/runs.ipynb #d13c2fae
 def load_manifest(run_dir: str | os.PathLike, name: str) -> dict | None:
@@ -419,6 +424,13 @@ def check_finished(run_dir: str | os.PathLike, names: Sequence[str] = CHAPTERS) 
     lacks = [name for name in names if load_manifest(run_dir, name) is None]
     if lacks:
         raise InputError(f"run {run_dir} lacks {', '.join(lacks)}: finish it with lungct run first")
+
+
+def check_undamaged(run_dir: str | os.PathLike, names: Sequence[str]) -> None:
+    """Make sure that what finished chapters left is still there as they left it; InputError when it is not."""
+    for name in names:
+        if damage := _damaged(project_path(run_dir) / name, load_manifest(run_dir, name)):
+            raise InputError(f"{name} of run {run_dir}: {damage[0]}; call lungct run again first")
 
 # %% ../nbs/appendix/runs.ipynb #d13c2fb0
 PHANTOM_FOLDERS = {"dicom_path": "phantom/Lung-PET-CT-Dx", "annotation_path": "phantom/Annotation"}

@@ -638,7 +638,7 @@ def test_order_of_files_and_numbers_does_not_matter(order, step, start):
 # ---- what a series is ------------------------------------------------------------------------------------------------
 
 def different(i):
-    return np.full((4, 6), i, np.uint16)
+    return np.full((4, 6), i, np.uint16) + np.arange(6, dtype=np.uint16)
 
 
 def test_phases_by_acquisition_number(tmp_path):
@@ -1043,6 +1043,25 @@ def test_one_rescale_written_in_two_ways_is_one(single_and_enhanced):
     stacks, instances = stacks_of(folder)
     assert only(stacks)["status"] == "accepted"
     assert np.array_equal(dicom.read_stack(instances, folder).hu_zyx, single.hu_zyx)
+
+
+@pytest.mark.parametrize("slopes, reason", [((1, 1), None), ((2, 2), None), ((1, 2), "missing rescale")])
+def test_the_rescale_of_frames_goes_before_one_outside_of_them(single_and_enhanced, slopes, reason):
+    single, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    for k, groups in enumerate(image.PerFrameFunctionalGroupsSequence):
+        groups.PixelValueTransformationSequence = [Dataset()]
+        groups.PixelValueTransformationSequence[0].RescaleSlope = slopes[k % 2]
+        groups.PixelValueTransformationSequence[0].RescaleIntercept = -1024
+    image.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence", None)
+    image.RescaleSlope, image.RescaleIntercept = 1, -1024
+    image.save_as(folder / "all.dcm")
+    stacks, instances = stacks_of(folder)
+    assert stacks["reason"].fillna("").tolist() == [reason or ""]
+    if not reason:
+        hu = dicom.read_stack(instances, folder).hu_zyx
+        want = np.maximum((single.hu_zyx.astype(float) + 1024) * slopes[0] - 1024, -1024)
+        assert np.array_equal(hu, want)
 
 
 def test_frames_that_are_counted_in_two_ways_are_a_problem_with_a_name(single_and_enhanced):
@@ -1659,3 +1678,133 @@ def test_a_chapter_that_meets_damage_looks_at_the_next_stack(tmp_path, capsys, d
     plt.close("all")
     assert capsys.readouterr().out.count(f"skipped {damaged} that cannot be read") == 2
     assert world["stack"] is None if damaged == 2 else world["stack"].stack_id == names[1]
+
+
+# ---- walks, repeats and series that are not what they seem -----------------------------------------------------------
+
+FORTY = [*range(40)]
+
+
+@pytest.mark.parametrize("depths, accepted, others", [
+    ([10] * 5 + FORTY, [40], [1] * 5),                         # a pile to see the contrast come, then the scan
+    ([-20] * 5 + FORTY, [40], [1] * 5),
+    ([10, *FORTY], [40], [1]),
+    ([1, *FORTY], [40], [1]),
+    ([*FORTY[:11], *FORTY[10:]], [40], [1]),                   # one slice again, at once
+    ([*FORTY[:20], 10, *FORTY[20:]], [40], [1]),               # and later
+    ([*FORTY, 10], [40], [1]),
+    ([*FORTY[:9:-1], *FORTY], [30, 40], []),                   # down, and up from further below
+    ([*FORTY, *FORTY[::-1]], [40, 40], []),
+    (FORTY * 3, [40] * 3, []),
+    ([z for z in FORTY for _ in range(3)], [40] * 3, []),
+    ([*FORTY, *FORTY[:12], *FORTY[15:]], [40], [37]),          # a gap stays one
+    ([z for z in FORTY for _ in range(2)][:-1], [], [79]),     # turns, one of which is lost: nobody knows whose
+])
+def test_walks_come_apart_where_one_would_cut_them_by_eye(tmp_path, depths, accepted, others):
+    stacks, _ = stacks_of(write_series(tmp_path / "s", depths, pixels=different))
+    counts = stacks.groupby("status")["slices"].apply(sorted)
+    assert counts.get("accepted", []) == sorted(accepted) and counts.get("excluded", []) == sorted(others)
+    firsts = [np.reshape(affine, (4, 4))[2, 3] for affine in stacks.loc[stacks["status"] == "accepted", "affine"]]
+    assert sorted(firsts) == sorted(10.0 if count == 30 else 0.0 for count in accepted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-30, 30), min_size=1, max_size=60))
+def test_every_image_of_a_walk_has_a_pass_and_passes_go_one_way(places):
+    depth_mm = np.array(places, float)
+    labels = dicom._passes(depth_mm)
+    assert labels[0] == 0 and (np.diff(labels) >= 0).all()
+    for label in np.unique(labels):
+        steps = np.diff(depth_mm[labels == label])
+        assert (steps > 0).all() or (steps < 0).all()
+
+
+def test_blank_slices_of_gates_are_no_repeats(tmp_path):
+    def beating(i):
+        return np.full((4, 6), 1064, np.uint16) if i % 20 in (0, 1, 19) else different(i)
+
+    stacks, instances = stacks_of(write_series(tmp_path / "s", [*range(20)] * 3, pixels=beating))
+    assert stacks["slices"].tolist() == [20] * 3 and stacks["status"].eq("accepted").all()
+    assert instances["repeats_slice"].isna().all()
+
+
+def test_before_and_after_a_correction_are_no_repeats(tmp_path):
+    write_series(tmp_path / "s", [*range(20)] * 2, pixels=lambda i: different(i % 20), Modality="PT",
+                 CorrectedImage=lambda i: ["DECY"] if i < 20 else ["DECY", "ATTN"])
+    assert stacks_of(tmp_path / "s")[0]["slices"].tolist() == [20] * 2
+
+
+@pytest.mark.parametrize("began", ["095900", "100500", "150000", None])
+def test_frames_of_one_pet_series_are_corrected_to_one_beginning(tmp_path, began):
+    tracer = Dataset()
+    tracer.RadiopharmaceuticalStartTime, tracer.RadionuclideTotalDose = "090000", 3.5e8
+    tracer.RadionuclideHalfLife = 6586.2
+    frames = ["102000", "100000", "101000"]
+    write_series(tmp_path / "s", [*range(8)] * 3, pixels=different, Modality="PT", Units="BQML", PatientWeight=70,
+                 DecayCorrection="START", CorrectedImage=["ATTN", "DECY"], SeriesTime=began, RescaleIntercept=0,
+                 AcquisitionTime=lambda i: frames[i // 8],
+                 RadiopharmaceuticalInformationSequence=lambda i: [tracer])
+    stacks, instances = stacks_of(tmp_path / "s")
+    assert stacks["slices"].tolist() == [8] * 3 and stacks["suv_refusal"].isna().all()
+    instances.to_parquet(tmp_path / "instances.parquet")
+    images = dict(iter(pd.read_parquet(tmp_path / "instances.parquet").groupby("stack_id")))
+    factors = {dicom.open_stack(row, images[row["stack_id"]], tmp_path / "s").suv_factors[0]
+               for _, row in stacks.iterrows()}
+    waited = 3540 if began == "095900" else 3600
+    assert list(factors) == [pytest.approx(70_000 / (3.5e8 * 2 ** (-waited / 6586.2)))]
+
+
+@pytest.mark.parametrize("count, other, expected", [
+    (20, {"AcquisitionNumber": lambda i: 1 + (i >= 20)}, [20, 20]),
+    (7, {"ConvolutionKernel": lambda i: "B30" if i < 7 else "B70"}, [7, 7]),
+    (10, {"AcquisitionNumber": lambda i: 3 if i == 19 else 1 + (i >= 10)}, [10, 9, 1])])
+def test_volumes_between_each_other_are_not_one(tmp_path, count, other, expected):
+    depths = [*range(0, 2 * count, 2), *range(1, 2 * count, 2)]
+    stacks, _ = stacks_of(write_series(tmp_path / "s", depths, pixels=different, **other), min_slices=8)
+    assert sorted(stacks["slices"]) == sorted(expected)
+    assert stacks["status"].eq("accepted").tolist() == (stacks["slices"] >= 8).tolist()
+
+
+def test_slices_that_were_not_made_alike_are_remarked(tmp_path):
+    write_series(tmp_path / "s", range(20), pixels=different, AcquisitionNumber=lambda i: 1 + i // 10,
+                 ConvolutionKernel=lambda i: "B30" if i < 10 else "B70", SliceThickness=lambda i: 5 if i < 10 else 1)
+    row = only(stacks_of(tmp_path / "s")[0])
+    assert row["status"] == "accepted"
+    assert row["remark"] == "2 kernels, such as B30 and B70; 2 slice thicknesses, such as 5.0 and 1.0"
+
+
+@pytest.mark.parametrize("value, reason", [
+    ("MAXIMUM", "projection"), ("MINIMUM", "projection"), ("SUBTRACTION", "not in Hounsfield units"),
+    ("STD_DEVIATION", "not in Hounsfield units"), ("NONE", None)])
+def test_what_was_computed_from_images_is_told_from_them(tmp_path, value, reason):
+    plain, computed = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"], ["DERIVED", "PRIMARY", "VOLUME", value]
+    write_series(tmp_path / "s", range(20), pixels=different, ImageType=lambda i: plain if i < 10 else computed)
+    stacks, _ = stacks_of(tmp_path / "s")
+    assert sorted(stacks["reason"].fillna("")) == (["", reason] if reason else [""])
+
+
+@pytest.mark.parametrize("missing", [
+    "SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation"])
+def test_whole_numbers_of_32_bits_need_what_a_decoder_asks_for(tmp_path, missing):
+    told = {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31} | {missing: None}
+    write_series(tmp_path / "s", range(6), pixels=lambda i: np.full((4, 6), 1064 + i, np.uint32), **told)
+    row = only(stacks_of(tmp_path / "s")[0])
+    assert row["reason"] == "unsupported syntax" and re.search(f"{missing} .* is missing", row["detail"])
+
+
+def test_pixels_in_one_piece_under_a_compressed_syntax_are_a_problem(tmp_path):
+    path = write_slice(tmp_path / "s" / "1.dcm", syntax=ExplicitVRLittleEndian)
+    write_slice(tmp_path / "s" / "2.dcm", syntax=ExplicitVRLittleEndian)
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
+    detail = "the pixel data is in one piece though its syntax is compressed"
+    assert problem_of(tmp_path / "s", "1.dcm") == ("unreadable", detail)
+
+
+@pytest.mark.parametrize("more, problem", [(2, None), (46, None), (48, "unreadable"), (480, "unreadable")])
+def test_pixels_for_another_frame_are_a_problem(tmp_path, more, problem):
+    image = pydicom.dcmread(write_slice(tmp_path / "s" / "2.dcm"))
+    image.PixelData += bytes(more)
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = "1.2.4"
+    image.save_as(tmp_path / "s" / "1.dcm")
+    problems = dicom.index_dicom(tmp_path / "s", workers=1)[1]
+    assert problems["reason"].tolist() == ([problem] if problem else [])

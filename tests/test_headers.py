@@ -598,7 +598,9 @@ def test_pixels_declared_shorter_than_the_image(tmp_path, syntax):
     border = PIXELS[syntax]
     assert with_border(tmp_path, syntax, resized(border, 20, syntax), bytes(100)) == (
         BadFile, "truncated: pixel data has 20 of 32 bytes")
-    for enough in (32, 34, 5000):                          # as before: what is in the file counts then
+    assert with_border(tmp_path, syntax, resized(border, 5000, syntax), bytes(100)) == (
+        BadFile, "unreadable: pixel data has 100 bytes, its header tells of 32")
+    for enough in (32, 34, 60):
         row = with_border(tmp_path, syntax, resized(border, enough, syntax), bytes(100))
         assert (tmp_path / "a").read_bytes()[row["pixel_offset"] - len(border):].startswith(border[:4])
 
