@@ -479,11 +479,12 @@ GRACE_SECONDS = 10              # a kernel is given five to end by itself
 
 
 def _end_when_asked() -> None:
-    asked = queue.SimpleQueue()  # the one thing that may be put to while it is being put to
+    asked, heard = queue.SimpleQueue(), []  # the one queue that may be put to while it is being put to
 
     def interrupt(*_) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):  # once is enough: a second would interrupt the ending
-            signal.signal(number, signal.SIG_IGN)
+        if heard:  # once is enough: a second would interrupt the ending
+            return
+        heard.append(True)
         asked.put(True)
         raise KeyboardInterrupt
 

@@ -305,8 +305,8 @@ def folded(title: str, body: str) -> str:
 def _about(phantoms: bool) -> str:
     if phantoms:
         return "All numbers on this page come from generated phantoms and say nothing about patients."
-    return ("These numbers come from the DICOM and annotation folders that the run was given. Patients are named as they "
-            "are named there: mind who gets this page.")
+    return ("These numbers come from the DICOM and annotation folders that the run was given, and patients are named "
+            "as they are there: mind who gets this page.")
 
 # %% ../nbs/appendix/report.ipynb #7942bf04
 def _compared(metrics: Mapping) -> str:

@@ -370,6 +370,11 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     (chapter.folder / MANIFEST).unlink(missing_ok=True)
     return chapter
 
+# %% ../nbs/appendix/runs.ipynb #0625f51e
+def _check_name(name: str) -> None:
+    if name not in CHAPTERS:
+        raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")
+
 # %% ../nbs/appendix/runs.ipynb #0625f51d
 def _outputs_hash(run_dir: Path, needed: str, by: str) -> str:
     manifest = load_manifest(run_dir, needed)
@@ -385,11 +390,6 @@ def _input(path: str | os.PathLike) -> dict:
         return {"path": "", "fingerprint": ""}
     where = project_path(asked)
     return {"path": os.fspath(where), "fingerprint": fingerprint(where)}
-
-
-def _check_name(name: str) -> None:
-    if name not in CHAPTERS:
-        raise InputError(f"unknown chapter {name!r}: expected one of {', '.join(CHAPTERS)}")
 
 # %% ../nbs/appendix/runs.ipynb #d13c2fae
 def load_manifest(run_dir: str | os.PathLike, name: str) -> dict | None:
@@ -425,7 +425,7 @@ def check_finished(run_dir: str | os.PathLike, names: Sequence[str] = CHAPTERS) 
     if lacks:
         raise InputError(f"run {run_dir} lacks {', '.join(lacks)}: finish it with lungct run first")
 
-
+# %% ../nbs/appendix/runs.ipynb #d13c2fb7
 def check_undamaged(run_dir: str | os.PathLike, names: Sequence[str]) -> None:
     """Make sure that what finished chapters left is still there as they left it; InputError when it is not."""
     for name in names:

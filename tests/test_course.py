@@ -340,6 +340,8 @@ LONG = "x" * 300
     (["run", "--run-dir", LONG], "(File name too long)"),
     (["predict", "/usr", "--model", LONG, "--out", "o"], "(File name too long)"),
     (["predict", "/usr", "--model", "/usr", "--out", "o"], "--model /usr/model.keras is not a file"),
+    (["predict", "/etc/hostname", "--model", "/usr", "--out", "o"], "folder /etc/hostname is a file: give the folder"),
+    (["phantom", "out", "--patients", "10000000"], "Invalid value for '--patients': "),
     (["download", "out", "--series", "-1"], "Invalid value for '--series': "),
     (["run", "-p", "clinical_path", "/nowhere.xlsx"], "clinical_path /nowhere.xlsx is not a file"),
     (["run", "-p", "locked_path", "/nowhere.txt"], "locked_path /nowhere.txt is not a file"),
@@ -374,15 +376,19 @@ def test_the_command_ends_in_one_line_and_status_2(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", [".", "model.keras"])
-def test_a_model_is_given_as_its_file_or_its_folder(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("given", ["05_train_3d_cnn", "05_train_3d_cnn/model.keras", "."])
+@pytest.mark.parametrize("answered, status", [(1, None), (0, 2)])
+def test_a_model_is_given_as_its_file_its_folder_or_its_run(tmp_path, monkeypatch, capsys, given, answered, status):
     asked = []
-    told = SimpleNamespace(predict_folder=lambda folder, model, *_: asked.append(model))
+    told = SimpleNamespace(predict_folder=lambda folder, model, *_: asked.append(model) or
+                           SimpleNamespace(answered=answered))
     monkeypatch.setitem(sys.modules, "lungct.predict", told)
-    (tmp_path / "model.keras").touch()
+    model = tmp_path / "05_train_3d_cnn" / "model.keras"
+    model.parent.mkdir()
+    model.touch()
     command = ["predict", "/usr", "--model", str(tmp_path / given), "--out", str(tmp_path / "out")]
-    assert course.app(command, standalone_mode=False) in (None, 0)
-    assert asked == [tmp_path / "model.keras"]
+    assert course.app(command, standalone_mode=False) == status and asked == [model]
+    assert capsys.readouterr().err == ("lungct: no stack was answered; the lines above say why\n" if status else "")
 
 
 def test_a_foreign_table_beside_the_manifest_is_one_line_and_status_2(tmp_path):
@@ -434,6 +440,19 @@ def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
     assert runs.load_manifest(tmp_path / "run", "02_parse_annotations") is None
     write_chapter(chapters, 2)
     assert run(chapters, tmp_path / "run").count("already done") == 1
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_an_impatient_second_interrupt_changes_nothing(tmp_path, second):
+    code = ("import os, signal, time\nfrom lungct import course, phantom\n"
+            "def slow(*_):\n    open('started', 'w').close()\n    time.sleep(60)\n"
+            "phantom.make_cohort = slow\nimport sys\nsys.argv = ['lungct', 'phantom', 'out']\ncourse.main()\n")
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "started")
+    child.send_signal(signal.SIGINT)
+    child.send_signal(second)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and errors.strip() == course.INTERRUPTED.strip()
 
 
 LOST = """

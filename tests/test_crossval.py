@@ -25,18 +25,26 @@ def made_up_labels():
 
 @pytest.fixture
 def run_dir(tmp_path):
-    for name in runs.CHAPTERS[:4]:
-        manifest = {"schema": runs.SCHEMA_VERSION, "seed": 3, "parameters": {}, "needs": {}, "code": "",
-                    "inputs": {"locked_path": {"path": "", "fingerprint": ""}}, "outputs": {}}
-        if name.startswith("04"):
-            manifest["outputs"] = {"labels.parquet": "", "audit.json": ""}
-        runs.save_json(manifest, tmp_path / name / runs.MANIFEST)
     runs.save_table(made_up_labels(), tmp_path / "04_check_labels" / "labels.parquet")
     runs.save_json({"classes": ["A", "G"]}, tmp_path / "04_check_labels" / "audit.json")
     lesions = [{"lesion_id": f"{p}_{k}", "stack_id": f"{p}_{k}", "patient_id": p} | dict.fromkeys(CORNERS[:3], 0.0)
                | dict.fromkeys(CORNERS[3:], 10.0) for p in PATIENTS for k in "ab"]
     runs.save_table(pd.DataFrame(lesions[:-1]), tmp_path / "02_parse_annotations" / "lesions.parquet")
+    for name in runs.CHAPTERS[:4]:
+        outputs = {path.name: runs.hash_file(path) for path in (tmp_path / name).glob("*")}
+        manifest = {"schema": runs.SCHEMA_VERSION, "seed": 3, "parameters": {}, "needs": {}, "code": "",
+                    "inputs": {"locked_path": {"path": "", "fingerprint": ""}}, "outputs": outputs}
+        runs.save_json(manifest, tmp_path / name / runs.MANIFEST)
     return tmp_path
+
+
+@pytest.mark.parametrize("name", ["02_parse_annotations/lesions.parquet", "04_check_labels/labels.parquet"])
+def test_folds_are_not_made_of_damaged_tables(run_dir, name):
+    crossval.make_folds(run_dir, 3)
+    runs.save_table(runs.load_table(run_dir / name).iloc[:1], run_dir / name)
+    chapter, file = name.split("/")
+    with pytest.raises(runs.InputError, match=rf"{chapter} of run .*: its output {file} is missing or damaged; call"):
+        crossval.make_folds(run_dir, 3)
 
 
 def test_every_patient_tests_once_and_tied_patients_stay_together():

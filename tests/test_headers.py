@@ -599,7 +599,7 @@ def test_pixels_declared_shorter_than_the_image(tmp_path, syntax):
     assert with_border(tmp_path, syntax, resized(border, 20, syntax), bytes(100)) == (
         BadFile, "truncated: pixel data has 20 of 32 bytes")
     assert with_border(tmp_path, syntax, resized(border, 5000, syntax), bytes(100)) == (
-        BadFile, "unreadable: pixel data has 100 bytes, its header tells of 32")
+        BadFile, "unreadable: pixel data has 132 bytes, its header tells of 32")
     for enough in (32, 34, 60):
         row = with_border(tmp_path, syntax, resized(border, enough, syntax), bytes(100))
         assert (tmp_path / "a").read_bytes()[row["pixel_offset"] - len(border):].startswith(border[:4])

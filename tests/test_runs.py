@@ -339,3 +339,12 @@ def test_what_a_link_leads_to_is_written(tmp_path):
     assert link.is_symlink() and runs.load_json(tmp_path / "store" / "roles.json") == {"a": 1}
     with pytest.raises(runs.InputError, match="cannot be read \\(Is a directory\\)"):
         runs.load_json(tmp_path)
+
+
+def test_a_chapter_was_made_by_the_code_that_it_began_with(tmp_path, monkeypatch):
+    chapter = runs.begin("01_explore_dicom", tmp_path, {}, 0)
+    then = runs.code_hash()
+    monkeypatch.setattr(runs, "code_hash", lambda: "of a newer version")
+    chapter.finish()
+    assert runs.load_manifest(tmp_path, "01_explore_dicom")["code"] == then
+    assert runs.stale(tmp_path, "01_explore_dicom", {}) == ["the code of lungct has changed"]
