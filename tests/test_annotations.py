@@ -1138,3 +1138,61 @@ def test_a_repeat_in_an_excluded_stack_is_excluded():
 
 def test_a_dropped_image_that_repeats_nothing_is_no_slice():
     assert outcomes(one("A0001", "1.6")) == {"A0001/1.6.xml": Outcome.NO_SLICE.value}
+
+
+# ---------------------------------------------------------------- what a careless change would have turned round
+
+TWO_STACKS = pd.DataFrame({"stack_id": ["s1", "s2"], "series_uid": ["x", "y"], "frame_of_reference_uid": "f"})
+
+
+def drawn(*rows):
+    """(lesion, stack, study, corners) of one patient each"""
+    return pd.DataFrame([{"lesion_id": lesion, "stack_id": stack, "study_uid": study, "patient_id": "P", "subtype": "A",
+                          **dict(zip(an.CORNERS_MM, corners, strict=True))} for lesion, stack, study, corners in rows])
+
+
+def test_pairs_are_of_one_study_and_each_others_best():
+    here, aside = (0, 0, 0, 9, 9, 9), (5, 0, 0, 14, 9, 9)
+    assert an.pair_lesions(drawn(("a", "s1", "u", here), ("b", "s2", "v", here)), TWO_STACKS).empty
+    pairs = an.pair_lesions(drawn(("a", "s1", "u", here), ("c", "s1", "u", aside), ("b", "s2", "u", here)), TWO_STACKS)
+    assert pairs["lesion_a"].tolist() == ["a"]
+
+
+def test_a_volume_ratio_is_of_the_smaller_to_the_larger():
+    whole, half = ("a", "s1", "u", (0, 0, 0, 9, 9, 8)), ("b", "s2", "u", (0, 0, 0, 9, 9, 4))
+    pairs = an.pair_lesions(drawn(whole, half), TWO_STACKS)
+    assert pairs["volume_ratio"].tolist() == [0.5]
+
+
+def test_a_place_in_a_stack_that_is_neither_square_nor_centred():
+    stacks = pd.DataFrame({"stack_id": ["s1"], "affine": [np.diag([1.0, 1, 2, 1]).ravel().tolist()], "rows": [10],
+                           "columns": [40], "slices": [10]})
+    row = an.describe_lesions(drawn(("a", "s1", "u", (29.5, 0, 13, 31.5, 2, 15))), stacks).iloc[0]
+    assert row[["aside_mm", "level"]].tolist() == [pytest.approx(11), pytest.approx(0.75)]
+
+
+def test_phases_are_apart_whichever_was_first():
+    def stack(**told):
+        return pd.Series({"began": "", "ended": "", "acquisition": np.nan, "series_uid": "x", "kernel": "k"} | told)
+
+    late, early = stack(began="5", ended="6"), stack(began="1", ended="2", series_uid="y")
+    assert an._kind(late, early) == an._kind(early, late) == "phase"
+
+
+def test_a_stack_began_on_a_day_and_is_of_one_acquisition_or_of_none():
+    dated = pd.DataFrame({"stack_id": ["s1"], "acquisition_date": ["20200101"], "study_date": [None],
+                          "acquisition_time": ["1200"]})
+    assert an._acquired(TWO_STACKS, dated)["began"][0] == "202001011200"
+    two = pd.DataFrame({"stack_id": ["s1"] * 2, "acquisition_number": [1, 2], "acquisition_time": ["1", "2"]})
+    assert np.isnan(an._acquired(TWO_STACKS, two)["acquisition"][0])
+
+
+def test_two_frames_are_several():
+    ledger = an.reconcile(INSTANCES.assign(frames=[30 if uid == "1.8" else 2 if uid == "1.7" else 1
+                                                   for uid in INSTANCES["sop_uid"]]),
+                          STACKS, box_rows(one("A0001", "1.7")), NO_PROBLEMS)
+    assert ledger["outcome"].tolist() == [Outcome.SEVERAL_FRAMES.value]
+
+
+def test_the_finest_stages_are_kept():
+    assert an._clean("m", "1c") == ("1c", "") and an._clean("t", "1mi") == ("1mi", "")

@@ -941,3 +941,166 @@ def test_odd_small_things_of_evaluation_are_refused():
     empty = pd.DataFrame(columns=["stack_id", "score", "lesion_id", *ev.CORNERS_MM])
     with pytest.raises(runs.InputError, match="no patient_id"):
         ev.score_scans(empty, empty, scans)
+
+
+# what a careless change would have turned round ------------------------------------------------------------------
+
+def cube(stack_id, x, score=1.0, lesion_id="L", side=10.0):
+    corners = {"x0_mm": x, "y0_mm": 0.0, "z0_mm": 0.0, "x1_mm": x + side, "y1_mm": 10.0, "z1_mm": 10.0}
+    return {"stack_id": stack_id, "score": score, "lesion_id": lesion_id, **corners}
+
+
+def matched(found, truth, min_iou=None):
+    found, truth = pd.DataFrame(found), pd.DataFrame(truth)
+    names = sorted({*found["stack_id"], *truth["stack_id"]})
+    return ev.score_scans(found.drop(columns="lesion_id"), truth, scans(*zip(names, names, strict=True)), min_iou)
+
+
+def perfect(first, second):
+    """Two classes of so many patients, all called right, but not with certainty."""
+    truth = np.repeat([0, 1], [first, second])
+    return np.eye(2)[truth] * 0.8 + 0.1, truth, [f"{i:02}" for i in range(first + second)]
+
+
+def test_an_overlap_of_just_the_least_counts():
+    assert ev.match_detections([[0, 0, 0, 10, 10, 5.0]], [1.0], [[0, 0, 0, 10, 10, 10.0]], 0.5).tolist() == [0]
+    table = pd.DataFrame({"patient_id": ["P"], "iou": [0.5], "distance_mm": [1.0]})
+    assert ev.localisation(table, ["P"])["iou_at_least_0.5"] == 1
+
+
+def test_a_box_is_measured_against_the_lesion_it_hit_and_a_miss_against_the_nearest():
+    missed = matched([cube("a", 9)], [cube("a", 0, lesion_id="p"), cube("a", 50, lesion_id="q")]).table
+    assert missed["iou"].tolist() == [pytest.approx(1 / 19)]
+    hit = matched([cube("a", 0)], [cube("a", 4, lesion_id="p", side=2), cube("a", 5.5, lesion_id="q")]).table
+    assert hit["lesion_id"].tolist() == ["p"] and hit["iou"].tolist() == [pytest.approx(0.2)]
+    assert matched([cube("a", 3)], [cube("a", 0)]).table["distance_mm"].tolist() == [3.0]
+
+
+def test_each_rule_has_its_own_average_precision():
+    rules = {name: matched([cube("a", 4)], [cube("a", 0)], least) for name, least in ev.RULES.items()}
+    scores = ev.detection_scores(rules)                    # 6 of 14 overlap: enough for one rule and not for the other
+    assert (scores["ap_iou_0.1"], scores["ap_iou_0.5"]) == (1, 0)
+
+
+def test_a_rate_is_counted_on_scans_and_not_on_patients():
+    table = scans(*((f"s{i}", f"P{i // 2}") for i in range(24)))
+    truth = pd.DataFrame([cube(name, 0, 0.9, name) for name in table["stack_id"]])
+    scored = ev.score_scans(truth.drop(columns="lesion_id"), truth, table)
+    rate = ev.at_threshold(scored, 0.5, n=50)["false_positives_at_threshold"]
+    assert rate.high == pytest.approx(3.689 / 24, abs=1e-4)
+
+
+def test_an_interval_that_reaches_one_keeps_its_low_end():
+    assert ev.summarise(np.r_[0.7, np.linspace(0.2, 1, 200), [1.0] * 7], 12).low < 0.3
+
+
+def test_just_enough_patients_are_enough():
+    assert ev.bootstrap_interval(lambda w: 1.0, [str(i) for i in range(ev.MIN_PATIENTS)], n=20).estimable
+    answers, truth, names = perfect(ev.MIN_PER_CLASS, 7)
+    made, _ = ev.compare_subtypes({"network": answers}, truth, list("AB"), names, 20)
+    assert made["subtype/network/auc_A"].estimable and made["subtype/network/sensitivity_A"].estimable
+
+
+def test_a_class_is_as_sure_as_its_own_patients_allow():
+    answers, truth, names = perfect(6, 20)
+    made, _ = ev.compare_subtypes({"network": answers}, truth, list("AB"), names, 50)
+    assert made["subtype/network/sensitivity_A"].low == pytest.approx(0.025 ** (1 / 6), abs=1e-6)
+
+
+def test_resamples_keep_the_number_of_patients_of_each_class():
+    truth, names = np.repeat([0, 1], [9, 5]), [str(i) for i in range(14)]
+    answers = np.random.default_rng(0).dirichlet([1, 1], 14)
+    _, drawn = ev.compare_subtypes({"network": answers}, truth, list("AB"), names, 300)
+    fifths = drawn["network"]["sensitivity_1"] * 5
+    assert drawn["network"]["auc_macro"].notna().all() and np.allclose(fifths, fifths.round())
+
+
+def test_a_brier_score_may_reach_two():
+    truth = np.repeat([0, 1], 6)
+    wrong = np.eye(2)[1 - truth]
+    wrong[0] = [0.05, 0.95]
+    made, _ = ev.compare_subtypes({"network": wrong}, truth, list("AB"), [str(i) for i in range(12)], 200)
+    brier = made["subtype/network/brier"]
+    assert brier.value > 1.75 and brier.low < 1.75 and brier.high == 2
+
+
+def test_classes_of_too_few_patients_are_in_no_mean():
+    few = np.r_[np.repeat([0, 1], 6), 2]
+    assert ev.chance_range(few, np.full((13, 3), [0.5, 0.3, 0.2]), 50).value == 0.5
+    both = ev.auc_margin(6, 6) + ev.auc_margin(5, 7)
+    assert ev._margin("auc_macro", np.array([6, 5, 1])) == pytest.approx(both / 2)
+
+
+def test_subtypes_go_to_their_rows_whatever_the_index():
+    columns = {"stack_id": ["a", "b"], "patient_id": ["P", "Q"], "role": "test", "target": [0, 1]}
+    table = ev.prediction_table(pd.DataFrame(columns, index=[1, 0]), [0.5, 0.5], np.full((2, 2), 0.5), list("AG"))
+    assert table["subtype"].tolist() == ["A", "G"]
+
+
+ONE_FRAME = pd.DataFrame({"stack_id": ["a", "b"], "frame_of_reference_uid": "1"})
+
+
+def test_two_annotations_agree_where_each_is_the_others_best():
+    drawn = pd.DataFrame([cube("a", 0, lesion_id="p"), cube("a", 4, lesion_id="q"), cube("b", 4, lesion_id="r")])
+    pairs = ev.annotation_agreement(drawn.assign(patient_id="P"), ONE_FRAME)
+    assert pairs[["lesion_a", "lesion_b"]].to_numpy().tolist() == [["q", "r"]]
+
+
+def test_lesions_of_two_patients_or_of_no_known_frame_are_no_pair():
+    drawn = pd.DataFrame([cube("a", 0, lesion_id="p"), cube("b", 0, lesion_id="r")])
+    assert ev.annotation_agreement(drawn.assign(patient_id=["P", "Q"]), ONE_FRAME).empty
+    assert ev.annotation_agreement(drawn.assign(patient_id="P"), ONE_FRAME.assign(frame_of_reference_uid="")).empty
+
+
+def test_a_calibration_table_counts_patients_once():
+    table = ev.calibration_table(np.arange(12) % 2, np.full((12, 2), 0.5), [str(i) for i in range(12)], n=20)
+    assert table["patients"].tolist() == [12]
+
+
+def test_an_occlusion_map_lies_as_the_volume_does():
+    volume = np.zeros((8, 8, 8), "float32")
+    corner = ev.occlusion_map(lambda v: v[:, :, 0:4, 4:8].mean(axis=(1, 2, 3)), volume, z=4, cube=4, stride=4)
+    assert np.unravel_index(np.nanargmax(corner), corner.shape) == (0, 4)
+    even = ev.occlusion_map(lambda v: (-v).max((1, 2, 3)), volume, z=4, cube=4, stride=2)
+    assert np.allclose(even, even[0, 0])                   # however many cubes cover a voxel
+    above = ev.occlusion_map(lambda v: -v[:, 6].mean((1, 2)), np.zeros((16, 8, 8), "float32"), z=8, cube=4, stride=4)
+    assert (above != 0).all()                              # the cube is centred on the slice
+
+
+def test_reasons_of_errors_name_the_nearest_and_the_longer_side():
+    truth = [cube("a", 100, lesion_id="p"), cube("a", 0, lesion_id="q")]
+    false = ev.false_alarms(matched([cube("a", 30, 0.9)], truth), pd.DataFrame(truth), 0.5)
+    assert false["reason"].tolist() == ["centre 25 mm from the nearest lesion"]
+    truth = [cube("a", 0, lesion_id="p") | {"y1_mm": 40.0}]
+    missed = ev.missed_lesions(matched([cube("a", 95, 0.9), cube("a", 20, 0.1)], truth), pd.DataFrame(truth), 0.5)
+    assert missed["size_mm"].tolist() == [40] and re.search("9[0-9] mm away", missed["reason"].iloc[0])
+
+
+def test_a_size_on_a_border_belongs_to_the_smaller_group():
+    lesions = pd.DataFrame([cube("a", 0, side=side) for side in (30, 31, 50, 51)])
+    assert ev.size_groups(lesions).tolist() == ["up to 30 mm", "30 to 50 mm", "30 to 50 mm", "over 50 mm"]
+
+
+def test_wrong_scans_are_in_the_order_of_the_table_and_go_round_all_scans():
+    one = pd.DataFrame({"stack_id": ["b1", "a1", "a2"], "patient_id": list("BAA")})
+    assert ev.wrong_scans(one).index.tolist() == ["b1", "a1", "a2"]
+    two = pd.DataFrame({"stack_id": ["a1", "a2", "b1", "b2"], "patient_id": list("AABB")})
+    assert ev.wrong_scans(two).tolist() == ["b1", "b2", "a1", "a2"]
+
+
+def test_acquisition_is_a_median_and_rare_words_are_one():
+    rare = pd.DataFrame({"stack_id": list("abcdef"), "patient_id": list("PQRSTU"), "kernel": ["x"] * 4 + ["y", "z"]})
+    assert list(ev.acquisition_features(rare)) == ["kernel_RARE", "kernel_X"]
+    three = pd.DataFrame({"stack_id": list("abc"), "patient_id": "P", "slices": [10, 40, 50]})
+    assert ev.acquisition_features(three)["slices"].tolist() == [40]
+
+
+def test_seeds_reach_the_draws():
+    def mean(weights):
+        return {"a": float((np.ones(12) if weights is None else weights) @ np.arange(12.0) / 144)}
+
+    assert not ev.estimate_all(mean, PATIENTS, 50, 1)[1].equals(ev.estimate_all(mean, PATIENTS, 50, 2)[1])
+    groups = pd.Series(["g"] * 12)
+    one, other = (ev.share_by(np.arange(12) % 3 > 0, pd.Series(PATIENTS), groups, 50, seed)["estimate"][0]
+                  for seed in (0, 5))
+    assert one != other

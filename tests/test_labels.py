@@ -1000,3 +1000,97 @@ def test_a_clinical_table_with_a_patient_twice_is_refused():
     with pytest.raises(runs.InputError, match="has a patient twice"):
         lab.tabular_features(tables["lesions"], tables["cohort"], clinical)
     assert lab._clinical_features(clinical)["male"].tolist() == [1.0, 0.0]
+
+
+# ---------------------------------------------------------------- what a careless change would have turned round
+
+
+def found_by(name, tables=None, **changes):
+    """Findings of one check on the clean example, of which some tables are changed."""
+    tables = tables or lab.example_cohort()
+    return lab.audit(**(tables | {key: change(tables[key].copy()) for key, change in changes.items()}), only=[name])
+
+
+def test_statistics_from_validation_are_found():
+    tables = lab.example_cohort()
+    table = tables["labels"]
+    validates = table.loc[table["role"] == "validation", "patient_id"].iloc[0]
+    assert found_by("statistics-from-test", tables | {"fitted_on": [validates]})
+    trains = table.loc[table["role"] == "train", "patient_id"].iloc[0]
+    assert not found_by("statistics-from-test", tables | {"fitted_on": [trains]})
+
+
+def test_a_locked_patient_who_validates_is_found():
+    tables = lab.example_cohort()
+    assert not found_by("locked-test", tables)
+    tables["labels"].loc[tables["labels"]["patient_id"] == tables["locked"][0], "role"] = "validation"
+    assert found_by("locked-test", tables)
+
+
+def test_a_volume_with_a_lesion_outside_and_one_inside_is_used():
+    cohort = pd.DataFrame({"stack_id": ["s"], "patient_id": ["P"], "lesions": [2], "lesions_outside": [1],
+                           "reason": [None]})
+    lesions = pd.DataFrame({"patient_id": ["P"], "subtype": ["A"], "boxes": [1]})
+    assert lab.make_labels(cohort, lesions)["role"].tolist() == ["unassigned"]
+
+
+def test_features_are_of_the_largest_lesion_along_the_right_axes():
+    lesions = pd.DataFrame({"stack_id": "s", "patient_id": "P", "subtype": "A", "boxes": 1,
+                            "x0_mm": [0.0, 0], "x1_mm": [9.0, 4], "y0_mm": [2.0, 0], "y1_mm": [6.0, 4],
+                            "z0_mm": [10.0, 0], "z1_mm": [14.0, 4]})
+    cohort = pd.DataFrame({"stack_id": ["s"], "affine": [np.eye(4).ravel()], "grid_size": [3]})
+    row = lab.tabular_features(lesions, cohort).loc["P"]
+    assert row[["lateral", "posterior", "superior"]].tolist() == pytest.approx([3.5, 3, 11])
+    assert np.exp(row["log_size"]) == pytest.approx(9)
+
+
+def test_what_was_lost_on_the_way_is_found():
+    def without(cohort):
+        cohort.loc[cohort.index[cohort["lesions"] > 0][0], "lesions"] = 0
+        return cohort
+
+    assert found_by("lesions-lost", cohort=without) and not found_by("lesions-lost")
+    assert found_by("volumes-lost", cohort=lambda cohort: cohort.iloc[1:]) and not found_by("volumes-lost")
+    assert found_by("lesions-outside-grid", cohort=lambda cohort: cohort.assign(lesions_outside=1))
+
+
+def test_a_lesion_outside_the_grid_needs_no_mask():
+    def outside(cohort):
+        cohort.loc[cohort.index[0], "lesions_outside"] = cohort.loc[cohort.index[0], "lesions"]
+        return cohort
+
+    def unpainted(voxels):
+        voxels.loc[voxels.index[0], "mask_voxels"] = 0
+        return voxels
+
+    assert not found_by("empty-mask", cohort=outside, voxels=unpainted) and found_by("empty-mask", voxels=unpainted)
+
+
+def test_acquisition_that_tells_a_little_is_a_warning(monkeypatch):
+    for auc, severity in ((0.7, "warning"), (0.9, "error")):
+        monkeypatch.setattr(lab, "acquisition_test", lambda *_, auc=auc, **__: (auc, 0.001))
+        assert [finding.severity for finding in found_by("acquisition-predicts-label")] == [severity]
+
+
+def test_a_weight_that_is_no_number_is_found():
+    def spoilt(table):
+        table.loc[table.index[table["role"] == "train"][0], "weight"] = np.nan
+        return table
+
+    assert found_by("not-a-number", labels=spoilt) and not found_by("not-a-number")
+
+
+def test_both_of_two_tied_patients_are_counted():
+    def tied(table):
+        table.loc[table["patient_id"] == "Lung_Dx-A0002", "study_uid"] = "1.A0001"
+        return table
+
+    assert found_by("patients-tied-together", labels=tied)[0].message.startswith("2 patients")
+    assert lab.shared_between_roles(pd.DataFrame({"k": ["", ""], "role": ["train", "test"]}), "k").to_numpy().sum() == 0
+
+
+def test_the_promised_interval_is_that_of_the_test_patients():
+    table = lab.example_cohort()["labels"]
+    count = table.loc[table["role"] == "test", "patient_id"].nunique()
+    report = lab.audit_report([], table)
+    assert report["expected_interval_width"] == round(float(lab.interval_width(count)), 3)

@@ -394,7 +394,9 @@ def test_the_command_writes_what_its_options_say(arguments, files, patient, mode
     assert {path.name.rsplit(".", 1)[1] for path in tmp_path.iterdir()} == files
     assert pd.read_csv(tmp_path / "predictions.csv").groupby("stack").size().max() == 1
     told = capsys.readouterr()
-    assert told.out.startswith(f"{len(runs.load_json(tmp_path / 'predictions.json')['stacks'])} stacks; results in")
+    stacks = runs.load_json(tmp_path / "predictions.json")["stacks"]
+    answered = sum(stack["refused"] is None for stack in stacks)
+    assert told.out.startswith(f"{len(stacks)} stacks, {answered} answered; results in") and 0 < answered < len(stacks)
     assert told.err == "" and "Lung_Dx" not in told.out
 
 

@@ -369,3 +369,33 @@ def test_equal_to_the_factor_pysuv_takes_from_philips():
     image.add_new(0x70530010, "LO", "Philips PET Private Group")
     image.add_new(0x70531000, "DS", "0.00047")
     assert suv_factor(row) == pytest.approx(pysuv.get_suv_factor(image).suv_factor)
+
+
+# ---- what a careless change would have turned round ------------------------------------------------------------------
+
+
+def test_each_slice_has_its_own_factor_of_philips():
+    one, two = suv.suv_factors([PET | {"units": "CNTS", "philips_activity_factor": factor} for factor in (1.0, 2.0)])
+    assert two == pytest.approx(2 * one)
+
+
+@pytest.mark.parametrize("changes", [
+    {"corrected_image": "DECAY\\ATTN"},                                                     # as some write DECY
+    {"half_life_s": 900.0, "series_time": "114500", "acquisition_time": "114500"},          # seven half-lives
+    {"injection_datetime": "20200101100100"}])                                              # a minute from the time
+def test_what_is_just_allowed(changes):
+    assert suv.suv_factor(PET | changes) > 0
+
+
+@pytest.mark.parametrize("changes", [
+    {"corrected_image": "DECY\\XATTN"}, {"radionuclide_dose_bq": 350e3}, {"half_life_s": 8 * 3600.0},
+    {"series_time": None, "acquisition_time": "114945", "ge_scan_datetime": "20200101114946"}])    # a second late
+def test_what_is_just_refused(changes):
+    with pytest.raises(suv.SuvError):
+        suv.suv_factor(PET | changes)
+
+
+def test_a_month_apart_is_one_calendar_and_a_minute_has_sixty_seconds():
+    first = suv._Moment(0, 0.0)
+    assert suv._dated(first, suv._Moment(31, 0.0)) and not suv._dated(first, suv._Moment(32, 0.0))
+    assert suv._clock_s("101559") is not None and suv._clock_s("101560") is None and suv._clock_s("101561") is None

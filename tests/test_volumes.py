@@ -1100,3 +1100,74 @@ def test_real_series_build(real_data, tmp_path):
 def test_a_grid_of_whole_millimetres_is_the_same_grid_as_with_a_decimal_point():
     whole, decimal = volumes.Grid(64, 6), volumes.Grid(64, 6.0)
     assert repr(whole) == repr(decimal) and hash(whole) == hash(decimal)
+
+
+# ---------------------------------------------------------------- what a careless change would have turned round
+
+
+def test_a_lattice_is_kept_only_where_the_stack_lies_on_it():
+    affine = np.diag([6.0, 6, 6, 1])
+    affine[:3, 3] = 1
+    moved = volumes.to_lattice(dicom.Stack("t", np.zeros((3, 3, 3), np.int16), affine, "CT", (), 0), 6.0)
+    assert np.allclose(moved.affine[:3, 3] % 6, 3)
+    told = dicom.Stack("t", np.zeros((2, 2, 2), np.int16), np.diag([3.0, 3, 3, 1]), "CT", (), 0, None, "1.2")
+    assert volumes.to_lattice(told, 6.0).frame_of_reference_uid == "1.2"
+
+
+def test_lungs_are_looked_for_on_the_fine_lattice(monkeypatch):
+    seen = []
+    monkeypatch.setattr(volumes, "find_lungs", lambda stack: (
+        seen.append(stack.affine[0, 0]), volumes.Lungs((0.0, 0.0, 0.0), "stack", 0.0))[1])
+    stack = dicom.Stack("t", np.zeros((4, 4, 4), np.int16), np.diag([16.0, 16, 16, 1]), "CT", (), 0)
+    volumes.to_cube(stack, volumes.Grid(2, 16.0))
+    assert seen == [volumes.COARSE_MM]
+
+
+def test_numbers_beyond_16_bits_stay_at_their_end():
+    affine = np.diag([6.0, 6, 6, 1])
+    affine[:3, 3] = 3
+    stack = dicom.Stack("t", np.full((4, 4, 4), 40000.0, np.float32), affine, "CT", (), 0)
+    assert volumes.to_cube(stack, volumes.Grid(2, 6.0))[0].max() == 2**15 - 1
+
+
+def test_a_mask_of_256_lesions_is_refused():
+    names, affine = [str(i) for i in range(256)], np.diag([6.0, 6, 6, 1])
+    affine[:3, 3] = 3
+    lesions = pd.DataFrame({"lesion_id": names, **{c: 0.0 if "0" in c else 6.0 for c in volumes.CORNERS_MM}})
+    boxes = pd.DataFrame({"lesion_id": names, "slice_index": 0, "xmin": 0, "ymin": 0, "xmax": 1, "ymax": 1})
+    with pytest.raises(ValueError, match="at most 255 lesions, got 256"):
+        volumes.place_lesions(lesions, boxes, affine, affine, 2)
+
+
+def key_of(suv=None, words="", edge=0.1):
+    opened = dicom.OpenStack("s", np.eye(4), "CT", "f", ({"path": "x"},), "/r", suv)
+    lesions, boxes = pd.DataFrame({"a": [0.1]}), pd.DataFrame({"a": [edge]})
+    return volumes._key({"ct": opened, "pet": None, "lesions": lesions, "boxes": boxes, "stack_id": "s",
+                         "grid": (2, 6.0), "pet_words": words})
+
+
+def test_whatever_makes_an_entry_is_in_its_key():
+    keys = [key_of(), key_of(edge=0.2), key_of(edge=0.1 + 1e-12), key_of(words="a"), key_of(suv=np.ones(1)),
+            key_of(suv=np.full(1, 2.0))]
+    assert len(set(keys)) == len(keys) and key_of() == key_of()
+    assert volumes._content_hash({"a": np.zeros((2, 3))}, {}) != volumes._content_hash({"a": np.zeros((3, 2))}, {})
+
+
+def test_facts_by_hand():
+    body = np.full((40, 60, 60), -1000, np.int16)
+    body[5:35, 10:50, 10:50] = 0
+    body[10:30, 20:40, 15:28] = -850
+    facts, tissue = volumes.volume_facts(body, 6.0), (30 * 40 * 40 - 20 * 20 * 13) * 216e-6
+    assert facts["lung_share"] == pytest.approx(facts["lung_litres"] / (facts["lung_litres"] + tissue), abs=0.01)
+    steep = np.zeros((4, 4, 4), np.int16)
+    steep[:, :, ::2], steep[:, :, 1::2] = 32700, -300
+    assert volumes.volume_facts(steep, 6.0)["roughness_hu"] == 33000       # more than 16 bits can tell
+    assert volumes.volume_facts(np.full((4, 4, 4), 40, np.int16), 6.0)["tissue_density"] == 1.04
+
+
+def test_facts_are_compared_with_both_ends_of_their_range():
+    many = [dict.fromkeys(volumes.FACT_FACTORS, float(i)) for i in range(101)]
+    assert volumes.facts_range(many) == {key: [1.0, 99.0] for key in volumes.FACT_FACTORS}
+    trained, usual = {key: [1.0, 4.0] for key in volumes.FACT_FACTORS}, dict.fromkeys(volumes.FACT_FACTORS, 4.0)
+    assert volumes.unlike_training(usual, trained) is None
+    assert volumes.unlike_training(usual | {"lung_litres": 13.0}, trained)
