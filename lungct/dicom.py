@@ -522,7 +522,7 @@ def _other_modality(part: _Part, min_slices: int) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #5ad003e4
 _PROJECTED = r"(?i)(?<![a-z0-9])(mip|max[ _]?ip|min[ _]?ip)(?![a-z0-9])|^([^\\]*\\){3}(MAXIMUM|MINIMUM)(\\|$)"
-_COMPUTED = r"^([^\\]*\\){3}(STD_DEVIATION|SUBTRACTION|DIVISION|MULTIPLICATION|ENERGY_PROP_WT)(\\|$)"
+_COMPUTED = r"^([^\\]*\\){3}(STD_DEVIATION|SUBTRACTION|DIVISION|MULTIPLICATION)(\\|$)"
 
 
 def _localizer(part: _Part, min_slices: int) -> str | None:
@@ -881,7 +881,7 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
     part = _part(rows)
     whole = _Candidate(part, *_judge(part, min_slices))
     if whole.reason is None:
-        return _interleaved(rows, min_slices) or [whole]
+        return _interleaved(part, min_slices) or [whole]
     for k, split in enumerate(splits):
         pieces = split(rows)
         large = max(map(len, pieces)) >= max(min_slices, 2)
@@ -892,10 +892,11 @@ def _split(rows: pd.DataFrame, min_slices: int, splits: tuple = _SPLITS) -> list
     return [whole]
 
 # %% ../nbs/01_explore_dicom.ipynb #7f1db476
-def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
+def _interleaved(whole: _Part, min_slices: int) -> list[_Candidate]:
     """Volumes that share a stretch of the patient and together pass for one; empty when there are none."""
+    rows = whole.rows
     for labels in (_acquisitions(rows), _makings(rows), _times(rows), rows["instance"].to_numpy()):
-        if not 1 < len(np.unique(labels)) <= len(rows) // LEAST_REGULAR:
+        if not _overlap(np.unique(labels, return_inverse=True)[1], whole.depth_mm):
             continue
         parts = [_part(piece) for piece in _pieces(rows, labels)]
         regular = [part for part in parts if len(part.rows) >= LEAST_REGULAR and _judge(part, 2)[0] is None]
@@ -903,6 +904,16 @@ def _interleaved(rows: pd.DataFrame, min_slices: int) -> list[_Candidate]:
         if len(ends) > 1 and ends[:, 1].min() - ends[:, 0].max() > np.ptp(ends, axis=1).min() / 2:
             return [_Candidate(part, *_judge(part, min_slices)) for part in parts]
     return []
+
+
+def _overlap(group: np.ndarray, depth_mm: np.ndarray) -> bool:
+    """Whether two groups of enough slices begin, one of them, before the other ends; a look, where judging is dear."""
+    large = np.flatnonzero(np.bincount(group) >= LEAST_REGULAR)
+    first, last = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
+    np.minimum.at(first, group, depth_mm)
+    np.maximum.at(last, group, depth_mm)
+    order = large[np.argsort(first[large])]
+    return bool((first[order][1:] < np.maximum.accumulate(last[order])[:-1]).any())
 
 # %% ../nbs/01_explore_dicom.ipynb #3bfcd687
 def _pixel_digest(root: str | os.PathLike, row: pd.Series) -> str:
