@@ -1765,6 +1765,19 @@ def test_volumes_between_each_other_are_not_one(tmp_path, count, other, expected
     assert stacks["status"].eq("accepted").tolist() == (stacks["slices"] >= 8).tolist()
 
 
+def test_two_enhanced_images_half_a_step_apart_are_two_stacks(single_and_enhanced):
+    single, folder = single_and_enhanced
+    image = pydicom.dcmread(folder / "all.dcm")
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = "1.2.7.99"
+    for groups in image.PerFrameFunctionalGroupsSequence:
+        x, y, z = groups.PlanePositionSequence[0].ImagePositionPatient
+        groups.PlanePositionSequence[0].ImagePositionPatient = [x, y, round(z + single.spacing_zyx_mm[0] / 2, 4)]
+    image.save_as(folder / "between.dcm")
+    stacks, instances = stacks_of(folder)
+    assert stacks["slices"].tolist() == [len(single.hu_zyx)] * 2 and stacks["status"].eq("accepted").all()
+    assert instances.groupby("stack_id").size().tolist() == [1, 1]
+
+
 def test_slices_that_were_not_made_alike_are_remarked(tmp_path):
     write_series(tmp_path / "s", range(20), pixels=different, AcquisitionNumber=lambda i: 1 + i // 10,
                  ConvolutionKernel=lambda i: "B30" if i < 10 else "B70", SliceThickness=lambda i: 5 if i < 10 else 1)
