@@ -6,17 +6,17 @@
 __all__ = ['FILLED_IN', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', 'DISK_FULL', 'RESTARTS', 'app', 'INTERRUPTED', 'GRACE_SECONDS',
            'FOLD_CHAPTERS', 'notebook_folder', 'cells_of', 'chapter_parameters', 'parse_parameter', 'read_overrides',
            'check_folder', 'check_writable', 'reasons_to_run', 'code_of', 'Lines', 'Progress', 'ticking',
-           'ChapterFailed', 'DeviceDied', 'run_chapter', 'run_on', 'Course', 'plan_course', 'run_course',
+           'ChapterFailed', 'DeviceDied', 'run_chapter', 'run_on', 'Course', 'plan_course', 'run_course', 'alone',
            'plain_errors', 'run', 'check_paths', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download',
            'doctor', 'fold_parameters', 'check_fold_parameters', 'Quiet', 'run_fold', 'run_folds', 'crossval', 'main']
 
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
 import errno
+import fcntl
 import json
 import logging
 import os
-import queue
 import re
 import shutil
 import signal
@@ -27,7 +27,7 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -391,28 +391,60 @@ def plan_course(run_dir: str, overrides: Mapping[str, str]) -> Course:
 
 # %% ../nbs/appendix/course.ipynb #9296067b
 def run_course(course: Course, progress: Progress) -> None:
-    """Run the chapters that need it, in order; stops at the first that fails."""
-    for number, name in enumerate(runs.CHAPTERS, start=1):
-        notebook, parameters = course.notebooks / f"{name}.ipynb", course.parameters(name)
-        reasons = reasons_to_run(course.run_dir, name, notebook, parameters)
-        if not reasons:
-            progress.line(f"[{number}/6] {name}: already done")
-            continue
-        progress.line(f"[{number}/6] {name}: {'; '.join(reasons)}")
-        began = time.monotonic()
-        _run_in(course.run_dir, notebook, parameters, progress)
-        progress.line(f"[{number}/6] {name}: done in {time.monotonic() - began:.0f} s")
+    """Run the chapters that need it, in order; stops at the first that fails. InputError when another run is at it."""
+    with alone(course.run_dir):
+        for number, name in enumerate(runs.CHAPTERS, start=1):
+            _bring_up_to_date(course, name, f"[{number}/6] {name}:", progress)
+
+
+def _bring_up_to_date(course: Course, name: str, title: str, progress: Progress) -> None:
+    notebook, parameters = course.notebooks / f"{name}.ipynb", course.parameters(name)
+    reasons = reasons_to_run(course.run_dir, name, notebook, parameters)
+    if not reasons:
+        progress.line(f"{title} already done")
+        return
+    progress.line(f"{title} {'; '.join(reasons)}")
+    began = time.monotonic()
+    _run_in(course.run_dir, notebook, parameters, progress)
+    progress.line(f"{title} done in {time.monotonic() - began:.0f} s")
+
+# %% ../nbs/appendix/course.ipynb #5c0e71b3
+@contextmanager
+def alone(run_dir: Path):
+    """Keep every other lungct out of a run folder meanwhile. InputError when one is at work there."""
+    path = run_dir / ".lock"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        if not _locked(stream, path):
+            raise runs.InputError(f"another lungct is at work in {run_dir}: wait until it is done, or give another "
+                                  "--run-dir")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # something is in it
+                run_dir.rmdir()
+
+
+def _locked(stream, path: Path) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino  # else its owner has just left
 
 # %% ../nbs/appendix/course.ipynb #79aa07ad
 def _run_in(run_dir: Path, notebook: Path, parameters: Mapping, progress: Progress) -> None:
     executed = run_dir / "notebooks" / notebook.name
-    with _untouched_by_mistakes(run_dir, [run_dir / notebook.stem / runs.MANIFEST, executed]):
+    with _untouched_by_mistakes([run_dir / notebook.stem / runs.MANIFEST, executed]):
         run_on(notebook, executed, parameters, progress)
 
 # %% ../nbs/appendix/course.ipynb #79aa07ae
 @contextmanager
-def _untouched_by_mistakes(run_dir: Path, files: list[Path]):
-    # bad input that only the chapter could find: what an earlier run left stays good, and a new folder goes again
+def _untouched_by_mistakes(files: list[Path]):
+    # bad input that only the chapter could find: what an earlier run left stays good, and new folders go again
     before = {path: path.read_bytes() for path in files if path.is_file()}
     try:
         yield
@@ -422,9 +454,9 @@ def _untouched_by_mistakes(run_dir: Path, files: list[Path]):
         for path, content in before.items():
             with runs.atomic(path) as part:
                 part.write_bytes(content)
-        for folder in (*(path.parent for path in files), run_dir):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        for path in files:
+            with suppress(OSError):  # something is in it
+                path.parent.rmdir()
         raise
 
 # %% ../nbs/appendix/course.ipynb #6aac8f33
@@ -478,24 +510,29 @@ INTERRUPTED = "\nlungct: interrupted; the same command goes on where it stopped"
 GRACE_SECONDS = 10              # a kernel is given five to end by itself
 
 
+@cache
 def _end_when_asked() -> None:
-    asked, heard = queue.SimpleQueue(), []  # the one queue that may be put to while it is being put to
+    heard, (came, told) = [], os.pipe()
+    os.set_blocking(told, False)
 
-    def interrupt(*_) -> None:
+    def interrupt(number: int, _) -> None:
         if heard:  # once is enough: a second would interrupt the ending
             return
         heard.append(True)
-        asked.put(True)
+        os.write(told, bytes([number]))
         raise KeyboardInterrupt
 
     def insist() -> None:
-        asked.get()
+        while (number := os.read(came, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        signal.pthread_kill(threading.main_thread().ident, number)  # it may sleep, and another thread have been woken
         time.sleep(GRACE_SECONDS)
         _end_children()
         print(INTERRUPTED, file=sys.stderr, flush=True)
         os._exit(130)
 
     threading.Thread(target=insist, daemon=True).start()
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's `lungct run &` starts with SIGINT ignored
         signal.signal(signal.SIGINT, interrupt)
@@ -782,9 +819,10 @@ def crossval(
         from lungct import report
 
         places = cross.make_folds(course.run_dir, folds)
-        run_folds(course, places, min(workers, folds), scheduler, Lines().line)
-        asked = fold_parameters(course, places[0])["06_evaluate"]
-        merged = cross.merge_folds(course.run_dir, folds, asked["bootstrap_samples"], asked["seed"])
+        with alone(course.run_dir):
+            run_folds(course, places, min(workers, folds), scheduler, Lines().line)
+            asked = fold_parameters(course, places[0])["06_evaluate"]
+            merged = cross.merge_folds(course.run_dir, folds, asked["bootstrap_samples"], asked["seed"])
         print(f"\nReport: {report.build_crossval(course.run_dir)}")
         for item in merged["headline"]:
             print(f"  {item['label']}: {item['text']}")

@@ -442,16 +442,58 @@ def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
     assert run(chapters, tmp_path / "run").count("already done") == 1
 
 
-def test_an_impatient_second_interrupt_changes_nothing(tmp_path):
+def test_a_second_run_on_a_folder_is_turned_away(chapters, tmp_path):
+    folder = tmp_path / "run"
+    with course.alone(folder):
+        with pytest.raises(runs.InputError, match=f"another lungct is at work in {folder}"):
+            run(chapters, folder)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        run(chapters, tmp_path / "other")
+    assert not folder.exists()
+    run(chapters, folder)
+    assert total(folder) == total(tmp_path / "other") and not (folder / ".lock").exists()
+
+
+def test_a_run_that_was_killed_leaves_no_lock(chapters, tmp_path):
+    code = (f"import os, signal, sys\nfrom pathlib import Path\nfrom lungct import course\n"
+            f"with course.alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert (tmp_path / "run" / ".lock").exists()
+    assert run(chapters, tmp_path / "run").count("done in") == len(runs.CHAPTERS)
+
+
+def test_the_lock_of_a_run_that_just_ended_counts_for_nobody(tmp_path):
+    path = tmp_path / ".lock"
+    with path.open("a") as old:
+        path.unlink()
+        path.touch()
+        assert not course._locked(old, path)
+    with path.open("a") as new:
+        assert course._locked(new, path)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_an_impatient_second_interrupt_changes_nothing(tmp_path, second):
     code = ("import os, signal, time\nfrom lungct import course, phantom\n"
             "def slow(*_):\n    open('started', 'w').close()\n    time.sleep(60)\n"
             "phantom.make_cohort = slow\nimport sys\nsys.argv = ['lungct', 'phantom', 'out']\ncourse.main()\n")
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "started")
     child.send_signal(signal.SIGINT)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    child.send_signal(second)
+    _, errors = child.communicate(timeout=20)
     assert child.returncode == 130 and errors.strip() == course.INTERRUPTED.strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_another_thread_takes_ends_the_command(tmp_path, number):
+    code = ("import signal, threading, time\nfrom lungct import course, phantom\n"
+            "def take():\n    time.sleep(0.5)\n"
+            f"    signal.pthread_kill(threading.get_ident(), signal.{number.name})\n    time.sleep(20)\n"
+            "def slow(*_):\n    threading.Thread(target=take, daemon=True).start()\n    time.sleep(60)\n"
+            "phantom.make_cohort = slow\nimport sys\nsys.argv = ['lungct', 'phantom', 'out']\ncourse.main()\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 130 and done.stderr.strip() == course.INTERRUPTED.strip()
 
 
 LOST = """
