@@ -13,7 +13,6 @@ __all__ = ['FILLED_IN', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', 'DISK_FULL', 'RES
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -421,17 +420,19 @@ def alone(run_dir: Path):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # somebody took it away already, or something is in the folder
+                path.unlink()
                 run_dir.rmdir()
 
 
 def _locked(stream, path: Path) -> bool:
     try:
+        import fcntl
+
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         return True
     return path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino  # else its owner has just left
 
@@ -513,7 +514,6 @@ GRACE_SECONDS = 10              # a kernel is given five to end by itself
 @cache
 def _end_when_asked() -> None:
     heard, (came, told) = [], os.pipe()
-    os.set_blocking(told, False)
 
     def interrupt(number: int, _) -> None:
         if heard:  # once is enough: a second would interrupt the ending
@@ -525,14 +525,17 @@ def _end_when_asked() -> None:
     def insist() -> None:
         while (number := os.read(came, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
             pass
-        signal.pthread_kill(threading.main_thread().ident, number)  # it may sleep, and another thread have been woken
+        if os.name == "posix":  # the main thread may sleep, and another one have been woken
+            signal.pthread_kill(threading.main_thread().ident, number)
         time.sleep(GRACE_SECONDS)
         _end_children()
         print(INTERRUPTED, file=sys.stderr, flush=True)
         os._exit(130)
 
     threading.Thread(target=insist, daemon=True).start()
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    if os.name == "posix":
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's `lungct run &` starts with SIGINT ignored
         signal.signal(signal.SIGINT, interrupt)
@@ -671,7 +674,8 @@ def _chosen_quirks(text: str) -> tuple[str, ...]:
     chosen = {"all": tuple(QUIRKS), "none": ()}.get(text, tuple(text.split(",")))
     unknown = sorted(set(chosen) - set(QUIRKS))
     if unknown:
-        raise runs.InputError(f"unknown quirk {', '.join(unknown)}: known are {', '.join(QUIRKS)}")
+        raise runs.InputError(f"unknown quirk {', '.join(unknown) or '(empty)'}: known are all, none, or some of "
+                              f"{', '.join(QUIRKS)}")
     return chosen
 
 # %% ../nbs/appendix/course.ipynb #f9a97972

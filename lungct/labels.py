@@ -412,7 +412,7 @@ def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: 
     group, strata = _strata(labels)
     if not 2 <= folds <= len(strata):
         groups = _count(len(strata), "patient group")
-        raise runs.InputError(f"{folds} folds for {groups}: expected from 2 up to as many")
+        raise runs.InputError(f"{folds} folds for {groups}: expected as many or fewer, and more than one")
     of_patient = group.groupby(labels.loc[group.index, "patient_id"]).first()
     dealt = {}
     for repeat in range(repeats):

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy import ndimage
+from tqdm import tqdm
 
 from .runs import InputError
 from .workers import worker_pool
@@ -1717,6 +1719,10 @@ def _run(out: Path, plans: list[Plan], workers: int | None) -> list[dict]:
     small = sum(plan.matrix**2 for plan in plans) < 12 * 128**2
     workers = (1 if small else os.cpu_count() or 1) if workers is None else workers
     if workers <= 1 or len(plans) == 1:
-        return [module.write_patient(str(out), plan) for plan in plans]
+        return [module.write_patient(str(out), plan) for plan in _counted(plans)]
     with worker_pool(min(workers, len(plans)), [module.__name__]) as pool:
-        return list(pool.map(module.write_patient, [str(out)] * len(plans), plans))
+        return [*_counted(pool.map(module.write_patient, [str(out)] * len(plans), plans), len(plans))]
+
+
+def _counted(patients: Iterable, total: int | None = None) -> Iterable:
+    return tqdm(patients, total=total, unit="patient", disable=None)     # seen in a terminal alone

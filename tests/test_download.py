@@ -83,6 +83,25 @@ def test_a_full_disk_ends_the_download_at_the_first_series(collection, code):
     assert list((collection / "Lung-PET-CT-Dx").iterdir()) == []
 
 
+@pytest.mark.parametrize(("arrive", "tried"), [(0, 3), (1, 5), (2, 5)])
+def test_without_a_network_not_every_series_is_tried(collection, arrive, tried):
+    uids = [f"1.2.{number}" for number in range(5)]
+    (collection / "c.tcia").write_text("ListOfSeriesToDownload=\n" + "\n".join(uids) + "\n")
+    asked = []
+
+    def gone(uid, folder):
+        asked.append(uid)
+        if len(asked) <= arrive:
+            return server(uid, folder)
+        raise OSError(f"series {uid} did not arrive")
+
+    with pytest.raises(runs.InputError) as caught:
+        download.download_collection("", str(collection), fetch=gone)
+    assert asked == uids[:tried] and f"series {uids[arrive]} did not arrive" in str(caught.value)
+    assert str(caught.value).startswith("the first 3 series failed, so the others" if arrive == 0 else
+                                        f"{5 - arrive} series failed")
+
+
 @pytest.mark.parametrize("content", [
     b"patient,weight\n1,70\n", b"", b"\xff\xfe\x00", b"Series UID,Number of Images\n1.2.3,two\n",
     b"Series UID,Number of Images\n1.2.3,\n", b'Series UID,Number of Images\n"1.2.3,2\n'])

@@ -420,6 +420,29 @@ def test_results_of_an_earlier_call_go_and_nothing_else_does(patient, model, tmp
     assert (tmp_path / "predictions.csv").read_text() != "old"
 
 
+def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model, tmp_path, monkeypatch):
+    folder = shutil.copytree(patient, tmp_path / "in")
+    earlier = {"predictions.json": "old", "stack_01_box_1.png": "old", "letter.txt": "old"}
+    for name, text in earlier.items():
+        (folder / name).write_text(text)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(predict, "_export", interrupted)
+        predict.predict_folder(folder, model, folder, pictures=1, workers=1)
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.name in earlier} == earlier
+    assert not list(folder.glob("stack_*_box_[2-9].png"))
+    killed = folder / ".lungct-killed"                     # a call that could not tidy up
+    killed.mkdir()
+    (killed / "stack_01_seg.dcm").write_text("cut off")
+    done = predict.predict_folder(folder, model, folder, pictures=1, workers=1)
+    assert done.out == folder and not killed.exists() and not list(folder.glob(".lungct-*"))
+    assert done.unread == {"not DICOM": 1}, "the letter"
+    assert runs.load_json(folder / "predictions.json")["stacks"] == done.stacks
+
+
 def test_results_among_the_scans_are_no_scans_the_next_time(patient, model, tmp_path):
     shutil.copytree(patient, tmp_path / "in")
     first = predict.predict_folder(tmp_path / "in", model, tmp_path / "in", pictures=1, workers=1)
