@@ -395,7 +395,7 @@ def run_course(course: Course, progress: Progress) -> None:
         for number, name in enumerate(runs.CHAPTERS, start=1):
             _bring_up_to_date(course, name, f"[{number}/6] {name}:", progress)
 
-
+# %% ../nbs/appendix/course.ipynb #9296067c
 def _bring_up_to_date(course: Course, name: str, title: str, progress: Progress) -> None:
     notebook, parameters = course.notebooks / f"{name}.ipynb", course.parameters(name)
     reasons = reasons_to_run(course.run_dir, name, notebook, parameters)
@@ -424,7 +424,7 @@ def alone(run_dir: Path):
                 path.unlink()
                 run_dir.rmdir()
 
-
+# %% ../nbs/appendix/course.ipynb #5c0e71b4
 def _locked(stream, path: Path) -> bool:
     try:
         import fcntl
@@ -510,7 +510,7 @@ def _about_file(error: OSError) -> str | None:
 INTERRUPTED = "\nlungct: interrupted; the same command goes on where it stopped"
 GRACE_SECONDS = 10              # a kernel is given five to end by itself
 
-
+# %% ../nbs/appendix/course.ipynb #389e771e
 @cache
 def _end_when_asked() -> None:
     heard, (came, told) = [], os.pipe()

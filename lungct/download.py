@@ -158,7 +158,7 @@ def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable
 # %% ../nbs/appendix/download.ipynb #dc99f33d
 HOPELESS = 3        # series that fail before any arrived: the others are not tried
 
-
+# %% ../nbs/appendix/download.ipynb #dc99f341
 def _fetch_all(uids: list[str], folder: Path, images: dict[str, int], fetch: Callable[[str, Path], Path]) -> list[str]:
     from tqdm import tqdm
 
@@ -182,7 +182,7 @@ def _only_manifest(folder: Path) -> Path:
         raise runs.InputError(f"{folder} holds {len(found)} .tcia files, expected one: name it with --manifest")
     return found[0]
 
-
+# %% ../nbs/appendix/download.ipynb #dc99f33f
 def _made_ready(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for waiting in folder.glob(".incoming-*"):
@@ -190,7 +190,7 @@ def _made_ready(folder: Path) -> Path:
             shutil.rmtree(waiting)
     return folder
 
-
+# %% ../nbs/appendix/download.ipynb #dc99f340
 def _is_at_work(process: str) -> bool:
     import psutil
 

@@ -248,7 +248,7 @@ def _not_ours(table: pd.DataFrame, folder: Path, out: Path) -> pd.DataFrame:
 def _is_for_results(place: Path, out: Path) -> bool:
     return place == out.resolve() or (place.parent == out.resolve() and place.name.startswith(WAITING))
 
-
+# %% ../nbs/appendix/predict.ipynb #7a3d0024
 @contextmanager
 def _room(out: Path) -> Iterator[Path]:
     """A folder to fill; what is in it then replaces the results of an earlier call. InputError where none can be."""
@@ -296,8 +296,7 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
     with _room(wanted.out) as place:
         results = [_one(number, row, instances[instances["stack_id"] == row["stack_id"]], folder, model,
                         replace(wanted, out=place)) for number, row in enumerate(rows, 1)]
-        found = _write(results, _unread(problems, show_identity), model, place)
-    return replace(found, out=wanted.out)
+        return replace(_write(results, _unread(problems, show_identity), model, place), out=wanted.out)
 
 # %% ../nbs/appendix/predict.ipynb #7a3d0030
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from . import runs
 
@@ -1704,35 +1704,40 @@ def _seconds_each(batches: Iterable, use: Callable) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8c066f3e
-def input_cost(network: keras.Model, train: Examples, settings: Settings, steps: int = 12) -> dict[str, float]:
+def input_cost(network: keras.Model, train: Examples, settings: Settings, rounds: int = 20,
+               steps: int = 4) -> dict[str, float]:
     """Seconds for "making" a batch, a "bare" train_on_batch, a step in the "loop" of both; and the "input" as a share.
 
-    Medians of five rounds of so many steps; the share is that of the loop which two rounds of bare steps, one before
-    and one after, do not need. `network` is not changed. Raises InputError where there is too little memory for a step.
+    Seconds are medians of so many rounds of so many steps. The share is that of the loop which two rounds of bare
+    steps, one before and one after, do not need: its mean, and "low" and "high", the ends of its 95 % interval
+    (Student's t). `network` is not changed. Raises InputError where there is too little memory for a step.
     """
     check_memory(network, settings, train)
     trainer = _trainer(keras.models.clone_model(network), settings)
-
-    def fresh():
-        return islice(_fresh(trainer, train, settings, 0), steps)
+    fresh = partial(_fresh, trainer, train, settings, 0)
+    feed, made = _ahead(_stream(trainer, train, replace(settings, epochs=10**6), 1)), [*islice(fresh(), 2)]
+    deque(islice(feed, settings.echoes**2 * ECHO_AFTER), maxlen=0)  # at first all batches are new
 
     def step(batch):
         trainer.train_on_batch(*batch[1:])
 
-    def bare_step():
-        return _seconds_each(islice(itertools.cycle(made), steps), step)
+    def timed(batches, use=step):
+        return _seconds_each(islice(batches, steps), use)
 
-    feed, made = _ahead(_stream(trainer, train, replace(settings, epochs=10**6), 1)), [*islice(fresh(), 2)]
-    deque(islice(feed, settings.echoes**2 * ECHO_AFTER), maxlen=0)  # at first all batches are new
     step(made[0])  # the first call traces the graph
-    making, loop, bare = [_seconds_each(fresh(), len) for _ in range(5)], [], [bare_step()]
-    for _ in range(5):
-        loop.append(_seconds_each(islice(feed, steps), step))
-        bare.append(bare_step())
+    making, loop, bare = [timed(fresh(), len) for _ in range(5)], [], [timed(itertools.cycle(made))]
+    for _ in range(rounds):
+        loop.append(timed(feed))
+        bare.append(timed(itertools.cycle(made)))
     feed.close()
-    share = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop
-    figures = {"making": making, "bare": bare, "loop": loop, "input": share}
-    return {name: float(np.median(values)) for name, values in figures.items()}
+    seconds = {"making": making, "bare": bare, "loop": loop}
+    return {name: float(np.median(each)) for name, each in seconds.items()} | _input_share(np.array(loop), bare)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #8c066f3f
+def _input_share(loop: np.ndarray, bare: list[float]) -> dict[str, float]:
+    shares = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop
+    low, high = stats.ttest_1samp(shares, 0).confidence_interval()
+    return {"input": float(shares.mean()), "low": float(low), "high": float(high)}
 
 # %% ../nbs/05_train_3d_cnn.ipynb #21ca5513
 def some_patients(examples: Examples, count: int, seed: int = 0) -> Examples:

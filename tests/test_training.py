@@ -1133,9 +1133,9 @@ def test_a_gpu_tells_its_own_free_memory(monkeypatch, backend, module):
 def test_input_cost_leaves_the_network_alone():
     net = network()
     before = net.get_weights()
-    cost = training.input_cost(net, toys(4), quick(), steps=2)
-    assert set(cost) == {"making", "bare", "loop", "input"} and cost.pop("input") < 1
-    assert all(seconds > 0 for seconds in cost.values())
+    cost = training.input_cost(net, toys(4), quick(), rounds=2, steps=2)
+    assert all(cost[name] > 0 for name in ("making", "bare", "loop")) and cost["low"] < cost["input"] < cost["high"]
+    assert cost["input"] < 1
     assert all(np.array_equal(a, b) for a, b in zip(before, net.get_weights(), strict=True))
 
 
@@ -1145,7 +1145,16 @@ def test_what_the_loop_takes_beyond_its_neighbours_is_input(monkeypatch):
     loop = iter([1.5 / 0.9, 2.5 / 0.9, 3.5 / 0.9, 4.5 / 0.9, 5.5 / 0.9, 100.0])
     calls = iter([0.1] * 5 + [next(kind) for _ in range(6) for kind in (bare, loop)])
     monkeypatch.setattr(training, "_seconds_each", lambda batches, use: next(calls))
-    assert training.input_cost(network(), toys(4), quick(), steps=2)["input"] == pytest.approx(0.1)
+    cost = training.input_cost(network(), toys(4), quick(), rounds=5, steps=2)
+    assert (cost["input"], cost["low"], cost["high"]) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_the_interval_of_the_input_is_students():
+    shares = np.array([0.02, -0.05, 0.11, 0.04])
+    cost = training._input_share(1 / (1 - shares), [1.0] * 5)
+    reach = 3.182446 * shares.std(ddof=1) / 2              # the table's t of 3 degrees of freedom, 0.975
+    assert cost["input"] == pytest.approx(0.03)
+    assert (cost["low"], cost["high"]) == pytest.approx((0.03 - reach, 0.03 + reach), rel=1e-6)
 
 
 # ---- TensorBoard
