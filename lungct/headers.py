@@ -15,7 +15,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, partial
@@ -237,18 +237,24 @@ def _pixel_bytes(rows: int, columns: int, bits: int, samples: int | None, frames
     return rows * columns * (samples or 1) * (frames or 1) * bits // 8
 
 
-def _check_length(row: Mapping, available: int) -> None:
-    """BadFile when there are fewer bytes than the pixels need, or so many more that another frame fits in."""
-    for column in _EXTENT[:3]:
-        if not row[column]:
+def _misfit(extent: Sequence[int | None], held: int) -> int:
+    """-1 where fewer bytes are there than the pixels need, 1 where so many more that another frame fits in, else 0."""
+    expected = _pixel_bytes(*extent)
+    return -1 if held < expected else int(held - expected >= max(1, expected // (extent[-1] or 1)))
+
+# %% ../nbs/appendix/headers.ipynb #803d3508
+def _check_length(row: Mapping, held: int) -> None:
+    """BadFile when the pixels that are not compressed do not have the bytes that they need."""
+    extent = [row[column] for column in _EXTENT]
+    for column, number in zip(_EXTENT[:3], extent, strict=False):
+        if not number:
             raise BadFile(FileProblem.UNREADABLE, f"{tag_name(column)} is missing")
-    expected = _pixel_bytes(*(row[column] for column in _EXTENT))
-    if _is_compressed(row["transfer_syntax_uid"]):
+    if _is_compressed(row["transfer_syntax_uid"]) or not (misfit := _misfit(extent, held)):
         return
-    if available < expected:
-        raise BadFile(FileProblem.TRUNCATED, f"pixel data has {available:,} of {expected:,} bytes")
-    if available >= expected + max(1, expected // (row["frames"] or 1)):
-        raise BadFile(FileProblem.UNREADABLE, f"pixel data has {available:,} bytes, its header tells of {expected:,}")
+    if misfit < 0:
+        raise BadFile(FileProblem.TRUNCATED, f"pixel data has {held:,} of {_pixel_bytes(*extent):,} bytes")
+    raise BadFile(FileProblem.UNREADABLE, f"pixel data has {held:,} bytes, its header tells of "
+                                          f"{_pixel_bytes(*extent):,}")
 
 # %% ../nbs/appendix/headers.ipynb #9b9f3111
 def _row(values: Mapping[bytes, bytes], how: _Decoding, syntax: str, size: int) -> dict:
@@ -899,7 +905,7 @@ def _usable(columns: Mapping[str, list]) -> list[bool]:
     """Whether each row has its identifiers and all its pixels."""
     names = ("sop_uid", "series_uid", "transfer_syntax_uid", "held", *_EXTENT)
     return [uid is not None and series is not None and all(extent[:3])
-            and (_is_compressed(syntax) or 0 <= held - _pixel_bytes(*extent) < max(1, _pixel_bytes(*extent[:4], 1)))
+            and (_is_compressed(syntax) or not _misfit(extent, held))
             for uid, series, syntax, held, *extent in zip(*map(columns.get, names), strict=True)]
 
 # %% ../nbs/appendix/headers.ipynb #eae5ea82

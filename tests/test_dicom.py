@@ -512,6 +512,13 @@ def test_numbers_that_are_no_hounsfield_units_are_excluded(tmp_path, changes, wo
     assert row["reason"] == Exclusion.OTHER_UNIT.value and words in row["detail"]
 
 
+def test_a_pixel_spacing_that_some_slices_round_is_one(tmp_path):
+    tree = write_series(tmp_path / "s", range(0, 100, 5), pixels=different,
+                        PixelSpacing=lambda i: ["0.703125", "0.703125"] if i % 2 else ["0.703", "0.703"])
+    row = only(stacks_of(tree)[0])
+    assert row["status"] == "accepted" and row["slices"] == 20 and row["spacing_mm"][2] == pytest.approx(5)
+
+
 def test_two_scans_half_a_step_apart_are_two_volumes(tmp_path):
     depths = [*range(0, 100, 5), *(z + 2.5 for z in range(0, 100, 5))]
     stacks, _ = stacks_of(write_series(tmp_path / "s", depths, AcquisitionNumber=1, pixels=different,
@@ -753,7 +760,7 @@ def test_a_series_of_many_sizes_takes_little_time():
            "orientation": AXIAL, "rows": 4, "columns": 4, "rescale_slope": 1.0, "rescale_intercept": 0.0,
            "transfer_syntax_uid": str(ImplicitVRLittleEndian)}
     rows = [row | {"path": f"{i:05}", "instance_number": i, "position_mm": [0.0, 0.0, float(i)],
-                   "pixel_spacing_mm": [0.5 + i / 1000] * 2} for i in range(2000)]
+                   "pixel_spacing_mm": [0.5 + i / 100] * 2} for i in range(2000)]
     instances, began = dicom._table(rows, dicom.INSTANCE_DTYPES), time.process_time()
     stacks, _ = dicom.build_stacks(instances)
     assert time.process_time() - began < 10
