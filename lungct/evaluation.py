@@ -10,11 +10,11 @@ __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_C
            'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
            'network_minus_others', 'compare_detections', 'operating_threshold', 'share_by', 'lesions_found',
            'at_threshold', 'size_groups', 'scan_groups', 'localisation', 'localisation_estimates',
-           'annotation_agreement', 'patient_probabilities', 'subtype_scores', 'averaged_classes', 'subtype_estimates',
-           'auc_margin', 'recall_draws', 'compare_subtypes', 'chance_range', 'acquisition_features',
-           'shuffled_training', 'with_temperature', 'fit_temperature', 'calibration_table', 'occlusion_map',
-           'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions', 'false_alarms', 'headline', 'metric_lines',
-           'model_card', 'as_plain']
+           'annotation_agreement', 'patient_probabilities', 'subtype_draws', 'subtype_scores', 'averaged_classes',
+           'subtype_estimates', 'auc_margin', 'recall_draws', 'compare_subtypes', 'chance_range',
+           'acquisition_features', 'shuffled_training', 'with_temperature', 'fit_temperature', 'calibration_table',
+           'occlusion_map', 'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions', 'false_alarms',
+           'headline', 'metric_lines', 'model_card', 'as_plain']
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,6 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import gammaln
 from scipy.stats import chi2
 from sklearn.cluster import KMeans
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from . import labels, runs, volumes
 from .annotations import CORNERS_MM, iou_3d, longer_side_mm
@@ -183,9 +182,14 @@ def froc(scored: Scored, weights: np.ndarray | None = None) -> tuple[np.ndarray,
     copies, lesions, scans = w[scored.patient], w @ scored.lesions, w @ scored.scans
     found = np.cumsum(copies * scored.hit) / lesions if lesions else np.full(len(copies), np.nan)
     false = np.cumsum(copies * scored.false) / scans if scans else np.full(len(copies), np.nan)
-    last = np.append(np.diff(scored.score) < 0, True)[:len(copies)]   # equal scores stand or fall together
+    last = _ends(scored.score)
     start = 0.0 if lesions else np.nan
     return np.r_[0.0, false[last]], np.r_[start, found[last]], np.r_[np.inf, scored.score[last]]
+
+
+def _ends(scores):
+    """Whether each of falling scores is the last of those equal to it, which stand or fall together."""
+    return np.append(np.diff(scores) < 0, True)[:len(scores)]
 
 # %% ../nbs/06_evaluate.ipynb #7a3ad775
 def sensitivity_at(curve: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -223,13 +227,12 @@ def average_precision(scored: Scored, weights: np.ndarray | None = None) -> floa
     A share; NaN without lesions, 0 when none was found.
     """
     w = np.ones(len(scored.patients)) if weights is None else np.asarray(weights, float)
-    copies, lesions = w[scored.patient], w @ scored.lesions
-    found = copies @ scored.hit
+    copies, lesions, last = w[scored.patient], w @ scored.lesions, _ends(scored.score)
     if not lesions:
         return np.nan
-    if not found:
-        return 0.0
-    return average_precision_score(scored.hit, scored.score, sample_weight=copies) * found / lesions
+    found, boxes = np.cumsum(copies * scored.hit)[last], np.cumsum(copies)[last]
+    precision = np.divide(found, boxes, out=np.zeros(len(boxes)), where=boxes > 0)
+    return float(np.diff(found, prepend=0) @ precision / lesions)
 
 # %% ../nbs/06_evaluate.ipynb #43c25acf
 def resamples(patients: Sequence[str], n: int = 1000, seed: int = 0, strata: Sequence[int] | None = None) -> np.ndarray:
@@ -902,58 +905,81 @@ def _shares(probability, patients):
     return shares
 
 # %% ../nbs/06_evaluate.ipynb #3126ea86
-def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
-                   averaged: Sequence[int] | None = None) -> dict[str, float]:
+def subtype_draws(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray,
+                  averaged: Sequence[int] | None = None) -> pd.DataFrame:
     """Balanced accuracy, Brier score, macro AUC, and of each class k auc_k, sensitivity_k, specificity_k.
 
     Parameters
     ----------
     truth : (patients,) class index.
     probability : (patients, classes), rows sum to 1.
-    weights : (patients,) copies of each patient; one each when None.
+    weights : (samples, patients) copies of each patient, as from `resamples`.
     averaged : classes whose recalls and AUCs are averaged; all when None.
 
     Returns
     -------
-    Numbers by name; NaN where a class it needs is absent.
+    One row a sample; NaN where a class that a number needs is absent.
 
     Raises
     ------
-    InputError : `truth` holds something else, such as -1 for no subtype.
+    InputError : `truth` holds something else, such as -1 for no subtype; `probability` something that is none.
     """
-    rows = np.repeat(np.arange(len(truth)), 1 if weights is None else weights)
-    y, p = _known(truth, np.shape(probability)[1])[rows], np.asarray(probability, float)[rows]
+    p, weights = _shares(probability, len(truth)), np.asarray(weights, float)
+    member = np.eye(p.shape[1])[_known(truth, p.shape[1])]
     averaged = list(range(p.shape[1]) if averaged is None else averaged)
-    auc, (sensitivity, specificity) = _aucs(y, p), _rates(y, p)
-    brier = np.square(p - np.eye(p.shape[1])[y]).sum(axis=1).mean() if len(y) else np.nan
-    each = {"auc": auc, "sensitivity": sensitivity, "specificity": specificity}
-    return {"balanced_accuracy": _mean(sensitivity, averaged), "brier": float(brier), "auc_macro": _mean(auc, averaged),
-            **{f"{name}_{k}": float(value) for name, values in each.items() for k, value in enumerate(values)}}
+    each = {"auc": _aucs(member, p, weights), **_rates(member, p, weights)}
+    brier = _over(weights @ np.square(p - member).sum(axis=1), weights.sum(axis=1))
+    balanced, auc = (_mean(each[name], averaged) for name in ("sensitivity", "auc"))
+    by_class = {f"{name}_{k}": values[:, k] for name, values in each.items() for k in range(p.shape[1])}
+    return pd.DataFrame({"balanced_accuracy": balanced, "brier": brier, "auc_macro": auc, **by_class})
 
 # %% ../nbs/06_evaluate.ipynb #e46f9651
-def _aucs(y, p):
-    """AUC of each class against the rest, NaN where one side is empty."""
-    member = np.eye(p.shape[1], dtype=int)[y]
-    defined = member.any(axis=0) & ~member.all(axis=0)
-    auc = np.full(p.shape[1], np.nan)
-    if defined.any():
-        auc[defined] = roc_auc_score(member[:, defined], p[:, defined], average=None)
-    return auc
+def _aucs(member, p, weights):
+    """AUC of each class against the rest, (samples, classes): the pairs that are won, a tie by half, over all pairs."""
+    aucs = []
+    for inside, score in zip(member.T, p.T, strict=True):
+        order = np.argsort(score, kind="stable")
+        score, ours, others = score[order], (weights * inside)[:, order], (weights * (1 - inside))[:, order]
+        below = np.pad(np.cumsum(others, axis=1), ((0, 0), (1, 0)))
+        first, last = (np.searchsorted(score, score, side) for side in ("left", "right"))
+        won = (ours * (below[:, first] + below[:, last]) / 2).sum(axis=1)
+        aucs.append(_over(won, ours.sum(axis=1) * others.sum(axis=1)))
+    return np.stack(aucs, axis=1)
 
 # %% ../nbs/06_evaluate.ipynb #e46f9652
+def _over(part, whole):
+    """A quotient, NaN where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
 def _mean(values, averaged):
     """Mean over some classes, NaN where one of them has no value, or where there is none."""
-    return float(np.mean([values[k] for k in averaged])) if averaged else np.nan
+    return values[:, averaged].mean(axis=1) if averaged else np.full(len(values), np.nan)
 
 # %% ../nbs/06_evaluate.ipynb #d385cab3
-def _rates(y, p):
-    """Sensitivity and specificity, each (classes,), NaN where nobody is inside, or outside."""
-    table = confusion_matrix(y, p.argmax(1), labels=range(p.shape[1])) if len(y) else np.zeros((p.shape[1],) * 2)
-    true, called, hit = table.sum(1), table.sum(0), np.diag(table)
-    outside = table.sum() - true
-    nothing = np.full(len(true), np.nan)
-    return (np.divide(hit, true, out=nothing.copy(), where=true > 0),
-            np.divide(outside - called + hit, outside, out=nothing.copy(), where=outside > 0))
+def _rates(member, p, weights):
+    """Sensitivity and specificity, each (samples, classes), NaN where nobody is inside, or outside."""
+    called = np.eye(p.shape[1])[p.argmax(axis=1)]
+    return {"sensitivity": _over(weights @ (member * called), weights @ member),
+            "specificity": _over(weights @ ((1 - member) * (1 - called)), weights @ (1 - member))}
+
+# %% ../nbs/06_evaluate.ipynb #d385cab4
+def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray | None = None,
+                   averaged: Sequence[int] | None = None) -> dict[str, float]:
+    """The numbers of `subtype_draws` for one sample.
+
+    Parameters
+    ----------
+    truth, probability : as for `subtype_draws`.
+    weights : (patients,) copies of each patient; one each when None.
+    averaged : as for `subtype_draws`.
+
+    Returns
+    -------
+    Numbers by name. Raises what `subtype_draws` raises.
+    """
+    weights = np.ones(len(truth)) if weights is None else np.asarray(weights)
+    return subtype_draws(truth, probability, weights[None], averaged).iloc[0].to_dict()
 
 # %% ../nbs/06_evaluate.ipynb #606a6718
 def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
@@ -977,11 +1003,11 @@ def averaged_classes(truth: np.ndarray, classes: int) -> list[int]:
 # %% ../nbs/06_evaluate.ipynb #606a6719
 def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence[str],
                       constant: bool = False) -> dict[str, Estimate]:
-    """Estimates from the resamples of `subtype_scores`, withheld by the rules of this chapter; names end in the class.
+    """Estimates from `subtype_draws`, withheld by the rules of this chapter; names end in the class.
 
     Parameters
     ----------
-    values : as made by `resampled` of `subtype_scores`, with `averaged_classes`.
+    values : as made by `subtype_draws` on `resamples`, with `averaged_classes`.
     truth : (patients,) class index.
     classes : names.
     constant : the answers are the same for every patient by construction, so collapsed intervals are right.
@@ -1004,7 +1030,7 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
 
 # %% ../nbs/06_evaluate.ipynb #606a671a
 def _estimate(column, values, counts, classes, constant):
-    """Estimate of one column of `subtype_scores`."""
+    """Estimate of one column of `subtype_draws`."""
     metric, _, k = column.rpartition("_")
     reason, patients = _too_few(column, counts, classes), int(counts.sum())
     if column == "balanced_accuracy":                      # its draws hold more than the sample: nothing to widen
@@ -1119,9 +1145,9 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
     InputError : `truth` holds something else, such as -1 for no subtype; answers of another shape.
     """
     truth, metrics, drawn = _known(truth, len(classes)), {}, {}
-    averaged = averaged_classes(truth, len(classes))
-    for name, given in {name: _shares(given, len(patients)) for name, given in answers.items()}.items():
-        drawn[name] = resampled(lambda w, p=given: subtype_scores(truth, p, w, averaged), patients, n, seed, truth)
+    averaged, weights = averaged_classes(truth, len(classes)), resamples(patients, n, seed, truth)
+    for name, given in {name: np.asarray(given) for name, given in answers.items()}.items():
+        drawn[name] = subtype_draws(truth, given, weights, averaged)
         if not (constant := _is_constant(name, given)):  # draws of its own in place of the resampled recalls
             right = given.argmax(axis=1) == truth
             drawn[name]["balanced_accuracy"] = recall_draws(right, truth, averaged, name.startswith("network"), n, seed)
@@ -1152,14 +1178,21 @@ def chance_range(truth: np.ndarray, probability: np.ndarray, n: int = 1000, seed
     truth, probability = _known(truth, np.shape(probability)[-1]), _shares(probability, len(truth))
     if len(truth) < MIN_PATIENTS:
         return not_estimable(f"at least {MIN_PATIENTS} patients needed", len(truth))
-    rng, averaged = np.random.default_rng(seed), averaged_classes(truth, probability.shape[1])
+    averaged = averaged_classes(truth, probability.shape[1])
     if len(averaged) < 2:
         return not_estimable(f"two classes with at least {MIN_EACH_CLASS} patients needed", len(truth))
     if n < 1:
         return not_estimable("no resamples", len(truth))
-    values = np.array([_mean(_rates(rng.permutation(truth), probability)[0], averaged) for _ in range(n)])
+    values = _dealt_accuracies(truth, probability.argmax(axis=1), averaged, n, seed)
     low, high = np.percentile(values, [2.5, 97.5])
     return Estimate(*(round(float(x), 6) for x in (values.mean(), low, high)), len(truth), True, None)
+
+# %% ../nbs/06_evaluate.ipynb #2419b3bc
+def _dealt_accuracies(truth, called, averaged, n, seed):
+    """Balanced accuracies (n,) when the true labels are dealt out at random so often."""
+    rng = np.random.default_rng(seed)
+    dealt = np.array([rng.permutation(truth) for _ in range(n)])
+    return np.mean([((dealt == k) & (called == k)).sum(axis=1) / (truth == k).sum() for k in averaged], axis=0)
 
 # %% ../nbs/06_evaluate.ipynb #eabf064b
 def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
