@@ -447,7 +447,7 @@ _SLICE_COLUMNS = (
     "sop_class_uid", "modality", "image_type", "instance_number", "acquisition_number",
     "acquisition_time", "position_mm", "orientation",
     "pixel_spacing_mm", "slice_thickness_mm", "stack_id", "frame_of_reference_uid", "kernel",
-    "rescale_type", "corrected_image")
+    "rescale_type", "corrected_image", "series_type")
 
 
 def _places_of_images(instances: pd.DataFrame) -> list[list]:
@@ -522,6 +522,7 @@ def _other_modality(part: _Part, min_slices: int) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #5ad003e4
 _PROJECTED = r"(?i)(?<![a-z0-9])(mip|max[ _]?ip|min[ _]?ip)(?![a-z0-9])|^([^\\]*\\){3}(MAXIMUM|MINIMUM)(\\|$)"
+_PROJECTIONS = {"image_type": _PROJECTED, "series_type": r"\\REPROJECTION$"}
 _COMPUTED = r"^([^\\]*\\){3}(STD_DEVIATION|SUBTRACTION|DIVISION|MULTIPLICATION)(\\|$)"
 
 
@@ -534,21 +535,25 @@ def _localizer(part: _Part, min_slices: int) -> str | None:
 
 
 def _projection(part: _Part, min_slices: int) -> str | None:
-    found = _is_projection(part.rows)
-    return f"image type {part.rows['image_type'].iloc[found.argmax()]}" if found.any() else None
+    for column, pattern in _PROJECTIONS.items():
+        if (found := _of_type(part.rows, pattern, column)).any():
+            return f"{column.replace('_', ' ')} {part.rows[column].iloc[found.argmax()]}"
+    return None
 
-
+# %% ../nbs/01_explore_dicom.ipynb #8c5e0f12
 def _is_localizer(rows: pd.DataFrame) -> np.ndarray:
     thick = (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
     return _of_type(rows, "LOCALIZER|SCOUT") | thick
 
 
 def _is_projection(rows: pd.DataFrame) -> np.ndarray:
-    return _of_type(rows, _PROJECTED)
+    return np.logical_or.reduce([_of_type(rows, pattern, column) for column, pattern in _PROJECTIONS.items()])
 
 
-def _of_type(rows: pd.DataFrame, pattern: str) -> np.ndarray:
-    which, types = pd.factorize(rows["image_type"])            # -1, the last below, where it is missing
+def _of_type(rows: pd.DataFrame, pattern: str, column: str = "image_type") -> np.ndarray:
+    if column not in rows:
+        return np.zeros(len(rows), bool)
+    which, types = pd.factorize(rows[column])                  # -1, the last below, where it is missing
     return np.array([*(re.search(pattern, text) is not None for text in types), False])[which]
 
 # %% ../nbs/01_explore_dicom.ipynb #9ce32100
@@ -956,7 +961,8 @@ STACK_DTYPES = {
     "dropped_duplicates": "int64", "ordered_by": "str",
 }
 _COPIED = ("frame_of_reference_uid", "manufacturer", "model_name", "kernel", "slice_thickness_mm", "study_date",
-           "series_description", "image_type", "age_years", "sex")
+           "series_description", "image_type", "age_years", "sex", "series_type", "first_acquisition_date",
+           "first_acquisition_time")
 STACK_DTYPES |= {column: INSTANCE_DTYPES[column] for column in _COPIED}
 
 
@@ -977,6 +983,11 @@ def _geometry(part: _Part) -> np.ndarray | None:
     return _affine(part.positions_mm[0], part.positions_mm[-1], len(part.rows), part.orientation, spacing)
 
 # %% ../nbs/01_explore_dicom.ipynb #4ba425e6
+_MADE_ALIKE = {"kernel": "kernels", "slice_thickness_mm": "slice thicknesses", "kind": "kinds of images"}
+_SCALED_ALIKE = {"acquisition_number": "acquisitions", "rescale_slope": "rescale slopes",
+                 "rescale_intercept": "rescale intercepts"}    # in a PET each slice may have a slope of its own
+
+
 def _remark(part: _Part, step_mm: float) -> str | None:
     """What to know about a stack that is accepted: what lies between its slices, and whether they were made alike."""
     thickness, told = part.rows["slice_thickness_mm"].max(), []
@@ -985,11 +996,11 @@ def _remark(part: _Part, step_mm: float) -> str | None:
                     "not imaged")
     kinds = part.rows.assign(kind=[text.split("\\")[0] if isinstance(text, str) else None
                                    for text in part.rows["image_type"]])
-    names = {"kernel": "kernels", "slice_thickness_mm": "slice thicknesses", "kind": "kinds of images"}
-    for column, name in names.items():
+    for column, name in (_MADE_ALIKE | (_SCALED_ALIKE if kinds["modality"].iloc[0] == "CT" else {})).items():
         values = kinds[column].dropna().unique()
         if len(values) > 1:
-            told.append(f"{len(values)} {name}, such as {values[0]} and {values[1]}")
+            first, second = (f"{value:g}" if isinstance(value, float) else value for value in values[:2])
+            told.append(f"{len(values)} {name}, such as {first} and {second}")
     return "; ".join(told) or None
 
 # %% ../nbs/01_explore_dicom.ipynb #1e1ff569

@@ -842,7 +842,8 @@ def _write_cases(cohort_folder: Path, out: Path, table: pd.DataFrame, dataset: d
         volume = volumes.load_volume(cohort_folder / row.file)
         for number, channel in dataset["channel_names"].items():
             name = f"{row.stack_id}_{int(number):04d}.nii.gz"
-            write_nifti(getattr(volume, CHANNELS[channel]), volume.affine, out / row.to / name)
+            values = np.nan_to_num(getattr(volume, CHANNELS[channel]))     # nnU-Net takes no NaN
+            write_nifti(values, volume.affine, out / row.to / name)
         if row.to == "imagesTr":
             write_nifti(volume.mask > 0, volume.affine, out / "labelsTr" / f"{row.stack_id}.nii.gz")
     training = table[table.to == "imagesTr"]

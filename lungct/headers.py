@@ -123,7 +123,7 @@ _PIXELS = {
 _TIMING = {
     "series_date": ("SeriesDate", _text), "series_time": ("SeriesTime", _text),
     "acquisition_date": ("AcquisitionDate", _text), "acquisition_time": ("AcquisitionTime", _text),
-    "units": ("Units", _text), "suv_type": ("SUVType", _text),
+    "series_type": ("SeriesType", _text), "units": ("Units", _text), "suv_type": ("SUVType", _text),
     "decay_correction": ("DecayCorrection", _text), "corrected_image": ("CorrectedImage", _text),
     "decay_factor": ("DecayFactor", _number), "frame_reference_time_ms": ("FrameReferenceTime", _number),
     "frame_duration_ms": ("ActualFrameDuration", _number),

@@ -52,9 +52,9 @@ def _face_gap(mask: np.ndarray, boxes_zyx: np.ndarray) -> float:
 
 def inspect_volume(volume) -> dict:
     """Facts about one stored volume (`ct_hu`, `mask`: (z, y, x); `boxes_zyx`: grid edges) that the checks need."""
-    mask = np.asarray(volume.mask)
-    arrays = (volume.ct_hu, getattr(volume, "pet_suv", None))
-    return {"finite": all(bool(np.isfinite(a).all()) for a in arrays if a is not None),
+    mask, suv = np.asarray(volume.mask), getattr(volume, "pet_suv", None)
+    measured = suv is None or bool(np.isfinite(suv).any() and not np.isinf(suv).any())     # NaN: not covered by the PET
+    return {"finite": bool(np.isfinite(volume.ct_hu).all()) and measured,
             "mask_voxels": int((mask > 0).sum()), "face_gap": _face_gap(mask, volume.boxes_zyx),
             "voxel_hash": _voxel_hash(volume.ct_hu), "coarse_hu": _coarse(np.asarray(volume.ct_hu))}
 

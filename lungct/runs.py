@@ -35,7 +35,7 @@ CHAPTERS = (
     "06_evaluate",
 )
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 5  # raise it when a table changes its columns: older run folders are then made anew
+SCHEMA_VERSION = 6  # raise it when a table changes its columns: older run folders are then made anew
 PACKAGES = ("numpy", "pandas", "pydicom", "keras", "tensorflow", "scikit-learn")
 
 # %% ../nbs/appendix/runs.ipynb #8e168687

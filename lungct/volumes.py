@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'ALIGNED_MM', 'COARSE_MM', 'VOXEL_LITRES', 'TISSUE_HU', 'ROOM_HU', 'LUNG_LITRES', 'GAS_HU', 'LUNG_DEPTH_MM',
-           'ENDS', 'MIDDLE', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'Spans', 'axis_spans', 'resample_area',
-           'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm', 'place_lesions',
-           'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume', 'build_cohort',
-           'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
+           'ENDS', 'MIDDLE', 'SHARED', 'UNREAD', 'CODE_VERSION', 'FACT_FACTORS', 'Grid', 'Spans', 'axis_spans',
+           'resample_area', 'to_lattice', 'Lungs', 'find_lungs', 'cut_cube', 'to_cube', 'boxes_to_grid', 'boxes_to_mm',
+           'place_lesions', 'choose_pets', 'CorruptVolume', 'Volume', 'load_volume', 'BuildProblem', 'ensure_volume',
+           'build_cohort', 'Entries', 'Cohort', 'load_cohort', 'volume_facts', 'facts_range', 'unlike_training']
 
 # %% ../nbs/03_build_volumes.ipynb #1ded9a36
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -315,9 +316,20 @@ def _lung_pieces(hu_zyx: np.ndarray, body_zyx: np.ndarray) -> np.ndarray:
     likely = [k for k in range(1, len(litres)) if smallest <= litres[k] <= largest
               and _looks_like_lung(pieces == k, core, hu_zyx)]
     good = np.zeros(len(litres), bool)
-    good[[k for k in likely if litres[k] >= litres[likely].max() / 10]] = True
+    good[_beside_the_largest(likely, litres, pieces)] = True
     thick[box] = good.take(pieces)
     return thick
+
+# %% ../nbs/03_build_volumes.ipynb #fa541f0d
+def _beside_the_largest(likely: list[int], litres: np.ndarray, pieces: np.ndarray) -> list[int]:
+    """Pieces of a tenth of the largest, or more, whose middle lies no higher and no lower than it reaches."""
+    if not likely:
+        return []
+    along = [part and part[0] for part in [None, *ndimage.find_objects(pieces)]]
+    largest = max(likely, key=litres.__getitem__)
+    low, high = along[largest].start, along[largest].stop
+    return [k for k in likely if litres[k] >= litres[largest] / 10
+            and low <= (along[k].start + along[k].stop) / 2 <= high]
 
 # %% ../nbs/03_build_volumes.ipynb #e6147298
 @dataclass(frozen=True)
@@ -365,10 +377,13 @@ def find_lungs(stack: dicom.Stack | dicom.OpenStack) -> Lungs:
 
 # %% ../nbs/03_build_volumes.ipynb #ee47446e
 def cut_cube(lattice: dicom.Stack, affine: np.ndarray, size: int) -> np.ndarray:
-    """The cube of `size`^3 voxels at `affine` from a stack on the same lattice: float32 (z, y, x), air around."""
+    """The cube of `size`^3 voxels at `affine` from a stack on the same lattice, float32 (z, y, x).
+
+    Around the stack there is air in a CT, and NaN in a PET.
+    """
     values, step_mm = lattice.values_zyx, affine[0, 0]
     first = np.rint((affine[:3, 3] - lattice.affine[:3, 3]) / step_mm).astype(int)[::-1]
-    cube = np.full((size,) * 3, AIR_HU if lattice.modality == "CT" else 0.0, np.float32)
+    cube = np.full((size,) * 3, AIR_HU if lattice.modality == "CT" else np.nan, np.float32)
     low, high = np.maximum(first, 0), np.minimum(first + size, values.shape)
     if (high > low).all():
         place = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
@@ -477,30 +492,97 @@ def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray
             "mask": _paint(parts, (size,) * 3), "lesions_cut": int(cut.sum()), "lesions_outside": int((~kept).sum())}
 
 # %% ../nbs/03_build_volumes.ipynb #95dfbda8
+def _box_mm(stack: pd.Series) -> np.ndarray:
+    """Lowest and highest corner (2, 3) of the box, along the patient's axes, that holds a stack."""
+    shape = np.array([stack["columns"], stack["rows"], stack["slices"]], float)
+    corners = np.array(list(itertools.product(*zip(np.full(3, -0.5), shape - 0.5, strict=True))))
+    mm = corners @ np.reshape(stack["affine"], (4, 4))[:3, :3].T + np.reshape(stack["affine"], (4, 4))[:3, 3]
+    return np.stack([mm.min(axis=0), mm.max(axis=0)])
+
+
+def _share_inside(inner: np.ndarray, outer: np.ndarray) -> float:
+    """The share of one box that lies in another."""
+    common = np.minimum(inner[1], outer[1]) - np.maximum(inner[0], outer[0])
+    return float(np.prod(np.maximum(common, 0)) / np.prod(inner[1] - inner[0]))
+
+# %% ../nbs/03_build_volumes.ipynb #95dfbda9
 def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]:
-    """stack_ids of the PETs that share this CT's space, the largest first, and the state of things in words."""
-    if stacks.empty:
-        return [], "no PET in this study"
-    pets = stacks[(stacks.modality == "PT") & (stacks.status == "accepted") & (stacks.study_uid == stack.study_uid)]
+    """PETs that may be laid over a CT.
+
+    Parameters
+    ----------
+    stack : the CT, a row of chapter 1's stacks table.
+    stacks : rows of that table, of any modality, study and state.
+
+    Returns
+    -------
+    (stack_ids, best first; why there is none in words, or "")
+    """
+    pets = stacks[(stacks["modality"] == "PT") & _alike(stacks["study_uid"], stack["study_uid"])
+                  & _alike(stacks["patient_id"], stack["patient_id"])]
     if pets.empty:
         return [], "no PET in this study"
-    same = pets[(pets.frame_of_reference_uid == stack.frame_of_reference_uid).fillna(False).astype(bool)]
+    good = pets[pets["status"] == "accepted"]
+    if good.empty:
+        return [], f"PET excluded: {', '.join(sorted(set(pets['reason'])))}"
+    same = good[_alike(good["frame_of_reference_uid"], stack["frame_of_reference_uid"])]
     if same.empty:
-        return [], "PET in another frame of reference"
-    same = same.sort_values(["slices", "stack_id"], ascending=[False, True])
-    return same.stack_id.tolist(), "same frame of reference"
+        untold = pd.isna(stack["frame_of_reference_uid"]) or good["frame_of_reference_uid"].isna().all()
+        return [], "frame of reference not told" if untold else "PET in another frame of reference"
+    still = same[~_moving(same)]
+    return (_in_order(stack, still), "") if len(still) else ([], "PET of several frames or gates")
+
+# %% ../nbs/03_build_volumes.ipynb #95dfbdaa
+def _alike(told: pd.Series, wanted: str) -> pd.Series:
+    return (told == wanted).fillna(False).astype(bool)
+
+
+def _moving(pets: pd.DataFrame) -> np.ndarray:
+    """Which are frames or gates: their header says so, or their series has two stacks with SUV of one place."""
+    said = pets["series_type"].str.match("DYNAMIC|GATED").fillna(False).to_numpy(bool)
+    series = pets["series_uid"].where(pets["suv_refusal"].isna()).tolist()
+    boxes, again = [_box_mm(row) for _, row in pets.iterrows()], np.zeros(len(pets), bool)
+    for i, j in itertools.permutations(range(len(pets)), 2):
+        again[i] |= series[i] == series[j] and _share_inside(boxes[i], boxes[j]) > 0.5
+    return said | again
+
+
+def _in_order(stack: pd.Series, pets: pd.DataFrame) -> list[str]:
+    ct = _box_mm(stack)
+    tenths = [-round(10 * _share_inside(ct, _box_mm(pet))) for _, pet in pets.iterrows()]
+    order = ["tenths", "first_acquisition_date", "first_acquisition_time", "stack_id"]
+    return pets.assign(tenths=tenths).sort_values(order)["stack_id"].tolist()
 
 # %% ../nbs/03_build_volumes.ipynb #0fd144fd
-def _open_first(candidates: Sequence[pd.Series], files: dict[str, pd.DataFrame],
-                root: str) -> tuple[dicom.OpenStack | None, str]:
-    """(the first of some stacks that can be opened, or None; the reason in words when there is none)."""
-    words = ""
-    for stack in candidates:
+def _open_all(found: Sequence[pd.Series], files: dict[str, pd.DataFrame],
+              root: str) -> tuple[list[dicom.OpenStack], str]:
+    """(those of some stacks that can be opened, in order; the reasons of the others in words)."""
+    opened, words = [], []
+    for stack in found:
         try:
-            return dicom.open_stack(stack, files[stack.stack_id], root), ""
+            opened.append(dicom.open_stack(stack, files[stack.stack_id], root))
         except ValueError as error:
-            words = str(error)
-    return None, words
+            words.append(str(error))
+    return opened, "; ".join(words)
+
+# %% ../nbs/03_build_volumes.ipynb #0fd144fe
+SHARED, UNREAD = "same frame of reference", "could not be read"
+
+
+def _lay(pets: Sequence[dicom.OpenStack], words: str, affine: np.ndarray,
+         grid: Grid) -> tuple[np.ndarray | None, dict]:
+    """(SUV on the cube of the first PET that can be had, or None; what the table says of it, after `words`)."""
+    words = [words] * bool(words)
+    for pet in pets:
+        try:
+            suv = cut_cube(to_lattice(pet, grid.spacing_mm), affine, grid.size)
+        except (ValueError, OSError) as error:  # it costs the PET, not the stack
+            words.append(f"{UNREAD}: {error}")
+            continue
+        if not np.isnan(suv).all():
+            return suv, {"pet": SHARED, "pet_stack_id": pet.stack_id}
+        words.append("PET does not reach this cube")
+    return None, {"pet": "; ".join(words)}
 
 # %% ../nbs/03_build_volumes.ipynb #6d5389e7
 class CorruptVolume(ValueError):
@@ -579,15 +661,12 @@ def _compute(job: dict) -> tuple[dict[str, np.ndarray], dict]:
     ct, affine, lungs = to_cube(job["ct"], grid)
     placed = place_lesions(job["lesions"], job["boxes"], job["ct"].affine, affine, grid.size)
     arrays = {"ct_hu": ct, **{name: placed[name] for name in ("mask", "boxes_zyx", "lesion_ids")}, "affine": affine}
-    pet_words = job["pet_words"]
-    if job["pet"] is not None:
-        try:
-            arrays["pet_suv"] = cut_cube(to_lattice(job["pet"], grid.spacing_mm), affine, grid.size)
-        except (ValueError, OSError) as error:  # a PET that cannot be read costs the PET, not the stack
-            pet_words = f"could not be read: {error}"
+    suv, pet = _lay(job["pets"], job["pet_words"], affine, grid)
+    if suv is not None:
+        arrays["pet_suv"] = suv
     row = {"affine": affine.ravel().tolist(), "lesions": len(job["lesions"]), "lesions_cut": placed["lesions_cut"],
            "lesions_outside": placed["lesions_outside"], "mask_voxels": int(np.count_nonzero(placed["mask"])),
-           "has_pet": "pet_suv" in arrays, "pet": pet_words, "centred_on": lungs.centred_on,
+           "has_pet": suv is not None, **pet, "centred_on": lungs.centred_on,
            "lung_litres": lungs.litres, "hu_min": int(ct.min()), "hu_mean": round(float(ct.mean(dtype=np.float64)), 3),
            "hu_max": int(ct.max())}
     return arrays, row
@@ -596,7 +675,7 @@ def _compute(job: dict) -> tuple[dict[str, np.ndarray], dict]:
 def _key(job: dict) -> str:
     """Hash of everything an entry is made from."""
     opened = [[stack.stack_id, stack.affine, stack.slices, stack.suv_factors, stack.frame_of_reference_uid]
-              for stack in (job["ct"], job["pet"]) if stack is not None]
+              for stack in (job["ct"], *job["pets"]) if stack is not None]
     tables = [_as_text(job[name]) for name in ("lesions", "boxes")]
     return runs.hash_value([CODE_VERSION, job["stack_id"], job["grid"], job["pet_words"], opened, *tables])
 
@@ -612,13 +691,13 @@ def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Gri
     files, found, drawn = (dict(tuple(frame.groupby("stack_id"))) for frame in (instances, lesions, boxes))
     files, root = defaultdict(lambda: instances[:0], files), str(Path(dicom_root).resolve())
     stacks = stacks.sort_values("stack_id").set_index("stack_id", drop=False).rename_axis(None)
-    pets = stacks[(stacks.modality == "PT") & (stacks.status == "accepted")]
+    pets = stacks[stacks.modality == "PT"]
     for stack_id, stack in stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].iterrows():
-        pet_ids, pet_words = choose_pets(stack, pets)
-        pet, refusal = _open_first([stacks.loc[pet_id] for pet_id in pet_ids], files, root)
-        ct, problem = _open_first([stack], files, root)
-        job = {"stack_id": stack_id, "ct": ct, "problem": problem, "pet": pet,
-               "pet_words": f"left out: {refusal}" if refusal else pet_words, "grid": (grid.size, grid.spacing_mm),
+        pet_ids, none = choose_pets(stack, pets)
+        opened, refusals = _open_all([stacks.loc[pet_id] for pet_id in pet_ids], files, root)
+        ct, problem = _open_all([stack], files, root)
+        job = {"stack_id": stack_id, "ct": ct[0] if ct else None, "problem": problem, "pets": opened,
+               "pet_words": f"left out: {refusals}" if refusals else none, "grid": (grid.size, grid.spacing_mm),
                "lesions": found.get(stack_id, lesions[:0]), "boxes": drawn.get(stack_id, boxes[:0]),
                "path": str((folder / f"{stack_id}.npz").resolve())}
         yield {**job, "key": _key(job), "uids": {c: stack[c] for c in ("patient_id", "study_uid", "series_uid")}}
@@ -655,7 +734,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
         meta = load_volume(path).meta
     except (FileNotFoundError, CorruptVolume):
         meta = {}  # nothing usable there: built below
-    if meta.get("key") == job["key"] and not _changed_since(path.stat().st_mtime_ns, (job["ct"], job["pet"])):
+    if meta.get("key") == job["key"] and not _changed_since(path.stat().st_mtime_ns, (job["ct"], *job["pets"])):
         return {**done, **meta["row"], "content_hash": meta["content_hash"]}, "kept"
     if job["ct"] is None:
         return _excluded(job, BuildProblem.FAILED, job["problem"]), "excluded"
@@ -664,7 +743,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     except Exception as error:  # of whatever kind: it goes into the table, and the other stacks go on
         return _excluded(job, BuildProblem.FAILED, f"{type(error).__name__}: {error}"), "excluded"
     meta = {name: job[name] for name in ("stack_id", "key", "grid", "uids")}
-    if job["pet"] is not None and not row["has_pet"]:
+    if not row["has_pet"] and UNREAD in row["pet"]:
         meta["key"] = ""  # a disk may come back: the next call tries again
     content_hash = _save_volume(path, arrays, {**meta, "row": row, "code": CODE_VERSION})
     return {**done, **row, "content_hash": content_hash}, "built"
@@ -710,7 +789,7 @@ def _at_worker(job: dict, code: str) -> tuple[dict, str]:
     if runs.code_hash() != code:
         raise runs.InputError(f"the dask worker on {here} runs another lungct (in {Path(lungct.__file__).parent}): "
                               "install the same one there and restart the worker")
-    roots = [Path(stack.root) for stack in (job["ct"], job["pet"]) if stack is not None]
+    roots = [Path(stack.root) for stack in (job["ct"], *job["pets"]) if stack is not None]
     for folder in (*roots, Path(job["path"]).parent):
         if not folder.is_dir():
             raise runs.InputError(f"the dask worker on {here} does not see {folder}: "
@@ -775,7 +854,7 @@ def _on_cluster(jobs: Sequence[dict], address: str) -> Iterator[tuple[dict, str]
 # %% ../nbs/03_build_volumes.ipynb #e7ba9a1d
 _COLUMNS = {"stack_id": "str", "file": "str", "status": "str", "reason": "str", "detail": "str", "affine": "object",
            "lesions": "Int64", "lesions_cut": "Int64", "lesions_outside": "Int64", "mask_voxels": "Int64",
-           "has_pet": "boolean", "pet": "str", "centred_on": "str", "lung_litres": "Float64",
+           "has_pet": "boolean", "pet": "str", "pet_stack_id": "str", "centred_on": "str", "lung_litres": "Float64",
            "hu_min": "Int64", "hu_mean": "Float64", "hu_max": "Int64", "content_hash": "str"}
 _COPIED = ("patient_id", "study_uid", "series_uid", "manufacturer", "kernel", "slice_thickness_mm", "slices",
           "spacing_mm", "study_date", "series_description", "age_years", "sex")
@@ -786,6 +865,8 @@ def _cohort_table(rows: Sequence[dict], stacks: pd.DataFrame, grid: Grid) -> pd.
     table = pd.DataFrame(list(rows), columns=list(_COLUMNS)).astype(_COLUMNS)
     table.insert(5, "grid_size", np.int64(grid.size))
     table.insert(6, "grid_spacing_mm", float(grid.spacing_mm))
+    series = table["pet_stack_id"].map(stacks.drop_duplicates("stack_id").set_index("stack_id")["series_uid"])
+    table.insert(table.columns.get_loc("pet_stack_id") + 1, "pet_series_uid", series.astype("str"))
     copied = stacks[["stack_id", *(c for c in _COPIED if c in stacks)]]
     return table.merge(copied, on="stack_id", how="left").sort_values("stack_id", ignore_index=True)
 

@@ -1790,7 +1790,22 @@ def test_slices_that_were_not_made_alike_are_remarked(tmp_path):
                  ConvolutionKernel=lambda i: "B30" if i < 10 else "B70", SliceThickness=lambda i: 5 if i < 10 else 1)
     row = only(stacks_of(tmp_path / "s")[0])
     assert row["status"] == "accepted"
-    assert row["remark"] == "2 kernels, such as B30 and B70; 2 slice thicknesses, such as 5.0 and 1.0"
+    assert row["remark"] == ("2 kernels, such as B30 and B70; 2 slice thicknesses, such as 5 and 1; "
+                             "2 acquisitions, such as 1 and 2")
+
+
+def test_a_rescale_that_jumps_is_remarked_in_a_ct_alone(tmp_path):
+    write_series(tmp_path / "s", range(20), pixels=different, RescaleIntercept=lambda i: -24 if i == 7 else -1024)
+    row = only(stacks_of(tmp_path / "s")[0])
+    assert row["status"] == "accepted" and row["remark"] == "2 rescale intercepts, such as -1024 and -24"
+    folder, _ = write_pet(tmp_path / "pet")
+    assert only(stacks_of(folder)[0])["remark"] is None or "rescale" not in only(stacks_of(folder)[0])["remark"]
+
+
+def test_a_reprojected_pet_is_a_projection(tmp_path):
+    folder, _ = write_pet(tmp_path / "pet", SeriesType=["WHOLE BODY", "REPROJECTION"])
+    row = only(stacks_of(folder)[0])
+    assert row["reason"] == "projection" and "series type WHOLE BODY\\REPROJECTION" in row["detail"]
 
 
 @pytest.mark.parametrize("value, reason", [

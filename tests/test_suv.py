@@ -399,3 +399,62 @@ def test_a_month_apart_is_one_calendar_and_a_minute_has_sixty_seconds():
     first = suv._Moment(0, 0.0)
     assert suv._dated(first, suv._Moment(31, 0.0)) and not suv._dated(first, suv._Moment(32, 0.0))
     assert suv._clock_s("101559") is not None and suv._clock_s("101560") is None and suv._clock_s("101561") is None
+
+
+# ---- what the header itself contradicts ------------------------------------------------------------------------------
+
+CONFIRMED = {"frame_duration_ms": 180_000.0, "acquisition_time": "114946.2"}
+
+
+@pytest.mark.parametrize("lead_s", [0, 290, 1200, 3300, 6300])
+@pytest.mark.parametrize("factor, reference", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_start_that_the_decay_contradicts_twice_is_refused(lead_s, factor, reference):
+    """Each of the two tells the lead, or that there is none."""
+    began = {"series_time": clock(42586.2 - lead_s), "injection_time": "093000"}
+    told = {"decay_factor": 2 ** (((lead_s if factor else 0) + 90) / HALF_LIFE_S),
+            "frame_reference_time_ms": 1000.0 * ((lead_s if reference else 0) + 90)}
+    header = PET | CONFIRMED | began | told
+    if factor or reference or lead_s <= 300:
+        assert suv_factor(header) == suv_factor(PET | CONFIRMED | began)
+    else:
+        with pytest.raises(SuvError, match=rf"SeriesTime .* {lead_s // 60} min before .*DecayFactor \(0054,1321\)"):
+            suv_factor(header)
+    for one in told:                                       # a single one may be written by another rule
+        assert suv_factor(header | {one: None}) == suv_factor(PET | CONFIRMED | began)
+
+
+@pytest.mark.parametrize("name, half_life_s, fits", [
+    ("FDG -- fluorodeoxyglucose", 6586.2, True), ("FDG", 6588.0, True), ("F-18 FDG", 6580.0, True),
+    ("FDG", 597.9, False), ("Fluorodeoxyglucose F^18^", 1224.0, False), ("18F-NaF", 4062.6, False),
+    ("Ga-68 PSMA", 4057.7, True), ("68Ga-DOTATATE", 6586.2, False), ("11C-choline", 1221.8, True),
+    ("Ammonia N-13", 597.0, True), ("Rb-82 chloride", 75.0, True), ("choline", 1221.8, True), (None, 1224.0, True),
+    ("C-11 or F-18", 5000.0, True), ("Solution", 1221.8, True)])
+def test_a_half_life_is_that_of_the_tracer_where_its_name_tells(name, half_life_s, fits):
+    header = PET | {"radiopharmaceutical": name, "half_life_s": half_life_s, "series_time": "100100",
+                    "acquisition_time": "100100"}
+    if fits:
+        assert suv_factor(header) == pytest.approx(FRESH * 2 ** (60 / half_life_s))
+    else:
+        with pytest.raises(SuvError, match=r"RadionuclideHalfLife .* and Radiopharmaceutical \(0018,0031\) is "):
+            suv_factor(header)
+
+
+@pytest.mark.parametrize("dated", [{}, {"series_date": "20200101", "acquisition_date": "20200101",
+                                        "injection_datetime": "20200101100000", "injection_time": None}])
+def test_a_dynamic_scan_may_begin_before_its_injection(dated):
+    before = {"series_time": "095950", "acquisition_time": "095950"}
+    assert suv_factor(PET | dated | before) == pytest.approx(FRESH * 2 ** (-10 / HALF_LIFE_S))
+    with pytest.raises(SuvError, match="lies .* the scan"):
+        suv_factor(PET | dated | {"series_time": "095459", "acquisition_time": "095459"})
+
+
+def test_a_date_time_whose_clock_was_blanked_tells_the_day():
+    dates = {"series_date": "20200102", "acquisition_date": "20200102"}
+    assert suv_factor(PET | dates | {"injection_datetime": "20200102000000.00"}) == pytest.approx(ONE_HALF_LIFE)
+    with pytest.raises(SuvError, match="lies 25.8 h before"):
+        suv_factor(PET | dates | {"injection_datetime": "20200101000000.00"})
+
+
+def test_a_weight_that_is_no_number_is_not_called_missing_alone():
+    with pytest.raises(SuvError, match=r"PatientWeight \(0010,1030\) is missing or no number"):
+        suv_factor(PET | {"weight_kg": None})

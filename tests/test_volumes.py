@@ -495,7 +495,8 @@ def test_lungs_are_found(options):
     {"colon": ((100, 0, -350), (24, 24, 120)), "transverse": ((0, -60, -240), (80, 24, 24))},
 ], ids=lambda gas: "+".join(gas))
 @pytest.mark.parametrize("lungs", [(-1, 1), (1,)])
-def test_gas_in_the_belly_is_no_lung(gas, lungs):
+@pytest.mark.parametrize("hu", [-1000, -940, -600])
+def test_gas_in_the_belly_is_no_lung(gas, lungs, hu):
     plain = thorax(shape=(100, 80, 90), shift=(0, 0, 200), lungs=lungs)
     gassy = plain.hu_zyx.copy()
     z, y, x = np.meshgrid(*[np.arange(n) for n in gassy.shape], indexing="ij")
@@ -503,11 +504,11 @@ def test_gas_in_the_belly_is_no_lung(gas, lungs):
     for (cx, cy, cz), (rx, ry, rz) in gas.values():
         inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - 200 - cz) / rz) ** 2 < 1
         assert (plain.hu_zyx[inside] > 0).mean() > 0.8     # in the belly, for the most part
-        gassy[inside & (plain.hu_zyx > 0)] = -1000
+        gassy[inside & (plain.hu_zyx > 0)] = hu
     found = find_lungs(stack_of(gassy, plain.affine))
     assert np.allclose(found.centre_mm, find_lungs(plain).centre_mm, atol=3)
     both_filled = np.where(plain.hu_zyx == -850, 40, gassy)
-    assert find_lungs(stack_of(both_filled, plain.affine)).centred_on == "body"
+    assert hu > -1000 or find_lungs(stack_of(both_filled, plain.affine)).centred_on == "body"
 
 
 def test_the_gap_between_back_and_table_is_no_lung():
@@ -863,11 +864,11 @@ def test_a_pet_that_could_not_be_read_is_tried_again(source, tmp_path):
     (tmp_path / "volumes").mkdir()
     job = next(volumes._jobs(*source, tmp_path / "volumes", GRID))
     away = dataclasses.replace(job["ct"], root=str(tmp_path / "away"), modality="PT", suv_factors=np.ones(16))
-    job["pet"] = away
+    job["pets"], job["pet_words"] = [away], ""
     row, outcome = volumes.ensure_volume(job)
     assert outcome == "built" and not row["has_pet"] and row["pet"].startswith("could not be read")
     assert volumes.ensure_volume(job)[1] == "built"        # not kept: the disk may be back
-    job["pet"] = dataclasses.replace(away, root=job["ct"].root)
+    job["pets"] = [dataclasses.replace(away, root=job["ct"].root)]
     row, outcome = volumes.ensure_volume(job)
     assert outcome == "built" and row["has_pet"] and volumes.ensure_volume(job)[1] == "kept"
 
@@ -975,48 +976,108 @@ def test_dask_workers_give_the_same_bytes(source, tmp_path):
 # ------------------------------------------------------------------ PET
 
 
-def pet_tables():
-    ct = {"stack_id": "ct", "modality": "CT", "status": "accepted", "slices": 20}
-    ct |= {"study_uid": "s", "frame_of_reference_uid": "f"}
-    return pd.DataFrame([ct, {**ct, "stack_id": "pet", "modality": "PT"}])
+def pet_tables(**pets):
+    """A CT of 20 slices and one PET, and others that differ from it by what is given."""
+    ct = {"stack_id": "ct", "modality": "CT", "status": "accepted", "reason": None, "slices": 20, "rows": 4,
+          "columns": 4, "affine": np.eye(4).ravel().tolist(), "patient_id": "p", "study_uid": "s", "series_uid": "1",
+          "frame_of_reference_uid": "f", "series_type": "WHOLE BODY\\IMAGE", "suv_refusal": None,
+          "first_acquisition_date": "20200101", "first_acquisition_time": "100000"}
+    pet = {**ct, "stack_id": "pet", "modality": "PT", "series_uid": "2"}
+    others = [{**pet, "stack_id": name, "series_uid": name} | more for name, more in pets.items()]
+    return pd.DataFrame([ct, pet, *others])
 
 
-def test_pet_is_taken_only_from_the_same_space():
+def raised(mm):
+    affine = np.eye(4)
+    affine[2, 3] = mm
+    return affine.ravel().tolist()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"frame_of_reference_uid": "g"}, "PET in another frame of reference"),
+    ({"frame_of_reference_uid": None}, "frame of reference not told"),
+    ({"study_uid": "t"}, "no PET in this study"),
+    ({"patient_id": "q"}, "no PET in this study"),
+    ({"status": "excluded", "reason": "gap"}, "PET excluded: gap"),
+    ({"series_type": "DYNAMIC\\IMAGE"}, "PET of several frames or gates"),
+    ({"series_type": "GATED\\IMAGE"}, "PET of several frames or gates"),
+])
+def test_pet_is_taken_only_from_the_same_space_and_says_why_not(changes, words):
     stacks = pet_tables()
-    assert volumes.choose_pets(stacks.iloc[0], stacks) == (["pet"], "same frame of reference")
-    stacks.loc[1, "frame_of_reference_uid"] = "g"
-    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], "PET in another frame of reference")
-    stacks["frame_of_reference_uid"] = None
-    assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == []
-    stacks.loc[1, "study_uid"] = "t"
-    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], "no PET in this study")
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == (["pet"], "")
+    for column, value in changes.items():
+        stacks.loc[1, column] = value
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], words)
+    assert volumes.choose_pets(stacks.iloc[0], stacks[:0]) == ([], "no PET in this study")
 
 
-def test_the_largest_of_several_pets_comes_first():
+def test_a_ct_that_tells_no_frame_of_reference_gets_no_pet():
     stacks = pet_tables()
-    stacks = pd.concat([stacks, stacks[1:].assign(stack_id="more", slices=30)], ignore_index=True)
-    assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == ["more", "pet"]
+    stacks.loc[0, "frame_of_reference_uid"] = None
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == ([], "frame of reference not told")
 
 
-def test_the_first_pet_that_opens_is_taken(monkeypatch):
+def test_pets_are_tried_by_what_they_cover_and_then_by_time():
+    stacks = pet_tables(
+        head={"slices": 200, "affine": raised(19), "first_acquisition_time": "090000"},
+        early={"first_acquisition_time": "095959"}, day_before={"first_acquisition_date": "20191231"},
+        half={"slices": 10, "first_acquisition_time": "090000"}, nearly={"slices": 40, "affine": raised(0.4)},
+        dynamic={"series_type": "DYNAMIC\\IMAGE", "first_acquisition_time": "080000"})
+    shuffled = stacks.sample(frac=1, random_state=0)
+    order = volumes.choose_pets(stacks.iloc[0], shuffled)[0]
+    assert order == ["day_before", "early", "nearly", "pet", "half", "head"]
+
+
+def test_stacks_of_one_series_and_place_are_frames_unless_one_has_no_suv():
+    frames = pet_tables(second={"series_uid": "2"})
+    assert volumes.choose_pets(frames.iloc[0], frames) == ([], "PET of several frames or gates")
+    frames.loc[2, "suv_refusal"] = "not corrected for attenuation"
+    assert volumes.choose_pets(frames.iloc[0], frames)[0] == ["pet", "second"]
+    beds = pet_tables(second={"series_uid": "2", "affine": raised(18)})
+    assert volumes.choose_pets(beds.iloc[0], beds)[0] == ["pet", "second"]
+
+
+def test_what_can_be_opened_is_and_of_the_others_all_reasons_are_told(monkeypatch):
     def open_stack(stack, instances, root):
-        if stack.stack_id == "uncorrected":
-            raise dicom.SuvError("no SUV")
-        return stack.stack_id
+        if stack.stack_id == "fine":
+            return stack.stack_id
+        raise dicom.SuvError(f"no SUV in {stack.stack_id}")
 
     monkeypatch.setattr(dicom, "open_stack", open_stack)
-    candidates = [pd.Series({"stack_id": stack_id}) for stack_id in ("uncorrected", "corrected")]
-    files = dict.fromkeys(("uncorrected", "corrected"))
-    assert volumes._open_first(candidates, files, ".") == ("corrected", "")
-    assert volumes._open_first(candidates[:1], files, ".") == (None, "no SUV")
-    assert volumes._open_first(candidates[:0], files, ".") == (None, "")
+    candidates = [pd.Series({"stack_id": stack_id}) for stack_id in ("one", "fine", "two")]
+    files = dict.fromkeys(("one", "fine", "two"))
+    assert volumes._open_all(candidates, files, ".") == (["fine"], "no SUV in one; no SUV in two")
+    assert volumes._open_all([], files, ".") == ([], "")
 
 
-def test_suv_lies_on_the_same_voxels_and_outside_is_0():
+def pet_at(stack_id, mm, suv):
+    values = np.full((4, 4, 4), suv, np.float32)
+    return dicom.Stack(stack_id, None, affine_of((6, 6, 6), (mm, -9, -9)), "PT", (), 0, values)
+
+
+def test_the_first_pet_that_reaches_the_cube_and_can_be_read_is_laid(monkeypatch):
+    grid, lattice = Grid(6, 6.0), volumes.to_lattice
+
+    def to_lattice(stack, spacing_mm):
+        if stack.stack_id == "broken":
+            raise ValueError("cut off")
+        return lattice(stack, spacing_mm)
+
+    monkeypatch.setattr(volumes, "to_lattice", to_lattice)
+    far, broken, near, other = (pet_at(*pet) for pet in (("far", 900, 9), ("broken", -9, 9), ("near", -9, 2.5),
+                                                         ("other", -9, 7)))
+    suv, told = volumes._lay([far, broken, near, other], "", grid.affine((0, 0, 0)), grid)
+    assert np.nanmax(suv) == pytest.approx(2.5) and told == {"pet": "same frame of reference", "pet_stack_id": "near"}
+    suv, told = volumes._lay([far, broken], "left out: no SUV", grid.affine((0, 0, 0)), grid)
+    assert suv is None
+    assert told == {"pet": "left out: no SUV; PET does not reach this cube; could not be read: cut off"}
+
+
+def test_suv_lies_on_the_same_voxels_and_outside_it_is_not_known():
     pet = dicom.Stack("pet", None, affine_of((6, 6, 6), (-9, -9, -9)), "PT", (), 0, np.full((4, 4, 4), 2.5, np.float32))
     affine = Grid(6, 6.0).affine((0, 0, 0))
     suv = volumes.cut_cube(volumes.to_lattice(pet, 6.0), affine, 6)
-    assert suv.dtype == np.float32 and suv.sum() == pytest.approx(64 * 2.5) and suv[0, 0, 0] == 0
+    assert suv.dtype == np.float32 and np.nansum(suv) == pytest.approx(64 * 2.5) and np.isnan(suv[0, 0, 0])
 
 
 # ------------------------------------------------------------------ the lattice
@@ -1142,7 +1203,7 @@ def test_a_mask_of_256_lesions_is_refused():
 def key_of(suv=None, words="", edge=0.1):
     opened = dicom.OpenStack("s", np.eye(4), "CT", "f", ({"path": "x"},), "/r", suv)
     lesions, boxes = pd.DataFrame({"a": [0.1]}), pd.DataFrame({"a": [edge]})
-    return volumes._key({"ct": opened, "pet": None, "lesions": lesions, "boxes": boxes, "stack_id": "s",
+    return volumes._key({"ct": opened, "pets": [], "lesions": lesions, "boxes": boxes, "stack_id": "s",
                          "grid": (2, 6.0), "pet_words": words})
 
 
