@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.util
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -93,7 +94,8 @@ def flop_a_volume(training, size: int) -> float:
 
 
 def share_of_peak(rate: float, device: str, precision: str) -> str:
-    found = [peaks for name, peaks in PEAKS.items() if name in device]
+    words = re.split(r"[^A-Za-z0-9]+", device)              # an L40S is no L40
+    found = [peaks for name, peaks in PEAKS.items() if name in words]
     if not found:
         return "peak unknown"
     return f"{100 * rate / (found[0][precision == 'float32'] * 1e12):.1f} %"

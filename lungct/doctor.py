@@ -59,7 +59,9 @@ def training_step(xla: bool, precision: str, size: int = 32) -> str:
     loss = float(model.train_on_batch(noise, np.array([[0.0], [1.0]], "float32")))
     if not np.isfinite(loss):
         raise FloatingPointError(f"loss is {loss} after one step with xla={xla}, {precision}")
-    return f"{', '.join(keras.distribution.list_devices()) or keras.backend.backend()}, loss {loss:.4f}"
+    backend = keras.backend.backend()
+    devices = [str(model.weights[0].value.device)] if backend == "torch" else keras.distribution.list_devices()
+    return f"{', '.join(devices) or backend}, loss {loss:.4f}"
 
 # %% ../nbs/appendix/doctor.ipynb #8f180d93
 @dataclass(frozen=True)

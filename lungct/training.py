@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'WINDOWS_HU', 'WINDOW_SUV', 'STRIDE', 'PRECISIONS', 'SHELLS', 'POINTS', 'WAVES', 'LUNG_HU', 'TISSUE_HU',
-           'ECHO_AFTER', 'LOSSES', 'GB', 'LOWER', 'WORK', 'LAYER_BYTES', 'OUT_OF_MEMORY', 'LOOK_BACK', 'REFIT_EPOCHS',
-           'MODEL_SCHEMA', 'TOGETHER', 'Examples', 'make_examples', 'gather', 'normalise', 'layer_costs',
-           'predecessor_cnn', 'NormedConv3D', 'Place', 'HeatPool', 'Shells', 'Standardise', 'build_network',
-           'takes_pet', 'parse_filters', 'reproducible', 'encode_targets', 'decode_detections', 'box_iou', 'heat_loss',
-           'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges', 'axis_matrices', 'move_boxes', 'turn_boxes',
-           'augment', 'transplant', 'sample_patients', 'subtype_weights', 'Settings', 'learning_rates',
-           'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit', 'best_epoch', 'refit_subtypes',
-           'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction', 'predict', 'save_model', 'load_model']
+           'ECHO_AFTER', 'LOSSES', 'GB', 'LOWER', 'WORK', 'LAYER_BYTES', 'OUT_OF_MEMORY', 'CALCULATE', 'LOOK_BACK',
+           'REFIT_EPOCHS', 'MODEL_SCHEMA', 'TOGETHER', 'Examples', 'make_examples', 'gather', 'normalise',
+           'layer_costs', 'predecessor_cnn', 'NormedConv3D', 'Place', 'HeatPool', 'Shells', 'Standardise',
+           'build_network', 'takes_pet', 'parse_filters', 'reproducible', 'encode_targets', 'decode_detections',
+           'box_iou', 'heat_loss', 'box_loss', 'subtype_loss', 'encode_subtypes', 'draw_edges', 'axis_matrices',
+           'move_boxes', 'turn_boxes', 'augment', 'transplant', 'sample_patients', 'subtype_weights', 'Settings',
+           'learning_rates', 'memory_estimate', 'free_memory', 'check_memory', 'examples_hash', 'fit', 'best_epoch',
+           'refit_subtypes', 'on_devices', 'retreat', 'input_cost', 'some_patients', 'Prediction', 'predict',
+           'save_model', 'load_model']
 
 # %% ../nbs/05_train_3d_cnn.ipynb #88d5a3d9
 import hashlib
@@ -47,8 +48,12 @@ log = logging.getLogger("lungct.training")
 # %% ../nbs/05_train_3d_cnn.ipynb #32073fbb
 @contextmanager
 def _remarks_to_log() -> Iterator[None]:
-    sys.stderr.flush()
-    screen = os.dup(2)
+    try:
+        sys.stderr.flush()
+        screen = os.dup(2)
+    except (AttributeError, OSError, ValueError):          # a daemon has none
+        yield
+        return
     with tempfile.TemporaryFile() as page:
         os.dup2(page.fileno(), 2)
         try:
@@ -127,7 +132,7 @@ def make_examples(ct_hu, boxes_zyx, target=None, patient_id=None, stack_id=None,
         Names the array that does not fit.
     """
     ct_hu = _checked_hu(ct_hu)
-    n, boxes = len(ct_hu), [np.asarray(one, "float32") for one in boxes_zyx]
+    n, boxes = len(ct_hu), _as_boxes(boxes_zyx)
     names = np.array([f"volume_{i}" for i in range(n)]) if stack_id is None else _checked_names(stack_id, "stack_id")
     patients = names if patient_id is None else _checked_names(patient_id, "patient_id")
     target = np.full(n, -1) if target is None else _checked_target(target)
@@ -136,6 +141,7 @@ def make_examples(ct_hu, boxes_zyx, target=None, patient_id=None, stack_id=None,
             raise runs.InputError(f"{name} has {len(values)} entries for {n} volumes: one is needed for each")
     boxes = [_checked_boxes(*pair, ct_hu.shape[1]) for pair in zip(boxes, names, strict=True)]
     _check_pet(ct_hu, pet_suv)
+    _check_one_subtype(patients, target)
     return Examples(ct_hu, boxes, target, patients, names, None if pet_suv is None else np.asarray(pet_suv, "float32"))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071c
@@ -150,18 +156,35 @@ def _checked_hu(ct_hu) -> np.ndarray:
 
 
 def _checked_target(target) -> np.ndarray:
-    for value in np.atleast_1d(target).tolist():
+    if np.ndim(target) != 1:
+        raise runs.InputError(f"target is {target!r}, expected a list of n whole numbers")
+    for value in np.asarray(target).tolist():
         if not (isinstance(value, Real) and value >= -1 and value % 1 == 0):
             raise runs.InputError(f"target holds {value!r}, expected whole numbers: the index of a subtype, "
                                   "or -1 for none")
     return np.asarray(target, int)
 
+# %% ../nbs/05_train_3d_cnn.ipynb #7669071e
+def _as_boxes(boxes_zyx) -> list[np.ndarray]:
+    try:
+        return [np.asarray(one, "float32") for one in boxes_zyx]
+    except (TypeError, ValueError) as error:
+        raise runs.InputError(f"boxes_zyx cannot be read ({error}): give a list of boxes for each volume") from None
+
 
 def _checked_boxes(boxes: np.ndarray, name: str, size: int) -> np.ndarray:
-    edges = boxes.reshape(-1, 2, 3) if boxes.size % 6 == 0 else np.full((1, 2, 3), np.nan)
+    listed = boxes.size == 0 or (boxes.ndim <= 2 and boxes.shape[-1:] == (6,))
+    edges = boxes.reshape(-1, 2, 3) if listed else np.full((1, 2, 3), np.nan)
     if not ((edges[:, 0] < edges[:, 1]).all() and (edges >= 0).all() and (edges <= size).all()):
         raise runs.InputError(f"a box of {name} is no z0 y0 x0 z1 y1 x1 in voxel edges from 0 to {size}")
     return edges.reshape(-1, 6)
+
+
+def _check_one_subtype(patients: np.ndarray, target: np.ndarray) -> None:
+    told = {}
+    for patient, subtype in zip(patients, target.tolist(), strict=True):
+        if subtype >= 0 and told.setdefault(patient, subtype) != subtype:
+            raise runs.InputError(f"patient {patient} has the subtypes {told[patient]} and {subtype}: give one, or -1")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071f
 def _check_finite(ct_hu) -> None:
@@ -172,9 +195,9 @@ def _check_finite(ct_hu) -> None:
 
 
 def _checked_names(names, what: str) -> np.ndarray:
-    if isinstance(names, str) or pd.isna(pd.Series(list(names), dtype=object)).any():
-        raise runs.InputError(f"{what} is a single text or lacks some names, expected one for each volume")
-    return np.asarray(names, str)
+    if isinstance(names, str) or np.ndim(names) != 1 or pd.isna(pd.Series(list(names), dtype=object)).any():
+        raise runs.InputError(f"{what} is a single name or lacks some, expected a list of one for each volume")
+    return np.array([str(name).strip() for name in names])
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071d
 def _check_pet(ct_hu, pet_suv) -> None:
@@ -525,6 +548,7 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     """
     _check_sizes(size, filters)
     _check_precision(precision)
+    _check_keras()
     volume = x = keras.Input((size, size, size, len(WINDOWS_HU) + 2 * pet), name="ct")
     levels = []
     for depth, width in enumerate(filters):
@@ -537,6 +561,12 @@ def build_network(size: int, classes: Sequence[str], filters: Sequence[int] = (1
     if len(classes) > 1:
         outputs["subtype"] = _subtype_head(volume, outputs, decoded, len(classes), dropout, shrink)
     return keras.Model(volume, outputs, name="lungct")
+
+# %% ../nbs/05_train_3d_cnn.ipynb #3c1d5e70
+def _check_keras() -> None:
+    for name, value in (("image_data_format", "channels_last"), ("floatx", "float32")):
+        if (told := getattr(keras.config, name)()) != value:
+            raise runs.InputError(f"Keras is configured with {name} {told} (see ~/.keras/keras.json), expected {value}")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #d3d4a7d2
 def takes_pet(network: keras.Model) -> bool:
@@ -590,7 +620,7 @@ def reproducible(seed: int, exact: bool = True) -> None:
 
     TensorFlow has no XLA with such operations: `exact=False` lets it use both again.
     """
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(int(seed))
     if keras.backend.backend() == "tensorflow":
         from tensorflow.python.framework import config  # the way back has no public name
         config.enable_op_determinism() if exact else config.disable_op_determinism()
@@ -918,7 +948,8 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
     radius = np.sqrt(sum((2 * part - 1) ** 2 for part in np.ix_(*within)))
     weight = np.clip(3 * (1 - radius), 0, 1)
     changed = ct_hu.copy()
-    changed[np.ix_(*voxels)] = weight * patch + (1 - weight) * changed[np.ix_(*voxels)]
+    host = changed[np.ix_(*voxels)]
+    changed[np.ix_(*voxels)] = np.where(np.isnan(patch), host, weight * patch + (1 - weight) * host)
     return changed, np.concatenate([np.reshape(boxes_zyx, (-1, 6)), box[None]]).astype("float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #684efea6
@@ -1316,10 +1347,13 @@ def _validate(trainer: keras.Model, examples: Examples, settings: Settings) -> d
     each = {name: ops.convert_to_numpy(LOSSES[name](*pair)) for name, pair in pairs.items()}
     if "subtype" in each:
         each["subtype"] = each["subtype"][examples.target >= 0]  # the mean is over volumes that have a subtype
-    means = {name: float(values.mean()) if len(values) else 0.0 for name, values in each.items()}
-    total = sum(weight * means[name] for name, weight in _weights(trainer, settings).items())
+    means = {name: float(values.mean()) for name, values in each.items() if len(values)}
+    if not means:
+        return {}
+    total = sum(weight * means[name] for name, weight in _weights(trainer, settings).items() if name in means)
     row = {"val_loss": total} | {f"val_{name}_loss": mean for name, mean in means.items()}
-    return row | ({"val_found": _found(outputs, examples)} if "heat" in outputs else {})
+    return row | ({"val_found": _found(outputs, examples)} if "heat" in outputs and any(map(len, examples.boxes_zyx))
+                  else {})
 
 # %% ../nbs/05_train_3d_cnn.ipynb #efd8ae4e
 def _forward(network: keras.Model, ct_hu: np.ndarray, batch_size: int, pet_suv=None) -> dict[str, np.ndarray]:
@@ -1351,11 +1385,15 @@ def _one_each(examples: Examples) -> Examples:
     return examples.take(np.sort(np.unique(examples.patient_id, return_index=True)[1]))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8ec7ead2
+CALCULATE = ("torch", "jax", "scipy", "numba")             # beside the packages of every manifest
+
+
 def _key(network: keras.Model, train: Examples, validation: Examples | None, settings: Settings) -> str:
-    code = runs.hash_file(Path(runs.__file__).with_name("training.py"))
+    code = [runs.hash_file(Path(runs.__file__).with_name(f"{name}.py")) for name in ("training", "loops")]
     data = [examples_hash(examples) for examples in (train, validation) if examples is not None]
-    start = [hashlib.blake2b(weight.tobytes(), digest_size=8).hexdigest() for weight in network.get_weights()]
-    versions = [keras.backend.backend(), runs.package_versions()]
+    start = [hashlib.blake2b(ops.convert_to_numpy(variable).tobytes(), digest_size=8).hexdigest()
+             for variable in network.variables]            # weights, and the state of the dropout
+    versions = [keras.backend.backend(), runs.package_versions((*runs.PACKAGES, *CALCULATE))]
     wanted = {name: value for name, value in asdict(settings).items() if name not in ("jit_compile", "stands_for")}
     way = settings.stands_for or _way(_precision(network), settings.jit_compile)
     facts = [wanted, way, _without_dtypes(network.get_config()), start, data, code, versions]
@@ -1396,11 +1434,16 @@ def _save_state(folder: Path, key: str, trainer: keras.Model, best: Sequence[np.
     with runs.atomic(folder / f"{key}-{len(history):05d}.npz") as part, part.open("wb") as stream:
         stream.write(state.getbuffer())
         stream.write(_checksum(state.getbuffer()))
-    for old in sorted(folder.glob(f"{'?' * 12}-?????.npz")):
+    for old in _states(folder):
         if old.name < f"{key}-{len(history) - 1:05d}" or not old.name.startswith(key):
-            old.unlink()  # this state and the one before are kept, those of other settings go
-    for scrap in folder.glob(f".{'?' * 12}-?????.npz.*.part"):
-        scrap.unlink()  # of a process that was killed while it wrote
+            old.unlink(missing_ok=True)  # this state and the one before are kept, those of other settings go
+    for scrap in folder.glob(f".{key}-?????.npz.*.part"):
+        scrap.unlink(missing_ok=True)  # of a process that was killed while it wrote
+
+# %% ../nbs/05_train_3d_cnn.ipynb #d0b9974b
+def _states(folder: Path) -> list[Path]:
+    # in the order of their names; whatever else lies in the folder is somebody's
+    return sorted(path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9a-f]{12}-\d{5}\.npz", path.name))
 
 
 def _changing(trainer: keras.Model) -> dict[str, list]:
@@ -1446,36 +1489,61 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
         log_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     """Train `network` in place and leave it with the weights of its `best_epoch`.
 
+    Raises InputError for what will not do, and FloatingPointError for a loss that is no number. Whatever is raised,
+    Ctrl-C included, leaves the network as it was given, so that the same call goes on from its checkpoint.
+
     Parameters
     ----------
-    network : from `build_network` or `predecessor_cnn`, or any model with some of the outputs heat, box, subtype.
+    network : from `build_network` or `predecessor_cnn`, or any model with the outputs heat and box, subtype, or all.
     train : one volume or more, on the network's grid.
     validation : the same; None or empty: no early stopping, the last weights are kept.
     settings : None: the defaults.
-    folder : where checkpoints live: a training there under the same key goes on, others go. None: no checkpoints.
+    folder : for checkpoints: a training from the same weights, on the same data goes on; others go, with a warning.
     report : called with each new row of the history, after its checkpoint is safe.
     log_dir : folder for TensorBoard scalars of every epoch; needs the package tensorboard.
 
     Returns
     -------
     The history, one row an epoch: epoch, loss, heat_loss, ..., the same with `val_`; all before `refit_subtypes`.
-
-    Raises
-    ------
-    lungct.runs.InputError, FloatingPointError
-        For examples, memory or devices that will not do; for a loss that is no number.
     """
     settings = settings or Settings()
     _check_before(network, train, validation, settings)
     reproducible(settings.seed, exact=not _compiled(settings))
-    watched = _one_each(validation) if validation else None
-    return _run(network, train, watched, settings, folder and Path(folder), report or (lambda row: None), log_dir)
+    watched, report, folder = validation and _one_each(validation), report or (lambda row: None), _made(folder)
+    with _given_back(network):
+        return _run(network, train, watched or None, settings, folder, report, log_dir)
+
+# %% ../nbs/05_train_3d_cnn.ipynb #26a32044
+@contextmanager
+def _given_back(network: keras.Model) -> Iterator[None]:
+    # whatever ends the training, Ctrl-C included: from these weights the same call finds its checkpoint again
+    given = [ops.convert_to_numpy(variable).copy() for variable in network.variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(network.variables, given, strict=True):
+            variable.assign(value)
+        raise
+
+
+def _made(folder: str | os.PathLike | None) -> Path | None:
+    # the folder for checkpoints, found out now and not after the first epoch
+    try:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise runs.InputError(f"folder {folder} cannot keep checkpoints ({error.strerror}): give another") from None
+    return folder and Path(folder)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #26a32043
 def _run(network, train, watched, settings, folder, report, log_dir=None) -> pd.DataFrame:
     key, steps = _key(network, train, watched, settings), settings.steps(train)
     trainer, rates = _trainer(network, settings), learning_rates(settings, settings.epochs * steps).reshape(-1, steps)
     history, best = (_load_state(folder, key, trainer) if folder else None) or ([], network.get_weights())
+    if folder and not history and (others := _states(folder)):
+        log.warning("%s holds checkpoints of another training (%d, such as %s): this one begins anew, and they go",
+                    folder, len(others), others[0].name)
     board, held = _board(log_dir, history), _hold(network, settings, train)
     batches = _ahead(_stream(trainer, train, settings, len(history) + 1, held))
     while len(history) < settings.epochs and not _stalled(history, settings.patience):
@@ -1504,10 +1572,17 @@ def _check_before(network: keras.Model, train: Examples, validation: Examples | 
         raise runs.InputError("no training volume: fit needs at least one annotated volume with the role train")
     for examples in filter(None, (train, validation)):
         _check_examples(network, examples)
-    if validation and (both := set(train.patient_id) & set(validation.patient_id)):
+    if "heat" in network.output and not any(map(len, train.boxes_zyx)):
+        raise runs.InputError("no training volume has a box: the detector would learn that there never is one")
+    if validation and (both := _named(train) & _named(validation)):
         log.warning("%d patients train and validate, such as %s: validation tells nothing then", len(both), min(both))
     _check_devices(settings)
     check_memory(network, settings, train)
+
+
+def _named(examples: Examples) -> set[str]:
+    # patients that somebody named: `make_examples` numbers the others, from 0 on in each set
+    return {name for name in examples.patient_id.tolist() if not re.fullmatch(r"volume_\d+", name)}
 
 
 def _check_devices(settings: Settings) -> None:
@@ -1796,18 +1871,27 @@ def predict(network: keras.Model, ct_hu: np.ndarray, batch_size: int = 8, top: i
     Raises
     ------
     lungct.runs.InputError
-        For volumes on another grid, or with voxels that are no numbers; for a batch of none.
+        For volumes on another grid, or with voxels that are no numbers; for a batch of none; for a network without
+        the output heat, or whose answers are no numbers.
     """
+    _check_question(network, ct_hu, pet_suv, batch_size)
+    if not len(ct_hu):
+        return []
+    outputs = _both_ways(network, ct_hu, batch_size, pet_suv)
+    if not np.isfinite(outputs["heat"]).all():
+        raise runs.InputError("the network answers with what is no number: its weights are damaged")
+    found = decode_detections(outputs["heat"], outputs["box"], top, min_score)
+    subtypes = outputs.get("subtype", np.zeros((len(ct_hu), 0), "float32"))
+    return [Prediction(*pair, p, heat[..., 0]) for pair, p, heat in zip(found, subtypes, outputs["heat"], strict=True)]
+
+# %% ../nbs/05_train_3d_cnn.ipynb #5259ff59
+def _check_question(network: keras.Model, ct_hu, pet_suv, batch_size: int) -> None:
     _check_volumes(network, ct_hu, pet_suv)
     _check_finite(ct_hu)
     if batch_size < 1:
         raise runs.InputError(f"batch_size is {batch_size}, expected 1 or more")
-    if not len(ct_hu):
-        return []
-    outputs = _both_ways(network, ct_hu, batch_size, pet_suv)
-    found = decode_detections(outputs["heat"], outputs["box"], top, min_score)
-    subtypes = outputs.get("subtype", np.zeros((len(ct_hu), 0), "float32"))
-    return [Prediction(*pair, p, heat[..., 0]) for pair, p, heat in zip(found, subtypes, outputs["heat"], strict=True)]
+    if "heat" not in network.output:
+        raise runs.InputError("the network has no output heat: predict needs one from build_network")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #24c008af
 MODEL_SCHEMA = 3
@@ -1828,7 +1912,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
     validation : losses and figures of the network on the validation patients; may be empty.
     crashes : one line for each attempt of this training that killed its process.
     """
-    path = Path(folder) / "model.keras"
+    path, validation = Path(folder) / "model.keras", _plain(validation)
     _check_classes(network, classes)
     _save_network(network, path)
     facts = {
@@ -1837,7 +1921,7 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
         "windows_hu": [list(w) for w in WINDOWS_HU], "training_hash": training_hash, "settings": asdict(settings),
         "inputs": ["ct", "pet"] if takes_pet(network) else ["ct"], "window_suv": WINDOW_SUV,
         "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
-        "validation": dict(validation), "crashes": list(crashes),
+        "validation": validation, "crashes": list(crashes),
     }
     facts["side_car_hash"] = _hash_of(facts)
     runs.save_json(facts, path.with_suffix(".json"))
@@ -1849,13 +1933,23 @@ def _check_classes(network: keras.Model, classes: Sequence[str]) -> None:
     if told not in (0, len(classes)):
         raise runs.InputError(f"the network tells {told} subtypes apart, classes names {len(classes)}: {list(classes)}")
 
+
+def _plain(facts: Mapping) -> dict:
+    # as JSON gives them back, so that their hash stays; found out before a model on the disk is replaced
+    try:
+        return json.loads(json.dumps(dict(facts), allow_nan=False))
+    except ValueError:
+        raise runs.InputError("validation holds NaN or infinity, which a side-car cannot: leave it out") from None
+
 # %% ../nbs/05_train_3d_cnn.ipynb #bc83d155
 def _save_network(network: keras.Model, path: Path) -> None:
     with runs.atomic(path) as part:
         whole = part.with_suffix(".keras")
-        network.save(whole)
-        _without_dates(whole, part)
-        whole.unlink()
+        try:
+            network.save(whole)
+            _without_dates(whole, part)
+        finally:
+            whole.unlink(missing_ok=True)
 
 
 def _without_dates(source: Path, target: Path) -> None:
@@ -1906,7 +2000,8 @@ def _load_safely(path: Path) -> keras.Model:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError) as error:
         if "safe_mode" not in str(error) and "lambda" not in str(error).lower():
-            raise
+            said = (str(error).splitlines() or [""])[0][:200]
+            raise runs.InputError(f"model {path} cannot be read ({said}): {TOGETHER}") from None
         raise runs.InputError(f"model {path} holds a program (a Lambda layer), which is not run: whoever made the "
                               "model could do anything with it; build the network from named layers") from None
 
@@ -1930,6 +2025,7 @@ def _side_car(path: Path) -> dict:
               "window_suv", "settings", "validation", "side_car_hash")
     lacks = [name for name in needed if name not in facts]
     lacks += [f"grid {name}" for name in ("size", "spacing_mm") if name not in grid]
+    lacks += [f"a list of {name}" for name in ("classes", "inputs") if not isinstance(facts.get(name, []), list)]
     if lacks:
         raise runs.InputError(f"side-car {beside} lacks {', '.join(lacks)}: {TOGETHER}")
     return facts
