@@ -84,7 +84,7 @@ class Examples:
     boxes_zyx : n arrays (k, 6), edges z0 y0 x0 z1 y1 x1 in grid voxels, 0 to size; k may be 0.
     target : (n,) index of the subtype, -1 where there is none.
     patient_id, stack_id : (n,) strings.
-    pet_suv : (n, z, y, x) float32, SUV on the same grid, NaN in volumes without PET; None: PET is not used.
+    pet_suv : (n, z, y, x) float32, SUV on the same grid, NaN where it is not known; None: PET is not used.
     """
 
     ct_hu: np.ndarray

@@ -946,7 +946,7 @@ class Entries(Sequence):
 class Cohort:
     """n stacks: CT in HU and mask (n, z, y, x); for each its boxes (m, 6) in voxel edges, affine and table row.
 
-    `pet_suv` is (n, z, y, x), NaN where a stack has no PET, or None when it was not asked for. Of a cohort that is not
+    `pet_suv` is (n, z, y, x), NaN where no PET reaches, or None when it was not asked for. Of a cohort that is not
     in memory, arrays are `Entries`.
     """
 
