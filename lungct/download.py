@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable
     ------
     InputError
         No manifest, or series that failed: the message names the first and says that calling again goes on. When the
-        first three fail, the others are not tried.
+        first three and the last fail, the others are not tried.
     OSError
         The disk is full.
     """
@@ -156,23 +157,24 @@ def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable
     return f"{len(uids) - len(missing)} series were in place, {len(missing[: limit or None])} fetched, into {folder}"
 
 # %% ../nbs/appendix/download.ipynb #dc99f33d
-HOPELESS = 3        # series that fail before any arrived: the others are not tried
+HOPELESS = 3        # series that fail before any arrived: the last one is tried next, and when it fails, no other
 
 # %% ../nbs/appendix/download.ipynb #dc99f341
 def _fetch_all(uids: list[str], folder: Path, images: dict[str, int], fetch: Callable[[str, Path], Path]) -> list[str]:
     from tqdm import tqdm
 
-    failed = []
-    for tried, uid in enumerate(tqdm(uids, unit="series", disable=None), 1):
+    waiting, failed = deque(uids), []
+    for tried in tqdm(range(len(uids)), unit="series", disable=None):
+        uid = waiting.pop() if len(failed) == tried == HOPELESS else waiting.popleft()
         try:
             download_series(uid, folder, images.get(uid), fetch)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             failed.append(str(error))
-            if len(failed) == tried == HOPELESS < len(uids):
-                raise runs.InputError(f"the first {tried} series failed, so the others were not tried; {failed[0]}: "
-                                      "see whether there is a network; the same command tries again") from None
+            if len(failed) == tried + 1 > HOPELESS and waiting:
+                raise runs.InputError(f"none of {len(failed)} series arrived, so the others were not tried; "
+                                      f"{failed[0]}: see whether there is a network; the same command tries again")
     return failed
 
 # %% ../nbs/appendix/download.ipynb #dc99f33e
@@ -186,12 +188,6 @@ def _only_manifest(folder: Path) -> Path:
 def _made_ready(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for waiting in folder.glob(".incoming-*"):
-        if not _is_at_work(waiting.name.split("-")[1]):    # of a download that was interrupted
+        if not runs.is_at_work(waiting.name.split("-")[1]):    # of a download that was interrupted
             shutil.rmtree(waiting)
     return folder
-
-# %% ../nbs/appendix/download.ipynb #dc99f340
-def _is_at_work(process: str) -> bool:
-    import psutil
-
-    return process.isdigit() and psutil.pid_exists(int(process))

@@ -254,9 +254,10 @@ def _room(out: Path) -> Iterator[Path]:
     """A folder to fill; what is in it then replaces the results of an earlier call. InputError where none can be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(f"{WAITING}*"):               # by a call that was killed
-            shutil.rmtree(left)
-        waiting = tempfile.TemporaryDirectory(dir=out, prefix=WAITING)
+        for left in out.glob(f"{WAITING}*-*/"):
+            if not runs.is_at_work(left.name.split("-")[1]):   # of a call that was killed
+                shutil.rmtree(left)
+        waiting = tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{os.getpid()}-")
     except OSError as error:
         raise runs.InputError(f"folder {out} could not be written ({error.strerror}): choose another") from None
     with waiting as place:

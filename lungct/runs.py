@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
-           'project_path', 'atomic', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file', 'hash_value',
-           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'check_undamaged',
-           'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
+           'project_path', 'atomic', 'is_at_work', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file',
+           'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished',
+           'check_undamaged', 'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -140,6 +140,13 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../nbs/appendix/runs.ipynb #a70c11f2
+def is_at_work(process: str) -> bool:
+    """Whether a process of this number runs, of which a folder bears it; False for what is no number."""
+    import psutil
+
+    return process.isdigit() and psutil.pid_exists(int(process))
 
 # %% ../nbs/appendix/runs.ipynb #4a7f1b89
 def _umask() -> int:

@@ -197,7 +197,7 @@ def _check_finite(ct_hu) -> None:
 def _checked_names(names, what: str) -> np.ndarray:
     if isinstance(names, str) or np.ndim(names) != 1 or pd.isna(pd.Series(list(names), dtype=object)).any():
         raise runs.InputError(f"{what} is a single name or lacks some, expected a list of one for each volume")
-    return np.array([str(name).strip() for name in names])
+    return np.char.strip(np.asarray(names, str))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #7669071d
 def _check_pet(ct_hu, pet_suv) -> None:
@@ -949,7 +949,7 @@ def transplant(ct_hu: np.ndarray, boxes_zyx: np.ndarray, donor_hu: np.ndarray, d
     weight = np.clip(3 * (1 - radius), 0, 1)
     changed = ct_hu.copy()
     host = changed[np.ix_(*voxels)]
-    changed[np.ix_(*voxels)] = np.where(np.isnan(patch), host, weight * patch + (1 - weight) * host)
+    changed[np.ix_(*voxels)] = np.where(weight > 0, weight * patch + (1 - weight) * host, host)
     return changed, np.concatenate([np.reshape(boxes_zyx, (-1, 6)), box[None]]).astype("float32")
 
 # %% ../nbs/05_train_3d_cnn.ipynb #684efea6
@@ -1810,6 +1810,8 @@ def input_cost(network: keras.Model, train: Examples, settings: Settings, rounds
 
 # %% ../nbs/05_train_3d_cnn.ipynb #8c066f3f
 def _input_share(loop: np.ndarray, bare: list[float]) -> dict[str, float]:
+    if len(loop) < 2:
+        raise runs.InputError(f"rounds is {len(loop)}, expected 2 or more: one has no interval")
     shares = 1 - (np.array(bare[:-1]) + bare[1:]) / 2 / loop
     low, high = stats.ttest_1samp(shares, 0).confidence_interval()
     return {"input": float(shares.mean()), "low": float(low), "high": float(high)}
@@ -1937,7 +1939,7 @@ def _check_classes(network: keras.Model, classes: Sequence[str]) -> None:
 def _plain(facts: Mapping) -> dict:
     # as JSON gives them back, so that their hash stays; found out before a model on the disk is replaced
     try:
-        return json.loads(json.dumps(dict(facts), allow_nan=False))
+        return json.loads(json.dumps(dict(facts), allow_nan=False, default=runs._plain))
     except ValueError:
         raise runs.InputError("validation holds NaN or infinity, which a side-car cannot: leave it out") from None
 

@@ -316,20 +316,19 @@ def _lung_pieces(hu_zyx: np.ndarray, body_zyx: np.ndarray) -> np.ndarray:
     likely = [k for k in range(1, len(litres)) if smallest <= litres[k] <= largest
               and _looks_like_lung(pieces == k, core, hu_zyx)]
     good = np.zeros(len(litres), bool)
-    good[_beside_the_largest(likely, litres, pieces)] = True
+    good[_without_gas_below(likely, litres, pieces)] = True
     thick[box] = good.take(pieces)
     return thick
 
 # %% ../nbs/03_build_volumes.ipynb #fa541f0d
-def _beside_the_largest(likely: list[int], litres: np.ndarray, pieces: np.ndarray) -> list[int]:
-    """Pieces of a tenth of the largest, or more, whose middle lies no higher and no lower than it reaches."""
+def _without_gas_below(likely: list[int], litres: np.ndarray, pieces: np.ndarray) -> list[int]:
+    """Pieces of a tenth of the largest, or more; below it (towards the feet) of a third, or more."""
     if not likely:
         return []
     along = [part and part[0] for part in [None, *ndimage.find_objects(pieces)]]
     largest = max(likely, key=litres.__getitem__)
-    low, high = along[largest].start, along[largest].stop
-    return [k for k in likely if litres[k] >= litres[largest] / 10
-            and low <= (along[k].start + along[k].stop) / 2 <= high]
+    below = {k for k in likely if along[k].start + along[k].stop < 2 * along[largest].start}
+    return [k for k in likely if litres[k] >= litres[largest] / (3 if k in below else 10)]
 
 # %% ../nbs/03_build_volumes.ipynb #e6147298
 @dataclass(frozen=True)
@@ -519,7 +518,7 @@ def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]
     (stack_ids, best first; why there is none in words, or "")
     """
     pets = stacks[(stacks["modality"] == "PT") & _alike(stacks["study_uid"], stack["study_uid"])
-                  & _alike(stacks["patient_id"], stack["patient_id"])]
+                  & (_alike(stacks["patient_id"], stack["patient_id"]) | _untold(stacks, stack, "patient_id"))]
     if pets.empty:
         return [], "no PET in this study"
     good = pets[pets["status"] == "accepted"]
@@ -537,9 +536,13 @@ def _alike(told: pd.Series, wanted: str) -> pd.Series:
     return (told == wanted).fillna(False).astype(bool)
 
 
+def _untold(stacks: pd.DataFrame, stack: pd.Series, column: str) -> pd.Series:
+    return stacks[column].isna() & pd.isna(stack[column])
+
+
 def _moving(pets: pd.DataFrame) -> np.ndarray:
     """Which are frames or gates: their header says so, or their series has two stacks with SUV of one place."""
-    said = pets["series_type"].str.match("DYNAMIC|GATED").fillna(False).to_numpy(bool)
+    said = pets["series_type"].astype("str").str.match("DYNAMIC|GATED").fillna(False).to_numpy(bool)
     series = pets["series_uid"].where(pets["suv_refusal"].isna()).tolist()
     boxes, again = [_box_mm(row) for _, row in pets.iterrows()], np.zeros(len(pets), bool)
     for i, j in itertools.permutations(range(len(pets)), 2):
@@ -580,7 +583,7 @@ def _lay(pets: Sequence[dicom.OpenStack], words: str, affine: np.ndarray,
             words.append(f"{UNREAD}: {error}")
             continue
         if not np.isnan(suv).all():
-            return suv, {"pet": SHARED, "pet_stack_id": pet.stack_id}
+            return suv, {"pet": "; ".join([SHARED, *(w for w in words if UNREAD in w)]), "pet_stack_id": pet.stack_id}
         words.append("PET does not reach this cube")
     return None, {"pet": "; ".join(words)}
 
@@ -743,7 +746,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     except Exception as error:  # of whatever kind: it goes into the table, and the other stacks go on
         return _excluded(job, BuildProblem.FAILED, f"{type(error).__name__}: {error}"), "excluded"
     meta = {name: job[name] for name in ("stack_id", "key", "grid", "uids")}
-    if not row["has_pet"] and UNREAD in row["pet"]:
+    if UNREAD in row["pet"]:
         meta["key"] = ""  # a disk may come back: the next call tries again
     content_hash = _save_volume(path, arrays, {**meta, "row": row, "code": CODE_VERSION})
     return {**done, **row, "content_hash": content_hash}, "built"

@@ -83,23 +83,27 @@ def test_a_full_disk_ends_the_download_at_the_first_series(collection, code):
     assert list((collection / "Lung-PET-CT-Dx").iterdir()) == []
 
 
-@pytest.mark.parametrize(("arrive", "tried"), [(0, 3), (1, 5), (2, 5)])
+SIX = [f"1.2.{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize(("arrive", "tried"), [
+    ([], [*SIX[:3], SIX[5]]), (SIX[:1], SIX), (SIX[2:3], SIX), (SIX[3:], [*SIX[:3], SIX[5], *SIX[3:5]]),
+    (SIX[5:], [*SIX[:3], SIX[5], *SIX[3:5]])], ids=["none", "first", "third", "all but three", "last"])
 def test_without_a_network_not_every_series_is_tried(collection, arrive, tried):
-    uids = [f"1.2.{number}" for number in range(5)]
-    (collection / "c.tcia").write_text("ListOfSeriesToDownload=\n" + "\n".join(uids) + "\n")
+    (collection / "c.tcia").write_text("ListOfSeriesToDownload=\n" + "\n".join(SIX) + "\n")
     asked = []
 
-    def gone(uid, folder):
+    def weak(uid, folder):
         asked.append(uid)
-        if len(asked) <= arrive:
+        if uid in arrive:
             return server(uid, folder)
         raise OSError(f"series {uid} did not arrive")
 
     with pytest.raises(runs.InputError) as caught:
-        download.download_collection("", str(collection), fetch=gone)
-    assert asked == uids[:tried] and f"series {uids[arrive]} did not arrive" in str(caught.value)
-    assert str(caught.value).startswith("the first 3 series failed, so the others" if arrive == 0 else
-                                        f"{5 - arrive} series failed")
+        download.download_collection("", str(collection), fetch=weak)
+    assert asked == tried
+    assert str(caught.value).startswith(f"{6 - len(arrive)} series failed" if arrive else
+                                        "none of 4 series arrived, so the others were not tried; series 1.2.0 did not")
 
 
 @pytest.mark.parametrize("content", [

@@ -685,6 +685,7 @@ def test_nan_in_ct_or_pet_is_noticed_and_voxels_are_hashed_without_names():
     broken.ct_hu, broken.pet_suv = np.where(plain.ct_hu == plain.ct_hu.flat[0], np.nan, plain.ct_hu), None
     assert not lab.inspect_volume(broken)["finite"]
     broken = boxed()
+    broken.pet_suv = np.full((2, 2, 2), 3.0)
     assert lab.inspect_volume(plain)["voxel_hash"] == lab.inspect_volume(broken)["voxel_hash"] != ""
     plain.ct_hu = np.full((12, 12, 12), -1024)
     assert lab.inspect_volume(plain)["voxel_hash"] == ""  # an empty cube ties nobody

@@ -434,12 +434,16 @@ def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model
         predict.predict_folder(folder, model, folder, pictures=1, workers=1)
     assert {path.name: path.read_text() for path in folder.iterdir() if path.name in earlier} == earlier
     assert not list(folder.glob("stack_*_box_[2-9].png"))
-    killed = folder / ".lungct-killed"                     # a call that could not tidy up
+    alive = folder / f".lungct-{os.getpid()}-x"            # of a call that is at work now
+    alive.mkdir()
+    (folder / ".lungct-file").write_text("")
+    killed = folder / ".lungct-999999999-x"                # of one that could not tidy up
     killed.mkdir()
     (killed / "stack_01_seg.dcm").write_text("cut off")
     done = predict.predict_folder(folder, model, folder, pictures=1, workers=1)
-    assert done.out == folder and not killed.exists() and not list(folder.glob(".lungct-*"))
-    assert done.unread == {"not DICOM": 1}, "the letter"
+    assert done.out == folder and not killed.exists()
+    assert sorted(path.name for path in folder.glob(".lungct-*")) == sorted([alive.name, ".lungct-file"])
+    assert done.unread == {"not DICOM": 1, "zero byte": 1}, "the letter, and the other file"
     assert runs.load_json(folder / "predictions.json")["stacks"] == done.stacks
 
 

@@ -305,7 +305,7 @@ def test_any_text_is_a_time_or_none(time, day):
 
 # ---- properties ------------------------------------------------------------------------------------------------------
 
-START_S = st.integers(0, 86399)
+START_S = st.integers(1, 86399)                # midnight sharp is a blank
 UPTAKE_S = st.floats(0, 3.99 * HALF_LIFE_S).map(lambda s: round(s, 1))
 
 
@@ -428,10 +428,12 @@ def test_a_start_that_the_decay_contradicts_twice_is_refused(lead_s, factor, ref
     ("FDG", 597.9, False), ("Fluorodeoxyglucose F^18^", 1224.0, False), ("18F-NaF", 4062.6, False),
     ("Ga-68 PSMA", 4057.7, True), ("68Ga-DOTATATE", 6586.2, False), ("11C-choline", 1221.8, True),
     ("Ammonia N-13", 597.0, True), ("Rb-82 chloride", 75.0, True), ("choline", 1221.8, True), (None, 1224.0, True),
-    ("C-11 or F-18", 5000.0, True), ("Solution", 1221.8, True)])
+    ("C-11 or F-18", 5000.0, True), ("Solution", 1221.8, True),
+    ("Copper Cu 64 dotatate", 45720.0, True), ("124I-fluoro-something", 360806.0, True)])
 def test_a_half_life_is_that_of_the_tracer_where_its_name_tells(name, half_life_s, fits):
     header = PET | {"radiopharmaceutical": name, "half_life_s": half_life_s, "series_time": "100100",
-                    "acquisition_time": "100100"}
+                    "acquisition_time": "100100", "series_date": "20200101", "acquisition_date": "20200101",
+                    "injection_datetime": "20200101100000"}
     if fits:
         assert suv_factor(header) == pytest.approx(FRESH * 2 ** (60 / half_life_s))
     else:
@@ -453,6 +455,16 @@ def test_a_date_time_whose_clock_was_blanked_tells_the_day():
     assert suv_factor(PET | dates | {"injection_datetime": "20200102000000.00"}) == pytest.approx(ONE_HALF_LIFE)
     with pytest.raises(SuvError, match="lies 25.8 h before"):
         suv_factor(PET | dates | {"injection_datetime": "20200101000000.00"})
+    blank = {"injection_datetime": "20200102100000", "injection_time": "000000"}
+    assert suv_factor(PET | dates | blank) == pytest.approx(ONE_HALF_LIFE)
+
+
+@pytest.mark.parametrize("changes", [{"injection_datetime": "20200101000000", "injection_time": None},
+                                     {"injection_time": "000000.00"},
+                                     {"injection_datetime": "20200101000000", "injection_time": "0000"}])
+def test_midnight_sharp_is_no_injection(changes):
+    with pytest.raises(SuvError, match="midnight, as where a clock was blanked"):
+        suv_factor(PET | {"series_time": "060000", "acquisition_time": "060000"} | changes)
 
 
 def test_a_weight_that_is_no_number_is_not_called_missing_alone():

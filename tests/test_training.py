@@ -1149,6 +1149,11 @@ def test_what_the_loop_takes_beyond_its_neighbours_is_input(monkeypatch):
     assert cost["input"] == pytest.approx(0.1) and 0.07 < cost["low"] < 0.09 and 0.11 < cost["high"] < 0.13
 
 
+def test_one_round_has_no_interval():
+    with pytest.raises(runs.InputError, match="rounds is 1, expected 2 or more"):
+        training.input_cost(network(), toys(4), quick(), rounds=1, steps=2)
+
+
 def test_the_interval_of_the_input_is_students():
     shares = np.array([0.02, -0.05, 0.11, 0.04])
     cost = training._input_share(1 / (1 - shares), [1.0] * 5)
@@ -1250,6 +1255,7 @@ def test_a_patient_may_have_volumes_without_a_subtype():
     few = toys(4)
     made = training.make_examples(few.ct_hu, few.boxes_zyx, [0, -1, 1, 1], ["a", "a ", "b", "b"])
     assert made.patient_id.tolist() == ["a", "a", "b", "b"]
+    assert training.make_examples(few.ct_hu[:1], few.boxes_zyx[:1], patient_id=np.array([b"P1"])).patient_id[0] == "P1"
 
 
 def test_a_detector_is_not_trained_without_boxes():
@@ -1278,11 +1284,12 @@ def test_a_network_that_cannot_answer_says_so():
         training.predict(net, few.ct_hu)
 
 
-def test_a_donor_whose_pet_is_partly_unknown_leaves_the_host_known():
+def test_a_donor_whose_pet_is_partly_unknown_is_so_in_its_lesion_alone():
     host, donor = np.ones((16, 16, 16), "float32"), np.full((16, 16, 16), 4, "float32")
     donor[:8] = np.nan
     changed, _ = training.transplant(host, [], donor, np.array([4, 4, 4, 12, 12, 12]), np.array([8, 8, 8.0]), 1.0)
-    assert np.isfinite(changed).all() and changed[10, 8, 8] > 2 and (changed[:7] == 1).all()
+    assert np.isnan(changed[6, 8, 8]) and changed[10, 8, 8] > 2      # unknown in the lesion where it was, and not cold
+    assert (changed[:4] == 1).all() and changed[5, 5, 5] == 1        # and known around it
 
 
 @pytest.mark.parametrize("seed", [3, np.int64(3)])
@@ -1305,8 +1312,8 @@ def test_without_a_standard_error_the_module_can_be_imported():
 
 def test_a_side_car_keeps_its_hash_and_an_older_model_its_file(tmp_path):
     net, facts = network(), {"classes": "AG", "spacing_mm": 6.0, "training_hash": "x", "settings": quick()}
-    training.save_model(net, tmp_path, validation={1: 0.5, 2: 0.4, 10: 0.3}, **facts)
-    assert training.load_model(tmp_path)[1]["validation"] == {"1": 0.5, "2": 0.4, "10": 0.3}
+    training.save_model(net, tmp_path, validation={1: np.float32(0.5), 2: np.int64(4), 10: 0.3}, **facts)
+    assert training.load_model(tmp_path)[1]["validation"] == {"1": 0.5, "2": 4, "10": 0.3}
     before = (tmp_path / "model.keras").read_bytes()
     with pytest.raises(runs.InputError, match="validation holds NaN"):
         training.save_model(network(filters=(16,)), tmp_path, validation={"loss": float("nan")}, **facts)

@@ -511,6 +511,19 @@ def test_gas_in_the_belly_is_no_lung(gas, lungs, hu):
     assert hu > -1000 or find_lungs(stack_of(both_filled, plain.affine)).centred_on == "body"
 
 
+@pytest.mark.parametrize("lungs", [(-1, 1), (1,)])
+@pytest.mark.parametrize("height", [0.4, 0.6])
+def test_a_band_of_tumour_that_cuts_a_lung_in_two_does_not_move_the_cube(lungs, height):
+    plain = thorax(shape=(100, 80, 90), shift=(0, 0, 200), lungs=lungs)
+    hu = plain.hu_zyx.copy()
+    low, high = np.flatnonzero((hu == -850).any(axis=(1, 2)))[[0, -1]]
+    middle = round(low + height * (high - low))
+    band = hu[middle - 1 : middle + 2]
+    band[band == -850] = 40
+    whole, cut = find_lungs(plain), find_lungs(stack_of(hu, plain.affine))
+    assert np.allclose(cut.centre_mm, whole.centre_mm, atol=7) and cut.litres > 0.8 * whole.litres
+
+
 def test_the_gap_between_back_and_table_is_no_lung():
     stack = thorax()
     hu = stack.hu_zyx.copy()
@@ -873,6 +886,18 @@ def test_a_pet_that_could_not_be_read_is_tried_again(source, tmp_path):
     assert outcome == "built" and row["has_pet"] and volumes.ensure_volume(job)[1] == "kept"
 
 
+def test_the_best_pet_is_tried_again_where_another_stood_in(source, tmp_path):
+    (tmp_path / "volumes").mkdir()
+    job = next(volumes._jobs(*source, tmp_path / "volumes", GRID))
+    best, second = (dataclasses.replace(job["ct"], stack_id=name, modality="PT", suv_factors=np.ones(16))
+                    for name in ("best", "second"))
+    job["pets"], job["pet_words"] = [dataclasses.replace(best, root=str(tmp_path / "away")), second], ""
+    assert volumes.ensure_volume(job)[0]["pet_stack_id"] == "second"
+    job["pets"] = [best, second]
+    row, outcome = volumes.ensure_volume(job)
+    assert (row["pet_stack_id"], outcome) == ("best", "built") and volumes.ensure_volume(job)[1] == "kept"
+
+
 def test_two_builds_of_one_store_at_once_give_one_store(source, tmp_path):
     root, *frames = source
     for name, frame in zip(("instances", "stacks", "lesions", "boxes"), frames, strict=True):
@@ -1011,6 +1036,11 @@ def test_pet_is_taken_only_from_the_same_space_and_says_why_not(changes, words):
     assert volumes.choose_pets(stacks.iloc[0], stacks[:0]) == ([], "no PET in this study")
 
 
+def test_patients_without_an_id_are_one_where_the_study_is():
+    stacks = pet_tables().assign(patient_id=None)
+    assert volumes.choose_pets(stacks.iloc[0], stacks) == (["pet"], "")
+
+
 def test_a_ct_that_tells_no_frame_of_reference_gets_no_pet():
     stacks = pet_tables()
     stacks.loc[0, "frame_of_reference_uid"] = None
@@ -1026,6 +1056,14 @@ def test_pets_are_tried_by_what_they_cover_and_then_by_time():
     shuffled = stacks.sample(frac=1, random_state=0)
     order = volumes.choose_pets(stacks.iloc[0], shuffled)[0]
     assert order == ["day_before", "early", "nearly", "pet", "half", "head"]
+
+
+@pytest.mark.parametrize("nothing", [None, np.nan, pd.NA])
+def test_pets_that_tell_no_type_and_no_time_are_taken(nothing):
+    stacks = pet_tables(second={})
+    for column in ("series_type", "suv_refusal", "first_acquisition_date", "first_acquisition_time"):
+        stacks[column] = nothing
+    assert volumes.choose_pets(stacks.iloc[0], stacks)[0] == ["pet", "second"]
 
 
 def test_stacks_of_one_series_and_place_are_frames_unless_one_has_no_suv():
@@ -1066,8 +1104,10 @@ def test_the_first_pet_that_reaches_the_cube_and_can_be_read_is_laid(monkeypatch
     monkeypatch.setattr(volumes, "to_lattice", to_lattice)
     far, broken, near, other = (pet_at(*pet) for pet in (("far", 900, 9), ("broken", -9, 9), ("near", -9, 2.5),
                                                          ("other", -9, 7)))
-    suv, told = volumes._lay([far, broken, near, other], "", grid.affine((0, 0, 0)), grid)
+    suv, told = volumes._lay([far, near, other], "", grid.affine((0, 0, 0)), grid)
     assert np.nanmax(suv) == pytest.approx(2.5) and told == {"pet": "same frame of reference", "pet_stack_id": "near"}
+    suv, told = volumes._lay([broken, near], "", grid.affine((0, 0, 0)), grid)
+    assert told == {"pet": "same frame of reference; could not be read: cut off", "pet_stack_id": "near"}
     suv, told = volumes._lay([far, broken], "left out: no SUV", grid.affine((0, 0, 0)), grid)
     assert suv is None
     assert told == {"pet": "left out: no SUV; PET does not reach this cube; could not be read: cut off"}
