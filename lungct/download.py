@@ -173,8 +173,8 @@ def _fetch_all(uids: list[str], folder: Path, images: dict[str, int], fetch: Cal
                 raise
             failed.append(str(error))
             if len(failed) == tried + 1 > HOPELESS and waiting:
-                raise runs.InputError(f"none of {len(failed)} series arrived, so the others were not tried; "
-                                      f"{failed[0]}: see whether there is a network; the same command tries again")
+                text = f"none of {len(failed)} series arrived, so the others were not tried; {failed[0]}: see whether "
+                raise runs.InputError(text + "there is a network; the same command tries again") from None
     return failed
 
 # %% ../nbs/appendix/download.ipynb #dc99f33e

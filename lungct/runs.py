@@ -141,19 +141,19 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/appendix/runs.ipynb #a70c11f2
-def is_at_work(process: str) -> bool:
-    """Whether a process of this number runs, of which a folder bears it; False for what is no number."""
-    import psutil
-
-    return process.isdigit() and psutil.pid_exists(int(process))
-
 # %% ../nbs/appendix/runs.ipynb #4a7f1b89
 def _umask() -> int:
     # mkstemp makes files that only their owner reads; results on shared storage follow the user's own umask
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+# %% ../nbs/appendix/runs.ipynb #a70c11f2
+def is_at_work(process: str) -> bool:
+    """Whether a process of this number runs, of which a folder bears it; False for what is no number."""
+    import psutil
+
+    return process.isdigit() and psutil.pid_exists(int(process))
 
 # %% ../nbs/appendix/runs.ipynb #502a6d67
 def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
