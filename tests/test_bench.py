@@ -167,10 +167,11 @@ def test_goals_name_what_was_reached():
     import train
 
     speeds = dict.fromkeys(train.CONTENDERS, 30.0) | {(train.TORCH, "float32"): 10.0}
-    text = train.goals({64: speeds}, 93.4, 3.2)
+    text = train.goals({64: speeds}, 93.4, 3.2, {"input": 0.021, "low": 0.004, "high": 0.038})
     assert "step at 64^3 in float32, times plain torch: goal 1.5 or more, reached 3.00" in text
     assert "in bfloat16, times plain torch: goal 1.5 or more, reached 1.00" in text
     assert "goal 90 or more, reached 93.4" in text and "goal below 5, reached 3.2" in text
+    assert "goal below 5, reached 2.1, 95 % interval 0.4 to 3.8" in text
 
 
 def test_strangers_are_refused_where_they_would_be_none(tmp_path, monkeypatch):
