@@ -9,7 +9,8 @@ __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_CO
            'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
            'read_annotations', 'Outcome', 'name_patients', 'reconcile', 'count_outcomes', 'compare_rules',
            'require_match', 'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d',
-           'pair_lesions', 'longer_side_mm', 'describe_lesions', 'read_clinical', 'find_clinical', 'clinical_conflicts']
+           'pair_lesions', 'longer_side_mm', 'describe_lesions', 'stack_hull_mm', 'read_clinical', 'find_clinical',
+           'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
 import os
@@ -702,20 +703,24 @@ def describe_lesions(lesions: pd.DataFrame, stacks: pd.DataFrame) -> pd.DataFram
     (x from the stack's centre, + is the patient's left) and `level` (z from 0, lowest slice, to 1, highest)."""
     known = lesions.merge(stacks[["stack_id", "affine", "rows", "columns", "slices"]], on="stack_id", how="left")
     middle = (known[CORNERS_MM[3:]].to_numpy() + known[CORNERS_MM[:3]].to_numpy()) / 2
-    hulls = [_stack_hull_mm(row) for row in known[["affine", "rows", "columns", "slices"]].itertuples(index=False)]
-    low, high = (np.array([hull[end] for hull in hulls]).reshape(-1, 3) for end in (0, 1))
+    hulls = map(stack_hull_mm, known[["affine", "rows", "columns", "slices"]].to_dict("records"))
+    low, high = np.array([*hulls]).reshape(-1, 2, 3).swapaxes(0, 1)
     return lesions.reset_index(drop=True).assign(
         extent_mm=longer_side_mm(known), height_mm=known["z1_mm"] - known["z0_mm"],
         aside_mm=middle[:, 0] - (low + high)[:, 0] / 2,
         level=(middle[:, 2] - low[:, 2]) / (high - low)[:, 2])
 
 
-def _stack_hull_mm(row) -> tuple[np.ndarray, np.ndarray]:
-    if row.affine is None:
-        return np.full(3, np.nan), np.full(3, np.nan)
-    affine = np.reshape(np.asarray(row.affine, float), (4, 4))
-    corners_mm = to_mm(affine, box_corners(0, 0, 0, int(row.columns), int(row.rows), int(row.slices)))
-    return corners_mm.min(axis=0), corners_mm.max(axis=0)
+def stack_hull_mm(stack: Mapping) -> np.ndarray:
+    """Lowest and highest corner (2, 3), LPS mm, of the box along the patient's axes that holds a stack of chapter 1.
+
+    `stack` tells `affine`, `columns`, `rows` and `slices`; NaN where it has no affine.
+    """
+    if stack["affine"] is None:
+        return np.full((2, 3), np.nan)
+    extent = [int(stack[name]) for name in ("columns", "rows", "slices")]
+    corners_mm = to_mm(np.reshape(np.asarray(stack["affine"], float), (4, 4)), box_corners(0, 0, 0, *extent))
+    return np.stack([corners_mm.min(axis=0), corners_mm.max(axis=0)])
 
 # %% ../nbs/02_parse_annotations.ipynb #eeaeeb8e
 CLINICAL_HEADERS = {

@@ -720,10 +720,10 @@ def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> t
     return None, ""
 
 # %% ../nbs/01_explore_dicom.ipynb #a6527c54
-def _one_frame(rows: pd.DataFrame) -> str | None:
+def _one_frame(told: pd.Series) -> str | None:
     """The only frame of reference that images tell, or None when they tell none or several."""
-    frames = rows["frame_of_reference_uid"].dropna().unique()
-    return frames[0] if len(frames) == 1 else None
+    frames = set(told.to_numpy(object, na_value=None)) - {None}
+    return frames.pop() if len(frames) == 1 else None
 
 # %% ../nbs/01_explore_dicom.ipynb #255a11a0
 def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
@@ -734,7 +734,7 @@ def _pieces(rows: pd.DataFrame, labels: np.ndarray) -> list[pd.DataFrame]:
 def _by_kind(rows: pd.DataFrame) -> list[pd.DataFrame]:
     direction = _cluster(_matrix(rows["orientation"], 6), SAME_DIRECTION)
     frames = rows["frame_of_reference_uid"]
-    told = _one_frame(rows)                                    # the only one that is told is meant where it is missing
+    told = _one_frame(frames)                                  # the only one that is told is meant where it is missing
     frame, _ = pd.factorize(frames if told is None else frames.fillna(told), use_na_sentinel=False)
     number = frame * (direction.max() + 1) + direction
     for apart in (_is_localizer(rows), _is_projection(rows), _of_type(rows, _COMPUTED)):
@@ -1013,7 +1013,7 @@ def _describe(found: _Candidate, instances: pd.DataFrame, phase: int, dropped: i
     return row | {
         "stack_id": _stack_id(row["patient_id"], row["series_uid"], phase), "slices": len(part.rows), "phase": phase,
         "affine": None if affine is None else affine.ravel().tolist(), "spacing_mm": spacing,
-        "frame_of_reference_uid": _one_frame(instances.iloc[images]),
+        "frame_of_reference_uid": _one_frame(instances["frame_of_reference_uid"].iloc[images]),
         "status": "excluded" if reason else "accepted", "reason": reason.value if reason else None,
         "detail": found.detail or None, "remark": None if reason else _remark(part, spacing[2]),
         "suv_refusal": _suv_refusal(instances.iloc[images]) if row["modality"] == "PT" else None,
@@ -1150,7 +1150,7 @@ def read_stack(instances: pd.DataFrame, root: str | os.PathLike, straighten: boo
     if straighten:
         values, affine = pixels.straighten(values, affine, 0 if first["modality"] == "PT" else AIR_HU)
     hu, suv = (None, values) if first["modality"] == "PT" else (values, None)
-    uids, frame = tuple(part.rows["sop_uid"]), _one_frame(images)
+    uids, frame = tuple(part.rows["sop_uid"]), _one_frame(images["frame_of_reference_uid"])
     return Stack(first["stack_id"], hu, affine, first["modality"], uids, outside, suv, frame)
 
 # %% ../nbs/01_explore_dicom.ipynb #362ec8ea
@@ -1217,7 +1217,7 @@ def open_stack(stack: pd.Series, instances: pd.DataFrame, root: str | os.PathLik
     if not count == len(slices) == stack["slices"]:
         raise ValueError(f"stack {stack['stack_id']} cannot be opened: {count} slices of {stack['slices']} are there")
     factors = _stack_suv_factor(instances.iloc[order]) if stack["modality"] == "PT" else None
-    frame = _one_frame(instances[["frame_of_reference_uid"]].iloc[order])
+    frame = _one_frame(instances["frame_of_reference_uid"].iloc[order])
     return OpenStack(stack["stack_id"], np.reshape(stack["affine"], (4, 4)), stack["modality"], frame,
                      tuple(slices), os.fspath(root), factors)
 

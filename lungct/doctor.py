@@ -115,7 +115,8 @@ def advice(trials: Sequence[Trial]) -> str:
     if trials[0].ok:
         return f"Leave these alone: {failed}. The course's defaults, float32 without XLA, work."
     return (f"Failing: {failed}. Not even float32 without XLA trains here: compare the driver with the CUDA version "
-            "your TensorFlow was built for, or use the Docker image, whose versions agree.")
+            "that the backend (TensorFlow unless KERAS_BACKEND says otherwise) was built for, or use the Docker image, "
+            "whose versions agree.")
 
 
 def examine(say: Callable[[str], object], combinations: Sequence[tuple[bool, str]] = COMBINATIONS) -> int:

@@ -10,7 +10,6 @@ __all__ = ['PIXELS', 'WAITING', 'LAST', 'OURS', 'ABOUT_MODEL', 'to_volume', 'to_
 # %% ../nbs/appendix/predict.ipynb #5a02b03f
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -254,9 +253,7 @@ def _room(out: Path) -> Iterator[Path]:
     """A folder to fill; what is in it then replaces the results of an earlier call. InputError where none can be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(f"{WAITING}*-*/"):
-            if not runs.is_at_work(left.name.split("-")[1]):   # of a call that was killed
-                shutil.rmtree(left)
+        runs.clear_dead(out, WAITING)
         waiting = tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{os.getpid()}-")
     except OSError as error:
         raise runs.InputError(f"folder {out} could not be written ({error.strerror}): choose another") from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
-           'project_path', 'atomic', 'is_at_work', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file',
+           'project_path', 'atomic', 'clear_dead', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file',
            'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished',
            'check_undamaged', 'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
 
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,11 +150,14 @@ def _umask() -> int:
     return mask
 
 # %% ../nbs/appendix/runs.ipynb #a70c11f2
-def is_at_work(process: str) -> bool:
-    """Whether a process of this number runs, of which a folder bears it; False for what is no number."""
+def clear_dead(folder: str | os.PathLike, prefix: str) -> None:
+    """Remove what dead processes left in `folder`: folders named `prefix`, the number of the process, "-" and more."""
     import psutil
 
-    return process.isdigit() and psutil.pid_exists(int(process))
+    for left in Path(folder).glob(f"{prefix}*-*/"):
+        process = left.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left)
 
 # %% ../nbs/appendix/runs.ipynb #502a6d67
 def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:

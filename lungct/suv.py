@@ -203,10 +203,9 @@ def earliest(headers: Sequence[Mapping]) -> Mapping | None:
     return min(known, key=lambda pair: _elapsed_s(known[0][0], pair[0], -DAY_S / 2))[1] if known else None
 
 
-def _first_acquired(headers: Sequence[Mapping]) -> _Moment | None:
-    """The earliest acquisition of the series, or None when none is told."""
-    first = earliest(headers)
-    moments = [_moment(headers[0], *FIRST_ACQUIRED), first and _moment(first, *_ACQUIRED)]
+def _first_acquired(header: Mapping, image: Mapping | None) -> _Moment | None:
+    """The earliest acquisition of the series, or None when none is told; `image` is the earliest of the stack."""
+    moments = [_moment(header, *FIRST_ACQUIRED), image and _moment(image, *_ACQUIRED)]
     known = [moment for moment in moments if moment]
     return min(known, key=lambda moment: _elapsed_s(known[0], moment, -DAY_S / 2)) if known else None
 
@@ -227,33 +226,34 @@ UNCONFIRMED_LEAD_S = 300.0      # so long before the first image a start may lie
 REFERENCES_AGREE_S = 120.0      # beyond the length of a frame, within which conventions differ
 
 
-def _check_decay(headers: Sequence[Mapping], column: str, start: _Moment) -> None:
+def _check_decay(header: Mapping, column: str, start: _Moment, image: Mapping) -> None:
     """SuvError when both of what the first image says of its decay contradict a start long before it."""
-    image = earliest(headers)
-    factor, reference_ms = (image and _figure(image, name) for name in ("decay_factor", "frame_reference_time_ms"))
+    factor, reference_ms = (_figure(image, name) for name in ("decay_factor", "frame_reference_time_ms"))
     if not factor or reference_ms is None or factor < 0:
         return
     lead = _elapsed_s(start, _moment(image, *_ACQUIRED), -DAY_S / 2)
     told = math.log2(factor) * _half_life_s(image), reference_ms / 1000
     room = (_figure(image, "frame_duration_ms") or 0) / 1000 + REFERENCES_AGREE_S
     if lead > UNCONFIRMED_LEAD_S and all(abs(since - lead) > room for since in told):
-        raise SuvError(f"{_name(column)} is {headers[0][column]}, {lead / 60:.0f} min before the first image, but "
+        raise SuvError(f"{_name(column)} is {header[column]}, {lead / 60:.0f} min before the first image, but "
                        f"{_name('decay_factor')} {factor:g} and {_name('frame_reference_time_ms')} {reference_ms:g} "
                        f"tell of {told[0] / 60:.0f} and {told[1] / 60:.0f} min: no SUV")
 
 # %% ../nbs/appendix/suv.ipynb #f1311912
 def _scan_start(headers: Sequence[Mapping]) -> _Moment:
     """When the scan began: the time to which START images are decay corrected."""
-    start, first, column = _moment(headers[0], "series_time", "series_date"), _first_acquired(headers), "series_time"
+    header, image = headers[0], earliest(headers)
+    start, first, column = _moment(header, "series_time", "series_date"), _first_acquired(header, image), "series_time"
     if start is None or (first and _elapsed_s(first, start, -DAY_S / 2) > 0):   # not told, or written after the scan
-        start, column = _moment(headers[0], "ge_scan_datetime"), "ge_scan_datetime"
+        start, column = _moment(header, "ge_scan_datetime"), "ge_scan_datetime"
         if start:
-            _refuse_offset(headers[0], column)
+            _refuse_offset(header, column)
     if start and first:
-        _check_lead(headers[0], column, start, first)
-        _check_decay(headers, column, start)
+        _check_lead(header, column, start, first)
+    if start and image:
+        _check_decay(header, column, start, image)
     if not (start or first):
-        raise _no_time(headers[0], "series_time", "acquisition_time")
+        raise _no_time(header, "series_time", "acquisition_time")
     return start or first
 
 # %% ../nbs/appendix/suv.ipynb #74207073

@@ -1071,13 +1071,14 @@ class Settings:
         return max(1, round(len(set(train.patient_id)) / self.batch_size))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9ac41e07
+_EITHER = "True or False"
 _RULES = (
     (("epochs", "batch_size", "patience", "echoes"), lambda x: isinstance(x, Integral) and x > 0,
      "a whole number above zero"),
     (("learning_rate", "clip_norm"), lambda x: 0 < x < np.inf, "a number above zero"),
     (("weight_decay", "subtype_weight"), lambda x: 0 <= x < np.inf, "zero or more"),
     (("smoothing", "balance", "transplants", "pet_dropout"), lambda x: 0 <= x <= 1, "0 to 1"),
-    (("augmented", "jit_compile"), lambda x: isinstance(x, bool), "True or False"),
+    (("augmented", "jit_compile"), lambda x: True, _EITHER),
     (("seed",), lambda x: isinstance(x, Integral) and 0 <= x < 2**32, "a whole number from 0 to 4294967295"),
 )
 
@@ -1086,7 +1087,7 @@ def _check_settings(settings: Settings) -> None:
     for names, fits, expected in _RULES:
         for name in names:
             value = getattr(settings, name)
-            if not (isinstance(value, Real) and fits(value)):
+            if not (isinstance(value, Real) and isinstance(value, bool) == (expected == _EITHER) and fits(value)):
                 raise runs.InputError(f"{name} is {value!r}, expected {expected}")
 
 
@@ -1458,7 +1459,7 @@ def _checksum(state: bytes | memoryview) -> bytes:
 
 # %% ../nbs/05_train_3d_cnn.ipynb #a6dcbc96
 def _load_state(folder: Path, key: str, trainer: keras.Model) -> tuple[list[dict], list[np.ndarray]] | None:
-    for path in sorted(folder.glob(f"{key}-*.npz"), reverse=True):
+    for path in reversed([path for path in _states(folder) if path.name.startswith(key)]):
         arrays = _read_state(path)
         if arrays is None:
             log.warning("checkpoint %s cannot be read: it is damaged, so the one before is tried", path)

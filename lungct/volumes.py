@@ -19,7 +19,7 @@ import socket
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -35,7 +35,7 @@ from scipy import ndimage
 
 import lungct
 from . import dicom, pixels, runs
-from .annotations import CORNERS_MM
+from .annotations import CORNERS_MM, stack_hull_mm
 from .workers import connect, worker_pool
 
 # %% ../nbs/03_build_volumes.ipynb #49b168ab
@@ -482,23 +482,15 @@ def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray
     kept = (clipped[:, 3:] > clipped[:, :3]).all(axis=1)
     if kept.sum() > 255:
         raise ValueError(f"a mask numbers at most 255 lesions, got {kept.sum()}")
-    to_source, parts = np.linalg.inv(affine) @ grid_affine, []
-    for lesion_id, box in zip(lesions.lesion_id[kept], clipped[kept], strict=True):
+    to_source, parts, lesion_ids = np.linalg.inv(affine) @ grid_affine, [], lesions["lesion_id"].to_numpy(str)[kept]
+    for lesion_id, box in zip(lesion_ids, clipped[kept], strict=True):
         low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
         parts.append((low, _coverage(_outline(boxes[boxes.lesion_id == lesion_id]), to_source, low, high)))
     cut = kept & (abs(whole - clipped) > 1e-3).any(axis=1)
-    return {"boxes_zyx": clipped[kept].astype(np.float32), "lesion_ids": lesions.lesion_id[kept].to_numpy(str),
+    return {"boxes_zyx": clipped[kept].astype(np.float32), "lesion_ids": lesion_ids,
             "mask": _paint(parts, (size,) * 3), "lesions_cut": int(cut.sum()), "lesions_outside": int((~kept).sum())}
 
 # %% ../nbs/03_build_volumes.ipynb #95dfbda8
-def _box_mm(stack: pd.Series) -> np.ndarray:
-    """Lowest and highest corner (2, 3) of the box, along the patient's axes, that holds a stack."""
-    shape = np.array([stack["columns"], stack["rows"], stack["slices"]], float)
-    corners = np.array(list(itertools.product(*zip(np.full(3, -0.5), shape - 0.5, strict=True))))
-    mm = corners @ np.reshape(stack["affine"], (4, 4))[:3, :3].T + np.reshape(stack["affine"], (4, 4))[:3, 3]
-    return np.stack([mm.min(axis=0), mm.max(axis=0)])
-
-
 def _share_inside(inner: np.ndarray, outer: np.ndarray) -> float:
     """The share of one box that lies in another."""
     common = np.minimum(inner[1], outer[1]) - np.maximum(inner[0], outer[0])
@@ -517,8 +509,10 @@ def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]
     -------
     (stack_ids, best first; why there is none in words, or "")
     """
-    pets = stacks[(stacks["modality"] == "PT") & _alike(stacks["study_uid"], stack["study_uid"])
-                  & (_alike(stacks["patient_id"], stack["patient_id"]) | _untold(stacks, stack, "patient_id"))]
+    pets = stacks
+    if len(stacks):  # of most studies there are none: then there is nothing to search
+        pets = stacks[(stacks["modality"] == "PT") & _alike(stacks["study_uid"], stack["study_uid"])
+                      & (_alike(stacks["patient_id"], stack["patient_id"]) | _untold(stacks, stack, "patient_id"))]
     if pets.empty:
         return [], "no PET in this study"
     good = pets[pets["status"] == "accepted"]
@@ -528,8 +522,10 @@ def choose_pets(stack: pd.Series, stacks: pd.DataFrame) -> tuple[list[str], str]
     if same.empty:
         untold = pd.isna(stack["frame_of_reference_uid"]) or good["frame_of_reference_uid"].isna().all()
         return [], "frame of reference not told" if untold else "PET in another frame of reference"
-    still = same[~_moving(same)]
-    return (_in_order(stack, still), "") if len(still) else ([], "PET of several frames or gates")
+    boxes = np.stack([stack_hull_mm(pet) for _, pet in same.iterrows()])
+    still = ~_moving(same, boxes)
+    order = _in_order(stack_hull_mm(stack), same[still], boxes[still])
+    return order, "" if order else "PET of several frames or gates"
 
 # %% ../nbs/03_build_volumes.ipynb #95dfbdaa
 def _alike(told: pd.Series, wanted: str) -> pd.Series:
@@ -540,19 +536,18 @@ def _untold(stacks: pd.DataFrame, stack: pd.Series, column: str) -> pd.Series:
     return stacks[column].isna() & pd.isna(stack[column])
 
 
-def _moving(pets: pd.DataFrame) -> np.ndarray:
+def _moving(pets: pd.DataFrame, boxes: np.ndarray) -> np.ndarray:
     """Which are frames or gates: their header says so, or their series has two stacks with SUV of one place."""
     said = pets["series_type"].astype("str").str.match("DYNAMIC|GATED").fillna(False).to_numpy(bool)
     series = pets["series_uid"].where(pets["suv_refusal"].isna()).tolist()
-    boxes, again = [_box_mm(row) for _, row in pets.iterrows()], np.zeros(len(pets), bool)
+    again = np.zeros(len(pets), bool)
     for i, j in itertools.permutations(range(len(pets)), 2):
         again[i] |= series[i] == series[j] and _share_inside(boxes[i], boxes[j]) > 0.5
     return said | again
 
 
-def _in_order(stack: pd.Series, pets: pd.DataFrame) -> list[str]:
-    ct = _box_mm(stack)
-    tenths = [-round(10 * _share_inside(ct, _box_mm(pet))) for _, pet in pets.iterrows()]
+def _in_order(ct: np.ndarray, pets: pd.DataFrame, boxes: np.ndarray) -> list[str]:
+    tenths = [-round(10 * _share_inside(ct, box)) for box in boxes]
     order = ["tenths", "first_acquisition_date", "first_acquisition_time", "stack_id"]
     return pets.assign(tenths=tenths).sort_values(order)["stack_id"].tolist()
 
@@ -694,9 +689,9 @@ def _jobs(dicom_root, instances, stacks, lesions, boxes, folder: Path, grid: Gri
     files, found, drawn = (dict(tuple(frame.groupby("stack_id"))) for frame in (instances, lesions, boxes))
     files, root = defaultdict(lambda: instances[:0], files), str(Path(dicom_root).resolve())
     stacks = stacks.sort_values("stack_id").set_index("stack_id", drop=False).rename_axis(None)
-    pets = stacks[stacks.modality == "PT"]
+    pets = dict(tuple(stacks[stacks.modality == "PT"].groupby("study_uid")))
     for stack_id, stack in stacks[(stacks.modality == "CT") & (stacks.status == "accepted")].iterrows():
-        pet_ids, none = choose_pets(stack, pets)
+        pet_ids, none = choose_pets(stack, pets.get(stack.study_uid, stacks[:0]))
         opened, refusals = _open_all([stacks.loc[pet_id] for pet_id in pet_ids], files, root)
         ct, problem = _open_all([stack], files, root)
         job = {"stack_id": stack_id, "ct": ct[0] if ct else None, "problem": problem, "pets": opened,
@@ -752,13 +747,17 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     return {**done, **row, "content_hash": content_hash}, "built"
 
 # %% ../nbs/03_build_volumes.ipynb #5d29652b
-def _in_processes(jobs: Sequence[dict], workers: int) -> Iterator[tuple[dict, str]]:
+def _in_processes(jobs: Iterable[dict], workers: int) -> Iterator[tuple[dict, str]]:
     """Results in the order they finish; the jobs of a broken pool are done one by one afterwards."""
     from lungct import volumes as module
 
-    interrupted = []
+    running, interrupted = {}, []
     with worker_pool(workers, [module.__name__, "lungct.loops"]) as pool:
-        running = {pool.submit(module.ensure_volume, job): job for job in jobs}
+        for job in jobs:  # the workers begin while the rest is still made ready
+            try:
+                running[pool.submit(module.ensure_volume, job)] = job
+            except BrokenProcessPool:
+                interrupted.append(job)
         for future in as_completed(running):
             try:
                 yield future.result()
@@ -837,13 +836,13 @@ def _collect(client, futures: dict, address: str, killed: list[dict]) -> Iterato
             yield row, outcome
 
 # %% ../nbs/03_build_volumes.ipynb #5d2607a6
-def _on_cluster(jobs: Sequence[dict], address: str) -> Iterator[tuple[dict, str]]:
+def _on_cluster(jobs: Iterable[dict], address: str) -> Iterator[tuple[dict, str]]:
     """Results from the workers of a dask scheduler; InputError within seconds when it does not answer."""
     import distributed
 
     from lungct import volumes as module
 
-    killed = []
+    jobs, killed = list(jobs), []
     with connect(address) as client:
         calls = client.map(module._at_worker, jobs, code=runs.code_hash(), pure=False, retries=2)
         futures = dict(zip(calls, jobs, strict=True))
@@ -885,12 +884,10 @@ def _sweep(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 # %% ../nbs/03_build_volumes.ipynb #d264a47e
-def _results(jobs: Sequence[dict], workers: int, scheduler: str) -> Iterator[tuple[dict, str]]:
+def _results(jobs: Iterable[dict], workers: int, scheduler: str) -> Iterator[tuple[dict, str]]:
     if scheduler:
         return _on_cluster(jobs, scheduler)
-    if min(workers, len(jobs)) > 1:
-        return _in_processes(jobs, min(workers, len(jobs)))
-    return map(ensure_volume, jobs)
+    return _in_processes(jobs, workers) if workers > 1 else map(ensure_volume, jobs)
 
 # %% ../nbs/03_build_volumes.ipynb #128b9e5f
 def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks: pd.DataFrame, lesions: pd.DataFrame,
@@ -912,8 +909,9 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
     """
     folder = Path(out_folder) / "volumes"
     _sweep(folder)
-    jobs, rows = list(_jobs(dicom_root, instances, stacks, lesions, boxes, folder, grid)), []
-    for row, outcome in _results(jobs, workers or os.cpu_count() or 1, scheduler):
+    count = np.count_nonzero((stacks["modality"] == "CT") & (stacks["status"] == "accepted"))
+    jobs, rows = _jobs(dicom_root, instances, stacks, lesions, boxes, folder, grid), []
+    for row, outcome in _results(jobs, min(workers or os.cpu_count() or 1, count), scheduler):
         rows.append(row)
         if on_done:
             on_done(row["stack_id"], outcome)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import zipfile
 
 import pytest
@@ -53,10 +54,14 @@ def test_damaged_archive_is_refused(collection):
 
 
 def test_leftovers_of_an_interrupted_download_are_forgotten(collection):
-    leftover = collection / "Lung-PET-CT-Dx" / ".incoming-abc" / "unpacked"
-    leftover.mkdir(parents=True)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, filling, own = (collection / "Lung-PET-CT-Dx" / f".incoming-{name}" / "unpacked"
+                          for name in (f"{gone.pid}-abc", f"{os.getppid()}-abc", "notes"))
+    for folder in (left, filling, own):
+        folder.mkdir(parents=True)
     download.download_collection("", str(collection), fetch=server)
-    assert not leftover.exists()
+    assert not left.parent.exists() and filling.exists() and own.exists()
 
 
 def test_limit_fetches_only_so_many(collection):
@@ -176,7 +181,7 @@ def test_a_damaged_member_costs_its_series_only(collection):
 
 def test_a_second_download_leaves_the_first_alone(collection):
     def meanwhile(uid, folder):
-        download._made_ready(folder.parent)                # what every download begins with
+        runs.clear_dead(folder.parent, download.WAITING)   # what every download begins with
         if uid == "1.2.4":
             (folder.parent / uid).mkdir()                  # the other one was quicker
         return server(uid, folder)

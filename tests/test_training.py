@@ -1636,7 +1636,9 @@ def test_predict_refuses_another_grid_and_takes_nothing():
     ({"learning_rate": np.nan}, "learning_rate is nan"), ({"clip_norm": 0}, "clip_norm is 0"),
     ({"weight_decay": -1}, "weight_decay is -1, expected zero or more"), ({"subtype_weight": np.inf}, "subtype_weight"),
     ({"transplants": 5}, "transplants is 5, expected 0 to 1"), ({"pet_dropout": -1}, "pet_dropout is -1"),
-    ({"smoothing": 3}, "smoothing is 3"), ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5")])
+    ({"smoothing": 3}, "smoothing is 3"), ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"),
+    ({"epochs": True}, "epochs is True"), ({"learning_rate": True}, "learning_rate is True"),
+    ({"augmented": 1}, "augmented is 1, expected True or False")])
 def test_settings_out_of_range_are_the_users_to_mend(changes, message):
     with pytest.raises(runs.InputError, match=message):
         Settings(**changes)
