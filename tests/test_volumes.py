@@ -959,12 +959,19 @@ def test_old_leftovers_are_swept_and_fresh_ones_left_alone(source, tmp_path):
     assert not old.exists() and fresh.exists()
 
 
-def test_a_worker_that_dies_costs_one_stack(source, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 5], ids=["all jobs given out", "more jobs to come"])
+def test_a_worker_that_dies_costs_one_stack(source, tmp_path, seconds):
     """The job of one stack kills its process; the others are built all the same."""
     jobs = list(volumes._jobs(*source, tmp_path / "volumes", GRID))
     (tmp_path / "volumes").mkdir()
     jobs[1]["stack_id"] = Suicide(jobs[1]["stack_id"])
-    rows = [row for row, _ in volumes._in_processes(jobs, 2)]
+
+    def made_ready():
+        yield from jobs[:3]
+        time.sleep(seconds)  # meanwhile the pool breaks
+        yield from jobs[3:]
+
+    rows = [row for row, _ in volumes._in_processes(made_ready(), 2)]
     assert sorted(row["status"] for row in rows) == ["accepted"] * 5 + ["excluded"]
     dead = next(row for row in rows if row["status"] == "excluded")
     assert dead["reason"] == volumes.BuildProblem.WORKER_DIED.value
