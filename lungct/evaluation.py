@@ -1457,7 +1457,7 @@ def _why_missed(lesion, boxes, threshold):
     weak, sure = boxes[boxes["lesion_id"] == lesion.lesion_id], (boxes["score"] >= threshold).to_numpy()
     if len(weak):
         best = weak["score"].max()
-        return best, f"its best box scores {best:.2f}, below the threshold {threshold:.2f}"
+        return best, f"its best box scores {best:.3f}, below the threshold {threshold:.3f}"
     iou, gaps = iou_3d(corners, [box])[:, 0], box_gaps(corners, [box])[:, 0]
     if (iou[sure] > 0).any():
         best = np.flatnonzero(sure)[iou[sure].argmax()]

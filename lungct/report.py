@@ -117,7 +117,7 @@ def errors_html(errors: pd.DataFrame, first: int = 5) -> str:
     if errors.empty:
         return "<p>No errors.</p>"
     shown = errors.groupby("error", sort=False).head(first)
-    shown = shown.assign(score=["" if pd.isna(score) else f"{score:.2f}" for score in shown["score"]])
+    shown = shown.assign(score=["" if pd.isna(score) else f"{score:.3f}" for score in shown["score"]])
     shown = shown[["error", "stack_id", "size_mm", "slice_thickness_mm", "place", "score", "reason"]]
     shown = shown.rename(columns={"stack_id": "scan", "size_mm": "size (mm)", "slice_thickness_mm": "slices (mm)"})
     many = ", ".join(f"{n} {name}" for name, n in errors["error"].value_counts(sort=False).items())

@@ -1147,7 +1147,8 @@ def memory_estimate(network: keras.Model, settings: Settings, train: Examples | 
     batch = 4 * size**3 * (channels + 1) + 4 * 8 * (size // STRIDE) ** 3
     cohort = 0 if train is None else sum(x.nbytes for x in (train.ct_hu, train.pet_suv) if x is not None)
     return pd.Series({
-        "weights, gradients, moments": 5 * 4 * network.count_params(), "backend": LAYER_BYTES * _weighted(network),
+        "weights twice, gradients, moments": 5 * 4 * network.count_params(),
+        "backend": LAYER_BYTES * _weighted(network),
         "layer outputs": settings.batch_size * sum(map(_kept_bytes, network.layers, outputs)),
         "gradients and work space": settings.batch_size * WORK * max(outputs),
         "batches": (1 + _kept_batches(settings)) * settings.batch_size * batch, "cohort": cohort}, dtype="int64")
@@ -1192,7 +1193,7 @@ def check_memory(network: keras.Model, settings: Settings, train: Examples | Non
     need = need.drop("cohort")  # in the host's memory already; on a GPU it is held only where it fits
     if free is None or need.sum() <= free:
         return
-    fixed = need["weights, gradients, moments"] + need["backend"]  # whatever the batch
+    fixed = need["weights twice, gradients, moments"] + need["backend"]  # whatever the batch
     fits = int((free - fixed) // ((need.sum() - fixed) / settings.batch_size))
     advice = f"batch_size to {fits}" if fits > 0 else "filters, or grid_size of chapter 3"
     raise runs.InputError(f"a training step with batch_size {settings.batch_size} needs about {need.sum() / GB:.2f} GB "

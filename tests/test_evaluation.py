@@ -665,7 +665,7 @@ def test_each_missed_lesion_has_a_reason_that_can_be_measured():
                             scans(("one", "P1"), ("two", "P2"), ("three", "P3")))
     missed = ev.missed_lesions(scored, truth, threshold=0.5).set_index("lesion_id")
     assert missed.index[0] == "L2" and missed.loc["L2", "size_mm"] == 40            # the largest first
-    assert missed.loc["L0", "reason"] == "its best box scores 0.20, below the threshold 0.50"
+    assert missed.loc["L0", "reason"] == "its best box scores 0.200, below the threshold 0.500"
     assert missed.loc["L1", "reason"] == "a box overlaps it (IoU 0.11) but is centred elsewhere"
     assert missed.loc["L2", "reason"] == "nearest box above the threshold is 45 mm away"
     assert missed.loc["L3", "reason"] == "nearest box above the threshold is 35 mm away"

@@ -908,10 +908,10 @@ def parts(size=32, filters=(8, 16), batch_size=4, **options):
 
 def test_memory_grows_with_batch_filters_grid_and_inputs():
     base = parts()
-    assert base["weights, gradients, moments"] == 5 * 4 * network(size=32, filters=(8, 16)).count_params()
+    assert base["weights twice, gradients, moments"] == 5 * 4 * network(size=32, filters=(8, 16)).count_params()
     for more in (parts(batch_size=5), parts(filters=(16, 32)), parts(size=64), parts(pet=True)):
         assert more.sum() > base.sum()
-    fixed = ["weights, gradients, moments", "backend"]
+    fixed = ["weights twice, gradients, moments", "backend"]
     assert (parts(batch_size=8).drop(fixed) == 2 * base.drop(fixed)).all()
     held = training.memory_estimate(network(), quick(), toys(4))["cohort"]
     assert held == 4 * SIZE**3 * 2
@@ -945,7 +945,7 @@ def test_the_estimate_is_what_a_step_really_takes():
 def test_what_does_not_fit_names_what_to_lower(monkeypatch):
     net = network()
     each = training.memory_estimate(net, quick(batch_size=1))
-    fixed = each["weights, gradients, moments"] + each["backend"]
+    fixed = each["weights twice, gradients, moments"] + each["backend"]
     monkeypatch.setattr(training, "free_memory", lambda: int(fixed + 2.5 * (each.sum() - fixed)))
     with pytest.raises(runs.InputError, match=r"batch_size 3 needs about 0.\d+ GB .* lower batch_size to 2$"):
         training.fit(net, toys(4), settings=quick(batch_size=3))
