@@ -38,15 +38,18 @@ from .annotations import SUBTYPES, longer_side_mm, patient_subtype, read_clinica
 
 # %% ../nbs/04_check_labels.ipynb #f16a4895
 def _face_gap(mask: np.ndarray, boxes_zyx: np.ndarray) -> float:
-    # farthest distance in voxels from a box face to its own lesion's voxels; infinite for a lesion without voxels
+    # voxels by which a lesion's own voxels reach out of its box, or by which they stay away from a face, where that is
+    # more than half of the box; infinite for a lesion without voxels
     boxes = np.asarray(boxes_zyx, float).reshape(-1, 6)
     worst = 0.0
     for number, box in enumerate(boxes, start=1):
         meets = ((boxes[:, :3] < box[3:]) & (boxes[:, 3:] > box[:3])).all(axis=1)
         if meets.sum() == 1:  # lesions that overlap may hide each other's voxels
             where = np.argwhere(mask == number)
-            bounds = np.r_[where.min(axis=0), where.max(axis=0) + 1] if len(where) else np.full(6, np.inf)
-            worst = max(worst, float(np.abs(bounds - box).max()))
+            if not len(where):
+                return math.inf
+            out = np.r_[box[:3] - where.min(axis=0), where.max(axis=0) + 1 - box[3:]]
+            worst = max(worst, float(np.where(-out > np.tile(box[3:] - box[:3], 2) / 2, -out, out).max()))
     return worst
 
 
@@ -623,7 +626,7 @@ FACE_VOXELS = 1.01  # a face of a box may fall inside a voxel, and rounding may 
 
 @check("mask-and-boxes-disagree", needs=("voxels",))
 def _mask_and_boxes(material):
-    """The mask of a lesion does not reach the faces of its box, or reaches beyond them."""
+    """The mask of a lesion reaches out of its box, or leaves more than half of it empty."""
     drawn = _annotated(material)
     bad = drawn[(drawn["mask_voxels"] > 0) & (drawn["face_gap"] > FACE_VOXELS)]
     if len(bad):

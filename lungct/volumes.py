@@ -428,11 +428,12 @@ def _outline(boxes: pd.DataFrame) -> tuple[int, np.ndarray]:
                                      for k, hull in zip(slices, between, strict=True)])
 
 # %% ../nbs/03_build_volumes.ipynb #9d1b2ca1
-def _coverage(outline: tuple[int, np.ndarray], to_source: np.ndarray, low_zyx: np.ndarray, high_zyx: np.ndarray,
-              fine: int = 4) -> np.ndarray:
+def _coverage(outline: tuple[int, np.ndarray], to_source: np.ndarray, low_zyx: np.ndarray,
+              high_zyx: np.ndarray) -> np.ndarray:
     """Share of each grid voxel in [low, high) that lies inside the per-slice boxes of a lesion."""
     first, rectangles = outline
-    axes = [np.arange(a * fine, b * fine) / fine + 0.5 / fine - 0.5 for a, b in zip(low_zyx, high_zyx, strict=True)]
+    fine = np.maximum(4, np.ceil(abs(to_source[2, 2::-1])).astype(int) + 1)        # no slice lies between two points
+    axes = [(np.arange(a * n, b * n) + 0.5) / n - 0.5 for a, b, n in zip(low_zyx, high_zyx, fine, strict=True)]
     points = np.stack(np.meshgrid(*axes, indexing="ij")[::-1])
     x, y, z = np.tensordot(to_source[:3, :3], points, 1) + to_source[:3, 3, None, None, None] + 0.5
     k = np.floor(z).astype(int) - first
@@ -442,7 +443,7 @@ def _coverage(outline: tuple[int, np.ndarray], to_source: np.ndarray, low_zyx: n
         inside |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
     inside &= (k >= 0) & (k < len(rectangles))
     nz, ny, nx = np.asarray(high_zyx) - low_zyx
-    return inside.reshape(nz, fine, ny, fine, nx, fine).mean(axis=(1, 3, 5))
+    return inside.reshape(nz, fine[0], ny, fine[1], nx, fine[2]).mean(axis=(1, 3, 5))
 
 # %% ../nbs/03_build_volumes.ipynb #5e479309
 def _paint(parts: Sequence[tuple[np.ndarray, np.ndarray]], shape_zyx: Sequence[int],
@@ -456,11 +457,17 @@ def _paint(parts: Sequence[tuple[np.ndarray, np.ndarray]], shape_zyx: Sequence[i
         views[i][cover >= max(threshold * cover.max(), 1e-9)] = i + 1
     for i in order:
         if not (views[i] == i + 1).any():
-            best_first = np.argsort(-parts[i][1], axis=None, kind="stable")
+            best_first = _best_first(parts[i][1])
             sole = [n for n, count in enumerate(np.bincount(mask.ravel())) if n and count == 1]
             free = [v for v in best_first if views[i].flat[v] not in sole]
             views[i].flat[(free or best_first)[0]] = i + 1
     return mask
+
+
+def _best_first(cover: np.ndarray) -> np.ndarray:
+    """Flat indices of the voxels around a lesion, best covered first; of two alike the one nearer to its middle."""
+    away = sum((place - (n - 1) / 2) ** 2 for place, n in zip(np.indices(cover.shape), cover.shape, strict=True))
+    return np.lexsort((away.ravel(), -cover.ravel()))
 
 # %% ../nbs/03_build_volumes.ipynb #13f59810
 def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray, grid_affine: np.ndarray,

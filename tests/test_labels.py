@@ -667,6 +667,39 @@ def test_a_box_edge_inside_a_voxel_is_tolerated(size, start, length):
     assert facts["face_gap"] <= lab.FACE_VOXELS
 
 
+def test_a_box_that_one_slice_of_many_is_wider_than_is_right():
+    volume = boxed()
+    volume.mask[7], volume.mask[:, :, 8] = 0, 0            # hardly drawn on the last millimetres: less than half a voxel
+    volume.boxes_zyx = volume.boxes_zyx + np.array([-0.4, 0, 0, 0, 0, 0.3], "float32")
+    assert lab.inspect_volume(volume)["face_gap"] < lab.FACE_VOXELS
+
+
+def test_a_mask_that_is_a_sliver_of_its_box_is_noticed():
+    volume = boxed()
+    volume.mask[:, :, 5:] = 0                              # three of seven voxels
+    assert lab.inspect_volume(volume)["face_gap"] == 4
+
+
+def test_no_lesion_of_the_collection_is_beside_its_box(real_data):
+    """All boxes of the collection, as if all its slices were as thin as those of its PET/CT."""
+    from lungct import annotations, volumes
+
+    drawn = pd.read_csv(real_data / "ct_boxes.csv", dtype={"subtype": "str"})
+    names = drawn["path"].str.extract(r"^(.*)/(\d+)-(\d+)\.dcm$")       # series, acquisition, image
+    drawn = drawn.assign(slice_index=names[2].astype(int))
+    affine, worst = np.diag([0.75, 0.75, 1.0, 1.0]), {}
+    stacks = pd.DataFrame({"stack_id": ["s"], "patient_id": ["p"], "study_uid": ["u"], "affine": [affine.ravel()]})
+    for (series, _), group in drawn.groupby([names[0], names[1]]):
+        told = {"file": group["sop_uid"], "object_index": range(len(group)), "stack_id": "s", "label": group["subtype"]}
+        boxes = group.assign(**told).reindex(columns=list(annotations.BOX_COLUMNS)).astype(annotations.BOX_COLUMNS)
+        lesions, boxes = annotations.join_lesions(boxes, stacks)
+        middle = lesions[annotations.CORNERS_MM].to_numpy().reshape(-1, 2, 3).mean(axis=(0, 1))
+        placed = volumes.place_lesions(lesions, boxes, affine, volumes.Grid().affine(middle), 64)
+        worst[series] = max(worst.get(series, 0), lab._face_gap(placed["mask"], placed["boxes_zyx"]))
+    print(f"{len(worst)} series: at most {max(worst.values()):.2f} voxels beside the box")
+    assert len(worst) > 300 and max(worst.values()) <= lab.FACE_VOXELS
+
+
 def test_swapped_axes_are_noticed():
     volume = boxed()
     volume.mask = volume.mask.transpose(2, 1, 0)

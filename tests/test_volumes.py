@@ -392,6 +392,29 @@ def test_a_lesion_on_one_thin_slice_keeps_its_area():
     assert mask.any(axis=0).sum() * 36 == pytest.approx(48 * 48, rel=0.3)
 
 
+@pytest.mark.parametrize("slice_mm", [1.0, 0.625])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_lesion_on_a_slice_between_the_points_is_where_it_was_drawn(slice_mm, slices):
+    affine = np.diag([0.75, 0.75, slice_mm, 1.0])
+    affine[:3, 3] = -30
+    grid_affine = Grid(12, 6.0).affine((0, 0, 0))
+    for first in range(30, 42):
+        lesions, boxes = lesion_tables({"l0": dict.fromkeys(range(first, first + slices), (20, 25, 50, 55))}, affine)
+        mask = volumes.place_lesions(lesions, boxes, affine, grid_affine, 12)["mask"]
+        corners = lesions[volumes.CORNERS_MM].to_numpy()[0]
+        away = dicom.to_mm(grid_affine, np.argwhere(mask)[:, ::-1]).mean(axis=0) - (corners[:3] + corners[3:]) / 2
+        assert mask.any(axis=0).sum() * 36 == pytest.approx(22.5 * 22.5, rel=0.3) and abs(away).max() <= 3.1, first
+
+
+def test_a_lesion_too_thin_for_any_point_takes_the_voxel_in_its_middle():
+    lesions, boxes = lesion_tables({"l0": {20: (50, 50, 51, 110)}}, np.diag([0.05, 0.8, 5.0, 1.0]))
+    grid_affine = Grid(20, 6.0).affine((0, 60, 100))
+    mask = volumes.place_lesions(lesions, boxes, np.diag([0.05, 0.8, 5.0, 1.0]), grid_affine, 20)["mask"]
+    corners = lesions[volumes.CORNERS_MM].to_numpy()[0]
+    away = dicom.to_mm(grid_affine, np.argwhere(mask)[:, ::-1])[0] - (corners[:3] + corners[3:]) / 2
+    assert mask.sum() == 1 and abs(away).max() <= 6
+
+
 def test_bridged_slices_are_interpolated():
     drawn = {"slice_index": [4, 6], "xmin": [0, 10], "ymin": [0, 0], "xmax": [20, 40], "ymax": [8, 8]}
     first, outline = volumes._outline(pd.DataFrame(drawn))
