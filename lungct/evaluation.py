@@ -87,6 +87,11 @@ class Scored:
     hit: np.ndarray             # (detections,) bool
     false: np.ndarray           # (detections,) bool; neither hit nor false: a repeat
 
+    @property
+    def with_lesion(self) -> int:
+        """Number of patients with a lesion, on whom every share of lesions rests."""
+        return int((self.lesions > 0).sum())
+
     def found_at(self, threshold: float | None) -> np.ndarray:
         """(detections,) bool; the hits at or above a threshold. None, when none was chosen, finds nothing."""
         return self.hit & (self.score >= (np.inf if threshold is None else threshold))
@@ -109,7 +114,7 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
     Raises
     ------
-    InputError : a stack is twice in `scans` or has no patient, or a score of theirs is not finite.
+    InputError : a stack is twice in `scans` or has no patient, or a score or a corner of theirs is not finite.
     """
     counted = detections[detections["stack_id"].isin(scans["stack_id"])]
     _check_scans(counted, scans)
@@ -122,17 +127,17 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
 # %% ../nbs/06_evaluate.ipynb #83a1f9ae
 def _check_scans(counted, scans):
-    """Refuse a scan that is there twice, and scores that have no order: sorted, a NaN would stand anywhere."""
+    """Refuse a scan that is there twice, and what is no number: sorted, a NaN would stand anywhere, and hit nothing."""
     if scans["patient_id"].isna().any():
         raise runs.InputError("a scan has no patient_id: give each a name, its own where it is not known")
     twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
-    wrong = counted.loc[~np.isfinite(counted["score"].to_numpy(float)), "stack_id"]
+    wrong = counted.loc[~np.isfinite(counted[["score", *CORNERS_MM]].to_numpy(float)).all(axis=1), "stack_id"]
     if len(twice):
         named = labels._some(sorted(twice))
         raise runs.InputError(f"scans has stack {named} more than once: drop_duplicates('stack_id') first")
     if len(wrong):
         named = labels._some(sorted(wrong))
-        raise runs.InputError(f"a score is not finite in stack {named}: predict again, or leave these boxes out")
+        raise runs.InputError(f"a score or a corner is not finite in stack {named}: leave these boxes out")
 
 # %% ../nbs/06_evaluate.ipynb #e40f9a05
 def _match_scan(found, truth, min_iou):
@@ -304,7 +309,7 @@ def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a0
 def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (0.0, 1.0), unit: str = "",
-              margin: float | None = None, counted_on: int | None = None) -> Estimate:
+              margin: float | None = None, counted_on: int | None = None, upper: np.ndarray | None = None) -> Estimate:
     """Estimate from a statistic's values on the sample (first) and on its resamples (the others).
 
     Parameters
@@ -315,22 +320,21 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
         None: it is left as it is.
     unit : of the values; "" for a share.
     margin : by how much it is widened; None: by what a perfect result on `n` units leaves open.
-    counted_on : for a rate without bounds: the number of scans. Where all resamples agree it gets the exact interval.
+    counted_on : for a rate without bounds: the number of scans. Its interval is at least the exact one of such a count.
+    upper : values for the upper end, where they are others.
 
     Returns
     -------
-    Value and interval; not estimable without units or resamples, undefined on the sample or on over `MAX_UNDEFINED` of
-    the resamples.
+    Value and interval; not estimable without units or resamples, or undefined on over `MAX_UNDEFINED` of these.
     """
     values = np.asarray(values, float)
     if reason := _undefined(values, n):
         return not_estimable(reason, n, unit)
-    value, drawn = values[0], values[1:][np.isfinite(values[1:])]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    value, low, high = values[0], _end(values, 2.5), _end(values if upper is None else upper, 97.5)
     if bounds is not None:
         low, high = _widened(value, low, high, perfect_margin(n) if margin is None else margin, bounds)
-    elif counted_on and low == high:
-        low, high = (end / counted_on for end in _count_interval(round(value * counted_on)))
+    elif counted_on:
+        low, high = _hull((low, high), [end / counted_on for end in _count_interval(round(value * counted_on))])
     return Estimate(*(round(float(x), 6) for x in (value, min(low, value), max(high, value))), int(n), True, None, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b19f
@@ -344,6 +348,12 @@ def _undefined(values, n):
     if drawn < (1 - MAX_UNDEFINED) * (len(values) - 1):
         return f"undefined in {1 - drawn / (len(values) - 1):.0%} of the resamples"
     return None
+
+
+def _end(values, percent):
+    """A percentile of the resamples on which a statistic is defined; the first of `values` is the sample."""
+    drawn = values[1:]
+    return np.percentile(drawn[np.isfinite(drawn)], percent)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a1
 def perfect_margin(n: int) -> float:
@@ -360,17 +370,26 @@ def perfect_margin(n: int) -> float:
     return 1 - 0.025 ** (1 / n) if n else 1.0
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a2
+_HAIR = 0.005  # two decimals do not show it
+
+
 def _widened(value: float, low: float, high: float, margin: float, bounds: tuple[float, float]) -> tuple[float, float]:
     # no surer than a perfect result: from a bound that is reached at least the margin, both ways from a point
-    if np.isclose(low, high):
+    if np.isclose(low, high) and bounds[0] + _HAIR <= low and high <= bounds[1] - _HAIR:
         return max(bounds[0], value - margin), min(bounds[1], value + margin)
-    to_top, to_bottom = np.isclose(high, bounds[1]), np.isclose(low, bounds[0])
+    to_top, to_bottom = high > bounds[1] - _HAIR, low < bounds[0] + _HAIR
     return (min(low, bounds[1] - margin) if to_top else low), (max(high, bounds[0] + margin) if to_bottom else high)
 
 
 def _count_interval(count: int) -> tuple[float, float]:
     # exact 95 % interval of a Poisson count
     return chi2.ppf(0.025, 2 * count) / 2 if count else 0.0, chi2.ppf(0.975, 2 * count + 2) / 2
+
+
+def _hull(*intervals):
+    """Lowest and highest end of some intervals."""
+    lows, highs = zip(*intervals, strict=True)
+    return min(lows), max(highs)
 
 # %% ../nbs/06_evaluate.ipynb #88d8d3c4
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Sequence[str], n: int = 1000, seed: int = 0,
@@ -552,24 +571,27 @@ def detection_scores(scored: Mapping[str, Scored], weights: np.ndarray | None = 
 
 # %% ../nbs/06_evaluate.ipynb #2e93d143
 def estimate_all(statistics: Callable[[np.ndarray | None], Mapping[str, float]], patients: Sequence[str], n: int = 1000,
-                 seed: int = 0, minimum: int = MIN_PATIENTS) -> tuple[dict[str, Estimate], pd.DataFrame]:
+                 seed: int = 0, minimum: int = MIN_PATIENTS,
+                 behind: int | None = None) -> tuple[dict[str, Estimate], pd.DataFrame]:
     """Estimates of several shares (0 to 1) at once, and the table of resamples they come from.
 
     Parameters
     ----------
     statistics : as in `resampled`; also called with None, each patient once.
     patients, n, seed : as in `resampled`.
-    minimum : with fewer patients nothing is computed.
+    minimum : with fewer patients behind the shares nothing is computed.
+    behind : how many of the patients the shares rest on, such as those with a lesion; None: all.
 
     Returns
     -------
     Estimates by name, and the table; with too few patients every estimate is "not estimable" and the table is empty.
     """
-    if len(patients) < minimum:
-        few = not_estimable(f"at least {minimum} patients needed", len(patients))
+    behind = len(patients) if behind is None else behind
+    if behind < minimum:
+        few = not_estimable(f"at least {minimum} patients needed", behind)
         return dict.fromkeys(statistics(None), few), pd.DataFrame()
     values = resampled(statistics, patients, n, seed)
-    return {name: summarise(values[name].to_numpy(), len(patients)) for name in values}, values
+    return {name: summarise(values[name].to_numpy(), behind) for name in values}, values
 
 # %% ../nbs/06_evaluate.ipynb #6aaf5cde
 def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ours: Estimate, theirs: Estimate,
@@ -592,7 +614,9 @@ def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ou
             return not_estimable(estimate.reason, estimate.n)
     fixed = theirs.low == theirs.high                      # a constant leaves ours no more room than 0 to 1
     bounds = (-theirs.value, 1 - theirs.value) if fixed else (-1.0, 1.0)
-    return summarise((drawn[metric] - others[metric]).to_numpy(), ours.n, bounds, margin=margin)
+    mine, yours = ([table[metric], table.get(f"{metric}_upper", table[metric])] for table in (drawn, others))
+    lower, upper = mine[0] - yours[1], mine[1] - yours[0]
+    return summarise(lower.to_numpy(), ours.n, bounds, margin=margin, upper=upper.to_numpy())
 
 # %% ../nbs/06_evaluate.ipynb #6aaf5cdf
 def network_minus_others(group: str, metrics: Mapping[str, Estimate], drawn: Mapping[str, pd.DataFrame],
@@ -634,8 +658,9 @@ def compare_detections(proposals: Mapping[str, pd.DataFrame], lesions: pd.DataFr
     scored = {name: score_rules(table, lesions, scans) for name, table in proposals.items()}
     metrics, drawn = {}, {}
     for name, rules in scored.items():
-        found, drawn[name] = estimate_all(lambda w, rules=rules: detection_scores(rules, w), rules["centre"].patients,
-                                          n, seed)
+        scans_of = rules["centre"]
+        found, drawn[name] = estimate_all(lambda w, rules=rules: detection_scores(rules, w), scans_of.patients, n, seed,
+                                          behind=scans_of.with_lesion)
         metrics |= {f"detection/{name}/{metric}": estimate for metric, estimate in found.items()}
     return metrics | network_minus_others("detection", metrics, drawn, ("sensitivity_at_1", "cpm")), drawn, scored
 
@@ -728,9 +753,9 @@ def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: i
     Estimates by name: sensitivity_at_threshold, false_positives_at_threshold.
     """
     names, patients = ("sensitivity_at_threshold", "false_positives_at_threshold"), len(scored.patients)
+    few = not_estimable(f"at least {MIN_PATIENTS} patients needed", scored.with_lesion)
     if threshold is None or patients < MIN_PATIENTS:
-        why = "no threshold was chosen" if threshold is None else f"at least {MIN_PATIENTS} patients needed"
-        return dict.fromkeys(names, not_estimable(why, patients))
+        return dict.fromkeys(names, not_estimable("no threshold was chosen", patients) if threshold is None else few)
 
     def both(weights):
         false, found, cut = froc(scored, weights)
@@ -739,7 +764,8 @@ def at_threshold(scored: Scored, threshold: float | None, n: int = 1000, seed: i
 
     values = resampled(both, scored.patients, n, seed)
     rate = {"bounds": None, "unit": "per scan", "counted_on": int(scored.scans.sum())}
-    return {names[0]: summarise(values[names[0]], patients), names[1]: summarise(values[names[1]], patients, **rate)}
+    found = few if scored.with_lesion < MIN_PATIENTS else summarise(values[names[0]], scored.with_lesion)
+    return {names[0]: found, names[1]: summarise(values[names[1]], patients, **rate)}
 
 # %% ../nbs/06_evaluate.ipynb #8c312a6b
 def size_groups(lesions: pd.DataFrame, cuts_mm: Sequence[float] = (30.0, 50.0)) -> pd.Series:
@@ -1007,7 +1033,8 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
 
     Parameters
     ----------
-    values : as made by `subtype_draws` on `resamples`, with `averaged_classes`.
+    values : as made by `subtype_draws` on `resamples`, with `averaged_classes`; a column <metric>_upper holds what the
+        upper end of that metric comes from.
     truth : (patients,) class index.
     classes : names.
     constant : the answers are the same for every patient by construction, so collapsed intervals are right.
@@ -1022,10 +1049,10 @@ def subtype_estimates(values: pd.DataFrame, truth: np.ndarray, classes: Sequence
     """
     counts = np.bincount(_known(truth, len(classes)), minlength=len(classes))
     estimates = {}
-    for column in values:
+    for column in (column for column in values if not column.endswith("_upper")):
         metric, _, k = column.rpartition("_")
         name = f"{metric}_{classes[int(k)]}" if k.isdecimal() else column
-        estimates[name] = _estimate(column, values[column].to_numpy(), counts, classes, constant)
+        estimates[name] = _estimate(column, values, counts, classes, constant)
     return estimates
 
 # %% ../nbs/06_evaluate.ipynb #606a671a
@@ -1038,7 +1065,9 @@ def _estimate(column, values, counts, classes, constant):
     else:
         bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
         margin = _margin(metric, counts, int(k)) if k.isdecimal() else _margin(column, counts)
-    return not_estimable(reason, patients) if reason else summarise(values, patients, bounds, "", margin)
+    upper = values.get(f"{column}_upper", values[column]).to_numpy()
+    return not_estimable(reason, patients) if reason else summarise(values[column].to_numpy(), patients, bounds, "",
+                                                                    margin, upper=upper)
 
 # %% ../nbs/06_evaluate.ipynb #83328670
 def auc_margin(inside: int, outside: int) -> float:
@@ -1095,30 +1124,29 @@ def _too_few(column, counts, classes):
     return None
 
 # %% ../nbs/06_evaluate.ipynb #7c1e0f53
-def recall_draws(right: Sequence[bool], truth: np.ndarray, averaged: Sequence[int], first: bool, n: int = 1000,
+def recall_draws(right: Sequence[bool], truth: np.ndarray, averaged: Sequence[int], n: int = 1000,
                  seed: int = 0) -> np.ndarray:
-    """Mean recall over some classes on the sample (first), and under `n` random weights of its patients.
+    """Mean recall over some classes on the sample (first row), and under `n` random weights of its patients.
 
     Parameters
     ----------
     right : (patients,) whether each is called right.
     truth : (patients,) class index.
     averaged : the classes, each with a patient; all values are NaN when there is none.
-    first : whether the model is the first of two that are compared, or the second.
     n : number of draws.
     seed : models of one seed share the weights.
 
     Returns
     -------
-    (n + 1,) shares.
+    (n + 1, 2) shares, for the lower and for the upper end of an interval.
     """
     rng, recalls = np.random.default_rng(seed), []
-    both, neither, first_only, second_only = 1, 0, first, not first
     for k in averaged:
         own = np.asarray(right, float)[np.asarray(truth) == k]
-        weights = rng.dirichlet([1.0] * len(own) + [0.5] * 4, n)
-        recalls.append(np.r_[own.mean(), weights @ [*own, both, neither, first_only, second_only]])
-    return np.mean(recalls, axis=0) if recalls else np.full(n + 1, np.nan)
+        weights = rng.dirichlet([1.0] * len(own) + [1 / len(averaged)], n)
+        seen = weights[:, :-1] @ own
+        recalls.append(np.vstack([[own.mean()] * 2, np.stack([seen, seen + weights[:, -1]], axis=1)]))
+    return np.mean(recalls, axis=0) if recalls else np.full((n + 1, 2), np.nan)
 
 # %% ../nbs/06_evaluate.ipynb #a6ddce79
 def _is_constant(name, given):
@@ -1149,8 +1177,8 @@ def compare_subtypes(answers: Mapping[str, np.ndarray], truth: np.ndarray, class
     for name, given in {name: np.asarray(given) for name, given in answers.items()}.items():
         drawn[name] = subtype_draws(truth, given, weights, averaged)
         if not (constant := _is_constant(name, given)):  # draws of its own in place of the resampled recalls
-            right = given.argmax(axis=1) == truth
-            drawn[name]["balanced_accuracy"] = recall_draws(right, truth, averaged, name.startswith("network"), n, seed)
+            ends = recall_draws(given.argmax(axis=1) == truth, truth, averaged, n, seed)
+            drawn[name]["balanced_accuracy"], drawn[name]["balanced_accuracy_upper"] = ends.T
         made = subtype_estimates(drawn[name], truth, classes, constant)
         metrics |= {f"subtype/{name}/{metric}": estimate for metric, estimate in made.items()}
     margin = _margin("auc_macro", np.bincount(truth, minlength=len(classes)))
@@ -1531,7 +1559,8 @@ def _verdict(metrics):
     if not known:
         nothing = next(iter(minus.values()), not_estimable("no tabular baseline to compare with"))
         return _words(nothing), nothing
-    name, least = min(known.items(), key=lambda item: item[1].low)
+    worse = {name: estimate for name, estimate in known.items() if estimate.high < 0}
+    name, least = min((worse or known).items(), key=lambda item: item[1].high if worse else item[1].low)
     words = (f"the network beats each of {len(known)} tables, that of {name} by the least" if least.low > 0 else
              f"{'worse than' if least.high < 0 else 'not shown to beat'} the table of {name}")
     return f"{words}: difference in balanced accuracy {least}", least

@@ -466,6 +466,10 @@ class Material:
         """One row a used patient, in reading order."""
         return self.used.drop_duplicates("patient_id")
 
+    def dealt(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of patients whose role was dealt by lot, and not given: not those of the external test set."""
+        return table[~table["patient_id"].isin([] if self.locked is None else self.locked)]
+
 # %% ../nbs/04_check_labels.ipynb #f4248c47
 CHECKS: dict[str, tuple[Callable[[Material], Iterator[tuple]], tuple[str, ...]]] = {}
 
@@ -746,17 +750,18 @@ def _changes(sequence: np.ndarray) -> np.ndarray:
 def _reading_order(material, permutations: int = 1999):
     """Roles come in blocks along the reading order: a cap or a cut instead of a draw."""
     known = material.labels["subtype"].notna() & (material.labels["reason"] != Unused.SET_ASIDE.value)
-    used_first = material.labels[known].sort_values("role", key=lambda role: role == "unused", kind="stable")
+    dealt = material.dealt(material.labels[known])
+    used_first = dealt.sort_values("role", key=lambda role: role == "unused", kind="stable")
     codes = pd.factorize(used_first.drop_duplicates("patient_id")["role"].sort_index())[0]
     if len(codes) < 10 or len(set(codes)) < 2:
         return
     rng = np.random.default_rng(material.seed)
-    dealt = _changes(rng.permuted(np.tile(codes, (permutations, 1)), axis=1))
-    p = (1 + (dealt <= _changes(codes)).sum()) / (1 + permutations)
+    by_lot = _changes(rng.permuted(np.tile(codes, (permutations, 1)), axis=1))
+    p = (1 + (by_lot <= _changes(codes)).sum()) / (1 + permutations)
     if p <= 0.001:
         yield ("error", "roles follow the reading order of the patients",
-               f"the role changes {_changes(codes)} times along {len(codes)} patients, {dealt.mean():.0f} times by lot "
-               f"(p = {p:.4f})", "split with split_patients, and let no limit cut the list of files")
+               f"the role changes {_changes(codes)} times along {len(codes)} patients, {by_lot.mean():.0f} times by "
+               f"lot (p = {p:.4f})", "split with split_patients, and let no limit cut the list of files")
 
 # %% ../nbs/04_check_labels.ipynb #64b27ac4
 @check("labels-in-reading-order")
@@ -960,7 +965,8 @@ def _missing_class(material):
 @check("class-balance")
 def _balance(material):
     """The mixture of classes differs between roles more than a draw explains; always reports the counts."""
-    table = pd.crosstab(material.patients["subtype"], material.patients["role"])
+    patients = material.dealt(material.patients)
+    table = pd.crosstab(patients["subtype"], patients["role"])
     odd = [f"{s} in {role}" for s, row in table.iterrows() for role, n in row.items()
            if _hypergeometric(n, table.to_numpy().sum(), row.sum(), table[role].sum()) < 0.001]
     by_role = "; ".join(f"{role}: {_numbers_in_words(column)}" for role, column in table.items())
@@ -1068,7 +1074,7 @@ def _shuffled(material):
     if p <= 0.001:
         yield ("error", "a model learns labels that were dealt by coin",
                f"held-out accuracy {values.mean():.2f} over {len(values)} throws, chance is 0.50 (p = {p:.1g})",
-               "something of each held-out patient is in training: look for shared patients, scans and copies")
+               "patients stand in training and in test under one name: look at patient-in-two-roles")
 
 # %% ../nbs/04_check_labels.ipynb #5ff78f0e
 FEATURE_SETS = {

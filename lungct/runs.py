@@ -59,7 +59,7 @@ ALLOWED = {
     "balance": (0.0, 1.0), "predecessor_epochs": (0, 1_000_000),
     "learning_curve_epochs": (0, 1_000_000), "pet": (True, False), "tensorboard": (True, False),
     "jit_compile": (True, False),
-    "bootstrap_samples": (10, 1_000_000),
+    "bootstrap_samples": (100, 1_000_000),
 }
 
 # %% ../nbs/appendix/runs.ipynb #5551bcf2

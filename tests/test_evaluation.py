@@ -115,7 +115,7 @@ def test_nothing_at_all_is_undefined_and_does_not_crash():
 def test_a_score_that_is_no_number_is_refused(score):
     truth, stacks = boxes([("one", 0, 1)]), scans(("one", "P1"), ("two", "P2"))
     found = boxes([("one", 1, 0.9), ("two", 1, score), ("elsewhere", 1, np.nan)]).drop(columns="lesion_id")
-    with pytest.raises(runs.InputError, match="^a score is not finite in stack two: .*$"):
+    with pytest.raises(runs.InputError, match="^a score or a corner is not finite in stack two: .*$"):
         ev.score_scans(found, truth, stacks)
     assert ev.score_scans(found, truth, stacks.iloc[:1]).hit.tolist() == [True]  # the others do not count
     many = boxes([(f"s{i}", 1, np.nan) for i in range(7)]).drop(columns="lesion_id")
@@ -575,22 +575,75 @@ def test_a_model_trained_on_shuffled_labels_knows_nothing():
     assert len({score(table) for table in answers}) > 1 and cohort["role"].eq("train").any()
 
 
-def test_recall_draws_hold_the_truth_with_three_patients_in_a_class():
-    rng, truth, held, better = np.random.default_rng(1), np.repeat([0, 1, 2], [5, 3, 3]), [], []
+@pytest.mark.parametrize(("sizes", "least", "most"), [([5, 3, 3], 0.35, 0.9), ([5, 3, 3], 0.9, 0.99),
+                                                      ([3, 3, 3, 3], 0.3, 0.99), ([20, 10, 6], 0.9, 0.99)])
+def test_recall_draws_hold_the_truth_with_few_patients_in_a_class(sizes, least, most):
+    rng, truth, held, better = np.random.default_rng(1), np.repeat(range(len(sizes)), sizes), [], []
     for _ in range(400):
-        recall = rng.uniform(0.35, 0.9, 3)
-        one, two = (ev.recall_draws(rng.random(11) < recall[truth], truth, range(3), first, 400)
-                    for first in (True, False))
-        low, high = np.percentile(one[1:], [2.5, 97.5])
+        recall = rng.uniform(least, most, len(sizes))
+        one, two = (ev.recall_draws(rng.random(len(truth)) < recall[truth], truth, range(len(sizes)), 400)
+                    for _ in range(2))
+        low, high = np.percentile(one[1:, 0], 2.5), np.percentile(one[1:, 1], 97.5)
         held.append(low <= recall.mean() <= high)
-        better.append(np.percentile((one - two)[1:], 2.5) > 0)
-    assert 0.91 < np.mean(held) < 0.99 and np.mean(better) < 0.045  # by copies of patients: 0.83, and 0.08
+        better.append(np.percentile((one[:, 0] - two[:, 1])[1:], 2.5) > 0)
+    assert np.mean(held) > 0.91 and np.mean(better) < 0.045  # by copies of patients: 0.83, and 0.08
 
 
-def test_recall_draws_are_the_posterior_of_a_share():
-    draws = ev.recall_draws([True] * 6 + [False] * 2, np.zeros(8, int), [0], True, n=20_000)
-    assert draws[0] == 0.75 and stats.kstest(draws[1:], stats.beta(7, 3).cdf).statistic < 0.015
-    assert np.isnan(ev.recall_draws([True], np.zeros(1, int), [], True, n=5)).all()
+def test_recall_draws_of_one_class_end_where_clopper_and_pearson_do():
+    draws = ev.recall_draws([True] * 6 + [False] * 2, np.zeros(8, int), [0], n=20_000)
+    exact = stats.binomtest(6, 8).proportion_ci(method="exact")
+    assert (draws[0] == 0.75).all() and np.percentile(draws[1:, 0], 2.5) == pytest.approx(exact.low, abs=0.01)
+    assert np.percentile(draws[1:, 1], 97.5) == pytest.approx(exact.high, abs=0.01)
+    assert np.isnan(ev.recall_draws([True], np.zeros(1, int), [], n=5)).all()
+
+
+def test_a_difference_of_balanced_accuracies_is_open_to_both_sides():
+    rng, truth = np.random.default_rng(0), np.repeat([0, 1, 2], [5, 3, 3])
+    answers = {name: rng.dirichlet([1, 1, 1], 11) for name in ("network", "tabular_size")}
+    answers["network"] = np.eye(3)[truth] * 0.8 + 0.2 / 3
+    made, _ = ev.compare_subtypes(answers, truth, list("ABG"), [f"p{i}" for i in range(11)], 400)
+    ours, minus = (made[f"subtype/{name}/balanced_accuracy"] for name in ("network", "network_minus_tabular_size"))
+    assert ours.value == ours.high == 1 and 0.6 < ours.low < 0.95
+    assert minus.low < minus.value < minus.high < 1
+
+
+def test_patients_without_a_lesion_make_nobody_surer():
+    table = scans(*((f"s{i}", f"P{i:03}") for i in range(100)))
+    truth = pd.DataFrame([cube(name, 0, 0.9, name) for name in table["stack_id"][:12]])
+    scored = ev.score_scans(truth.drop(columns="lesion_id"), truth, table)
+    found = ev.at_threshold(scored, 0.5, n=50)["sensitivity_at_threshold"]
+    assert (found.n, found.low) == (12, pytest.approx(1 - ev.perfect_margin(12), abs=1e-6))
+    made, _, _ = ev.compare_detections({"network": truth.drop(columns="lesion_id")}, truth, table, 50)
+    assert made["detection/network/cpm"].n == 12
+    few = ev.score_scans(truth.drop(columns="lesion_id"), truth[:5], table)
+    both = ev.at_threshold(few, 0.5, n=50)
+    assert not both["sensitivity_at_threshold"].estimable and both["false_positives_at_threshold"].estimable
+
+
+def test_one_false_positive_is_no_surer_than_none():
+    table = scans(*((f"s{i}", f"P{i:02}") for i in range(20)))
+    truth = pd.DataFrame([cube(name, 0, 0.9, name) for name in table["stack_id"]])
+    boxes, rates = truth.drop(columns="lesion_id"), []
+    for more in (0, 1, 2):
+        elsewhere = dict.fromkeys(ev.CORNERS_MM[:3], 500.0) | dict.fromkeys(ev.CORNERS_MM[3:], 510.0)
+        false = boxes[:more].assign(**elsewhere)
+        scored = ev.score_scans(pd.concat([boxes, false]), truth, table)
+        rates.append(ev.at_threshold(scored, 0.5, n=200)["false_positives_at_threshold"])
+    assert [rate.value for rate in rates] == [0, 0.05, 0.1]
+    assert rates[0].high < rates[1].high < rates[2].high and rates[1].high >= 5.572 / 20 - 1e-3     # exact, of one
+
+
+def test_a_loss_that_a_reader_takes_for_none_is_no_surer_than_none():
+    losses = np.r_[2e-6, np.linspace(2e-6, 3e-6, 200)]
+    assert ev.summarise(losses, 12, (0.0, 2.0)).high == pytest.approx(ev.perfect_margin(12), abs=1e-5)
+    assert ev.summarise(np.r_[0.02, np.linspace(0.01, 0.03, 200)], 12).high < 0.04
+
+
+def test_a_corner_that_is_no_number_is_refused():
+    table = scans(("s", "p"))
+    box = pd.DataFrame([cube("s", 0, 0.9)])
+    with pytest.raises(runs.InputError, match="a score or a corner is not finite in stack s"):
+        ev.score_scans(box.drop(columns="lesion_id").assign(x1_mm=np.nan), box, table)
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(5, 7), (3, 9), (20, 20)])

@@ -656,6 +656,19 @@ def test_a_lesion_without_voxels_and_one_hidden_by_another():
     assert lab.inspect_volume(volume)["face_gap"] == 0
 
 
+def test_an_external_test_set_is_no_cut_in_the_reading_order():
+    """Its patients, of another hospital, stand together in every list; nobody dealt them their role."""
+    ours, theirs = (lab.example_cohort(seed=seed) for seed in (1, 2))
+    names = {"patient_id": "Z" + theirs["labels"]["patient_id"], "stack_id": "Z" + theirs["labels"]["stack_id"]}
+    tested = theirs["labels"]["role"].replace(["train", "validation"], "test")
+    labels = pd.concat([ours["labels"], theirs["labels"].assign(role=tested, **names)], ignore_index=True)
+    locked = labels.loc[labels["patient_id"].str.startswith("Z") & (labels["role"] == "test"), "patient_id"].unique()
+    checks = {"only": ["reading-order", "class-balance"]}
+    given = lab.audit(labels, ours["cohort"], locked=locked.tolist(), **checks)
+    assert [f.severity for f in given] == ["info"]
+    assert lab.audit(labels, ours["cohort"], **checks)[0].name == "reading-order"     # as if they had been dealt
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 12), st.floats(0, 4), st.floats(0.2, 5))
 def test_a_box_edge_inside_a_voxel_is_tolerated(size, start, length):
@@ -669,7 +682,7 @@ def test_a_box_edge_inside_a_voxel_is_tolerated(size, start, length):
 
 def test_a_box_that_one_slice_of_many_is_wider_than_is_right():
     volume = boxed()
-    volume.mask[7], volume.mask[:, :, 8] = 0, 0            # hardly drawn on the last millimetres: less than half a voxel
+    volume.mask[7], volume.mask[:, :, 8] = 0, 0      # drawn on the last millimetres only: less than half a voxel
     volume.boxes_zyx = volume.boxes_zyx + np.array([-0.4, 0, 0, 0, 0, 0.3], "float32")
     assert lab.inspect_volume(volume)["face_gap"] < lab.FACE_VOXELS
 
