@@ -150,14 +150,14 @@ def test_moments_of_half_precision_go_on_in_float32(tmp_path):
     assert isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
     for at, variable in enumerate(half.optimizer.inner_optimizer.variables):
         variable.assign(np.full(variable.shape, at + 2))
-    training._save_state(tmp_path, "k" * 12, half, [], [{"epoch": 1}])
-    assert training._load_state(tmp_path, "k" * 12, whole) == ([{"epoch": 1}], [])
+    training._save_state(tmp_path, "a" * 12, half, [], [{"epoch": 1}])
+    assert training._load_state(tmp_path, "a" * 12, whole) == ([{"epoch": 1}], [])
     moments = [np.unique(np.asarray(variable)).tolist() for variable in whole.optimizer.variables]
     assert moments == [[at + 2] for at in range(len(moments))]
     half.optimizer.dynamic_scale.assign(7.0)
-    training._save_state(tmp_path, "k" * 12, half, [], [{"epoch": 1}])
+    training._save_state(tmp_path, "a" * 12, half, [], [{"epoch": 1}])
     half.optimizer.dynamic_scale.assign(1.0)
-    training._load_state(tmp_path, "k" * 12, half)
+    training._load_state(tmp_path, "a" * 12, half)
     assert float(half.optimizer.dynamic_scale.numpy()) == 7.0
 
 
