@@ -37,7 +37,7 @@ def acquisition(plan: phantom.Plan) -> dict:
 
 def alarms(make: Callable[[int], dict]) -> tuple[int, Counter, int]:
     """Cohorts with a false alarm, alarms by check, and patients of a cohort."""
-    found = [labels.false_alarms(make(seed)) for seed in range(SEEDS)]
+    found = [labels.audit_false_alarms(make(seed)) for seed in range(SEEDS)]
     patients = make(0)["cohort"]["patient_id"].nunique()
     return sum(map(bool, found)), Counter(name for names in found for name in names), patients
 

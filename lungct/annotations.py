@@ -228,7 +228,9 @@ def _again(folder: str, seen: set[tuple[int, int]]) -> bool:
     # chapter 1 follows links too; a folder met again (a loop of links) is not entered twice
     info = os.stat(folder)
     key = info.st_dev, info.st_ino
-    return key in seen or seen.add(key) is not None
+    again = key in seen
+    seen.add(key)
+    return again
 
 # %% ../nbs/02_parse_annotations.ipynb #33a395d1
 LAYOUT = "<patient>/<SOPInstanceUID>.xml"
@@ -536,6 +538,10 @@ def link_boxes(slices: np.ndarray, boxes_xyxy: np.ndarray, max_gap: int = 1, min
     Returns
     -------
     (n,) number of the lesion of each box, from 0 on.
+
+    Raises
+    ------
+    InputError : a gap below 0, or an overlap that is not above 0 and at most 1.
     """
     if max_gap < 0 or not 0 < min_overlap <= 1:
         raise runs.InputError(f"expected max_gap >= 0 and 0 < min_overlap <= 1, got {max_gap} and {min_overlap}")

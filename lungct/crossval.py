@@ -34,7 +34,7 @@ def fold_labels(labelled: pd.DataFrame, folds: int, seed: int = 0, locked: Seque
     if folds < 3:
         raise runs.InputError(f"{folds} folds: expected 3 or more, one to test, one to validate, and the rest to train")
     outside = labelled["patient_id"].isin(locked)
-    dealt = labelled["patient_id"].map(labels.patient_folds(labelled[~outside], folds, 1, seed)[0])
+    dealt = labelled["patient_id"].map(labels.patient_folds(labelled[~outside], folds, seed=seed)[0])
     shift = [(dealt - k) % folds for k in range(folds)]
     used = dealt.notna() & (labelled["target"] >= 0)
     roles = [s.map({0: "test", 1: "validation"}).fillna("train").where(used, "unused") for s in shift]
@@ -119,8 +119,8 @@ def merge_folds(run_dir: str | Path, folds: int, n: int = 1000, seed: int = 0) -
     lacks = [place.name for place in places if runs.load_manifest(place, "06_evaluate") is None]
     if lacks:
         raise runs.InputError(f"folds {', '.join(lacks)} of {run_dir} have not finished: run lungct crossval again")
-    metrics = _detection(run_dir, places, n, seed) | _subtypes(places, n, seed)
-    return _save(run_dir, places, metrics, n, seed)
+    subtypes, mean_of = _subtypes(places, n, seed)
+    return _save(run_dir, places, _detection(run_dir, places, n, seed) | subtypes, mean_of, n, seed)
 
 # %% ../nbs/appendix/crossval.ipynb #49eeb1c1
 def _detection(run_dir: Path, places: Sequence[Path], n: int, seed: int) -> dict:
@@ -134,8 +134,8 @@ def _detection(run_dir: Path, places: Sequence[Path], n: int, seed: int) -> dict
     return evaluation.compare_detections(proposals, lesions, scans, n, seed)[0]
 
 # %% ../nbs/appendix/crossval.ipynb #fc232d78
-def _subtypes(places: Sequence[Path], n: int, seed: int) -> dict:
-    """Subtype metrics of every model that answered in every fold."""
+def _subtypes(places: Sequence[Path], n: int, seed: int) -> tuple[dict, str]:
+    """Subtype metrics of every model that answered in every fold; the classes that are averaged, in words."""
     classes = runs.load_json(places[0] / "04_check_labels" / "audit.json")["classes"]
     table = gather_folds(places, "answers.parquet", role=None)
     known = table.drop_duplicates("patient_id").set_index("patient_id")["subtype"].sort_index()
@@ -144,14 +144,15 @@ def _subtypes(places: Sequence[Path], n: int, seed: int) -> dict:
     columns = [f"p_{name}" for name in classes]
     answers = {name: table[table["model"] == name].set_index("patient_id").loc[known.index, columns].to_numpy(float)
                for name in everywhere}
-    return evaluation.compare_subtypes(answers, truth, classes, known.index, n, seed)[0]
+    mean_of = ", ".join(classes[k] for k in evaluation.averaged_classes(truth, len(classes)))
+    return evaluation.compare_subtypes(answers, truth, classes, known.index, n, seed)[0], mean_of
 
 # %% ../nbs/appendix/crossval.ipynb #810f172b
 FOR_EACH_FOLD = ("detection/network/sensitivity_at_1", "detection/network/cpm", "subtype/network/balanced_accuracy",
                  "subtype/network/auc_macro")
 
 # %% ../nbs/appendix/crossval.ipynb #7a55fd9e
-def _save(run_dir: Path, places: Sequence[Path], metrics: Mapping, n: int, seed: int) -> dict:
+def _save(run_dir: Path, places: Sequence[Path], metrics: Mapping, mean_of: str, n: int, seed: int) -> dict:
     """Write the merged metrics, the values of each fold beside them."""
     parts = [runs.load_json(place / "06_evaluate" / "metrics.json") for place in places]
     each = [{"fold": k, "patients": part["counts"]["test"]["patients"],
@@ -159,7 +160,7 @@ def _save(run_dir: Path, places: Sequence[Path], metrics: Mapping, n: int, seed:
     phantoms, patients = parts[0]["data"] == "phantoms", sum(row["patients"] for row in each)
     withheld = evaluation.not_estimable("the network has no subtype head in some fold", patients)
     told = dict.fromkeys(FOR_EACH_FOLD, withheld) | metrics
-    lines = evaluation.headline(told, patients, phantoms)
+    lines = evaluation.headline(told, patients, phantoms, mean_of)
     summary = {"headline": lines, "metrics": evaluation.as_plain(dict(metrics)), "folds": each,
                "data": parts[0]["data"], "seed": seed, "bootstrap_samples": n}
     runs.save_json(summary, run_dir / "crossval" / "metrics.json")

@@ -507,7 +507,7 @@ def _part(rows: pd.DataFrame) -> _Part:
     return _Part(rows, positions, orientation, depth if placed else None)
 
 # %% ../nbs/01_explore_dicom.ipynb #b4f50b3f
-def _capture(part: _Part, min_slices: int) -> str | None:
+def _capture(part: _Part) -> str | None:
     uid, samples = part.rows["sop_class_uid"].iloc[0], part.rows["samples_per_pixel"].max()
     captured = "Secondary Capture" in uid_name(uid)
     colour = pd.notna(samples) and samples > 1
@@ -516,7 +516,7 @@ def _capture(part: _Part, min_slices: int) -> str | None:
     return f"{uid_name(uid) if captured else 'colour image'}, {part.rows['photometric'].iloc[0]}"
 
 
-def _other_modality(part: _Part, min_slices: int) -> str | None:
+def _other_modality(part: _Part) -> str | None:
     modality = part.rows["modality"].iloc[0]
     return None if modality in ("CT", "PT") else f"modality {modality}"
 
@@ -526,7 +526,7 @@ _PROJECTIONS = {"image_type": _PROJECTED, "series_type": r"\\REPROJECTION$"}
 _COMPUTED = r"^([^\\]*\\){3}(STD_DEVIATION|SUBTRACTION|DIVISION|MULTIPLICATION)(\\|$)"
 
 
-def _localizer(part: _Part, min_slices: int) -> str | None:
+def _localizer(part: _Part) -> str | None:
     if not _is_localizer(part.rows).any():
         return None
     kind, thickness = part.rows["image_type"].iloc[0], part.rows["slice_thickness_mm"].iloc[0]
@@ -534,7 +534,7 @@ def _localizer(part: _Part, min_slices: int) -> str | None:
     return ", ".join(told)
 
 
-def _projection(part: _Part, min_slices: int) -> str | None:
+def _projection(part: _Part) -> str | None:
     for column, pattern in _PROJECTIONS.items():
         if (found := _of_type(part.rows, pattern, column)).any():
             return f"{column.replace('_', ' ')} {part.rows[column].iloc[found.argmax()]}"
@@ -562,7 +562,7 @@ def _too_few(part: _Part, min_slices: int) -> str | None:
     return f"{count} slice{'s' * (count != 1)}, at least {min_slices} needed" if count < min_slices else None
 
 
-def _no_geometry(part: _Part, min_slices: int) -> str | None:
+def _no_geometry(part: _Part) -> str | None:
     if part.depth_mm is not None:
         return None
     columns = ("position_mm", "orientation", "pixel_spacing_mm")
@@ -573,7 +573,7 @@ def _no_geometry(part: _Part, min_slices: int) -> str | None:
     return "pixel spacing is not above zero, or orientation is not two directions at right angles"
 
 # %% ../nbs/01_explore_dicom.ipynb #358f5bd1
-def _duplicates(part: _Part, min_slices: int) -> str | None:
+def _duplicates(part: _Part) -> str | None:
     same = np.diff(part.depth_mm) < SAME_POSITION_MM
     if not same.any():
         return None
@@ -582,7 +582,7 @@ def _duplicates(part: _Part, min_slices: int) -> str | None:
     return f"{len(same) + 1} slices at {places} position{'s' if places > 1 else ''}, the first again at {first:.1f} mm"
 
 
-def _gap(part: _Part, min_slices: int) -> str | None:
+def _gap(part: _Part) -> str | None:
     steps = np.diff(part.depth_mm)
     usual = np.median(steps)
     wide = np.flatnonzero(steps > GAP_STEPS * usual)
@@ -593,7 +593,7 @@ def _gap(part: _Part, min_slices: int) -> str | None:
     return f"{len(wide)} gap{'s' * (len(wide) > 1)}, the first between {where} (usual step {usual:.3f} mm)"
 
 # %% ../nbs/01_explore_dicom.ipynb #e42f6058
-def _uneven(part: _Part, min_slices: int) -> str | None:
+def _uneven(part: _Part) -> str | None:
     count = len(part.depth_mm)
     line = np.linspace(0, 1, count)[:, None]
     ideal = part.positions_mm[0] + line * (part.positions_mm[-1] - part.positions_mm[0])
@@ -606,7 +606,7 @@ def _uneven(part: _Part, min_slices: int) -> str | None:
     return f"steps {steps.min():.3f} to {steps.max():.3f} mm; slice {worst} is {stray[worst]:.2f} mm off the even grid"
 
 # %% ../nbs/01_explore_dicom.ipynb #56719a06
-def _tilt(part: _Part, min_slices: int) -> str | None:
+def _tilt(part: _Part) -> str | None:
     walk = part.positions_mm[-1] - part.positions_mm[0]
     cosine = (part.depth_mm[-1] - part.depth_mm[0]) / np.linalg.norm(walk)
     degrees = math.degrees(math.acos(min(1.0, cosine)))
@@ -638,7 +638,7 @@ def _cluster(values: np.ndarray, tolerance: float) -> np.ndarray:
     return labels[which.ravel()]
 
 # %% ../nbs/01_explore_dicom.ipynb #d4f29a31
-def _mixed_size(part: _Part, min_slices: int) -> str | None:
+def _mixed_size(part: _Part) -> str | None:
     labels = part.sizes
     if labels.max() == 0:
         return None
@@ -649,7 +649,7 @@ def _mixed_size(part: _Part, min_slices: int) -> str | None:
     return " and ".join([*told, f"{more:,} more sizes"] if more else told)
 
 # %% ../nbs/01_explore_dicom.ipynb #8646e6c3
-def _no_rescale(part: _Part, min_slices: int) -> str | None:
+def _no_rescale(part: _Part) -> str | None:
     for column in ("rescale_slope", "rescale_intercept"):
         missing = int(part.rows[column].isna().sum())
         if missing:
@@ -660,7 +660,7 @@ def _no_rescale(part: _Part, min_slices: int) -> str | None:
     return f"{tag_name('rescale_slope')} is 0 in {flat} of {len(part.rows)} images" if flat else None
 
 # %% ../nbs/01_explore_dicom.ipynb #8646e6c4
-def _other_unit(part: _Part, min_slices: int) -> str | None:
+def _other_unit(part: _Part) -> str | None:
     if part.rows["modality"].iloc[0] != "CT":
         return None
     told = {unit.upper() for unit in part.rows["rescale_type"].dropna().unique()}
@@ -687,7 +687,7 @@ _LAYOUT = ("transfer_syntax_uid", "samples_per_pixel", "photometric", "bits_allo
            "pixel_representation")
 
 
-def _undecodable(part: _Part, min_slices: int) -> str | None:
+def _undecodable(part: _Part) -> str | None:
     told = [column for column in _LAYOUT if column in part.rows]
     for cells in dict.fromkeys(zip(*(part.rows[column].tolist() for column in told), strict=True)):
         kind = dict(zip(told, cells, strict=True))
@@ -712,10 +712,11 @@ assert list(_CHECKS) == list(Exclusion)
 # %% ../nbs/01_explore_dicom.ipynb #30c939ad
 def _judge(part: _Part, min_slices: int, forgiven: Exclusion | None = None) -> tuple[Exclusion | None, str]:
     """The first reason against a stack with its evidence, or (None, "")."""
-    for reason, check in _CHECKS.items():
+    checks = _CHECKS | {Exclusion.TOO_FEW_SLICES: partial(_too_few, min_slices=max(min_slices, 2))}
+    for reason, check in checks.items():
         if reason is forgiven or (reason in _PLACED and part.depth_mm is None):
             continue
-        if evidence := check(part, max(min_slices, 2)):
+        if evidence := check(part):
             return reason, evidence
     return None, ""
 
@@ -977,7 +978,7 @@ def _geometry(part: _Part) -> np.ndarray | None:
     """Affine of a part whose positions form one regular grid, else None."""
     if part.depth_mm is None or len(part.rows) < 2:
         return None
-    if any(check(part, 2) for check in (_duplicates, _gap, _uneven, _mixed_size)):  # a lean is no hindrance
+    if any(check(part) for check in (_duplicates, _gap, _uneven, _mixed_size)):  # a lean is no hindrance
         return None
     spacing = np.asarray(part.rows["pixel_spacing_mm"].iloc[0], float)
     return _affine(part.positions_mm[0], part.positions_mm[-1], len(part.rows), part.orientation, spacing)

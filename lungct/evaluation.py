@@ -10,11 +10,11 @@ __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_C
            'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
            'network_minus_others', 'compare_detections', 'operating_threshold', 'share_by', 'lesions_found',
            'at_threshold', 'size_groups', 'scan_groups', 'localisation', 'localisation_estimates',
-           'annotation_agreement', 'patient_probabilities', 'subtype_draws', 'subtype_scores', 'averaged_classes',
-           'subtype_estimates', 'auc_margin', 'recall_draws', 'compare_subtypes', 'chance_range',
-           'acquisition_features', 'shuffled_training', 'with_temperature', 'fit_temperature', 'calibration_table',
-           'occlusion_map', 'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions', 'false_alarms',
-           'headline', 'metric_lines', 'model_card', 'as_plain']
+           'patient_probabilities', 'subtype_draws', 'subtype_scores', 'averaged_classes', 'subtype_estimates',
+           'auc_margin', 'recall_draws', 'compare_subtypes', 'chance_range', 'acquisition_features',
+           'shuffled_training', 'with_temperature', 'fit_temperature', 'calibration_table', 'occlusion_map',
+           'activation_map', 'place_in_chest', 'box_gaps', 'missed_lesions', 'false_alarms', 'headline', 'metric_lines',
+           'model_card', 'as_plain']
 
 # %% ../nbs/06_evaluate.ipynb #e8d15533
 from collections.abc import Callable, Mapping, Sequence
@@ -133,10 +133,10 @@ def _check_scans(counted, scans):
     twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
     wrong = counted.loc[~np.isfinite(counted[["score", *CORNERS_MM]].to_numpy(float)).all(axis=1), "stack_id"]
     if len(twice):
-        named = labels._some(sorted(twice))
+        named = labels.some_of(sorted(twice))
         raise runs.InputError(f"scans has stack {named} more than once: drop_duplicates('stack_id') first")
     if len(wrong):
-        named = labels._some(sorted(wrong))
+        named = labels.some_of(sorted(wrong))
         raise runs.InputError(f"a score or a corner is not finite in stack {named}: leave these boxes out")
 
 # %% ../nbs/06_evaluate.ipynb #e40f9a05
@@ -334,7 +334,8 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     if bounds is not None:
         low, high = _widened(value, low, high, perfect_margin(n) if margin is None else margin, bounds)
     elif counted_on:
-        low, high = _hull((low, high), [end / counted_on for end in _count_interval(round(value * counted_on))])
+        least, most = _count_interval(round(value * counted_on))
+        low, high = min(low, least / counted_on), max(high, most / counted_on)
     return Estimate(*(round(float(x), 6) for x in (value, min(low, value), max(high, value))), int(n), True, None, unit)
 
 # %% ../nbs/06_evaluate.ipynb #87d9b19f
@@ -384,12 +385,6 @@ def _widened(value: float, low: float, high: float, margin: float, bounds: tuple
 def _count_interval(count: int) -> tuple[float, float]:
     # exact 95 % interval of a Poisson count
     return chi2.ppf(0.025, 2 * count) / 2 if count else 0.0, chi2.ppf(0.975, 2 * count + 2) / 2
-
-
-def _hull(*intervals):
-    """Lowest and highest end of some intervals."""
-    lows, highs = zip(*intervals, strict=True)
-    return min(lows), max(highs)
 
 # %% ../nbs/06_evaluate.ipynb #88d8d3c4
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], patients: Sequence[str], n: int = 1000, seed: int = 0,
@@ -614,9 +609,13 @@ def paired_difference(drawn: pd.DataFrame, others: pd.DataFrame, metric: str, ou
             return not_estimable(estimate.reason, estimate.n)
     fixed = theirs.low == theirs.high                      # a constant leaves ours no more room than 0 to 1
     bounds = (-theirs.value, 1 - theirs.value) if fixed else (-1.0, 1.0)
-    mine, yours = ([table[metric], table.get(f"{metric}_upper", table[metric])] for table in (drawn, others))
-    lower, upper = mine[0] - yours[1], mine[1] - yours[0]
-    return summarise(lower.to_numpy(), ours.n, bounds, margin=margin, upper=upper.to_numpy())
+    (mine_low, mine_high), (theirs_low, theirs_high) = _both_ends(drawn, metric), _both_ends(others, metric)
+    return summarise(mine_low - theirs_high, ours.n, bounds, margin=margin, upper=mine_high - theirs_low)
+
+
+def _both_ends(drawn, metric):
+    """What the lower and the upper end of a metric come from: its column, and <metric>_upper where there is one."""
+    return drawn[metric].to_numpy(), drawn.get(f"{metric}_upper", drawn[metric]).to_numpy()
 
 # %% ../nbs/06_evaluate.ipynb #6aaf5cdf
 def network_minus_others(group: str, metrics: Mapping[str, Estimate], drawn: Mapping[str, pd.DataFrame],
@@ -848,40 +847,6 @@ def localisation_estimates(pairs: pd.DataFrame, patients: Sequence[str], n: int 
     shape = {"median_distance_mm": {"bounds": None, "unit": "mm"}}
     return {name: summarise(values[name].to_numpy(), len(people), **shape.get(name, {})) for name in values}
 
-# %% ../nbs/06_evaluate.ipynb #721298d8
-def annotation_agreement(lesions: pd.DataFrame, stacks: pd.DataFrame, min_iou: float = 0.1) -> pd.DataFrame:
-    """Pairs of lesions that look like one tumour annotated on two stacks of one frame of reference.
-
-    Parameters
-    ----------
-    lesions : columns lesion_id, stack_id, patient_id and `CORNERS_MM`.
-    stacks : columns stack_id and frame_of_reference_uid.
-    min_iou : two lesions pair when each is the other's best IoU and that is at least this.
-
-    Returns
-    -------
-    Columns patient_id, lesion_a, lesion_b, iou, distance_mm (between centres).
-    """
-    frame = stacks.set_index("stack_id")["frame_of_reference_uid"]
-    lesions = lesions.assign(frame=lesions["stack_id"].map(frame.replace("", None))).dropna(subset="frame")
-    rows = []
-    for (patient, _), group in lesions.groupby(["patient_id", "frame"]):
-        parts = [part for _, part in group.groupby("stack_id")]
-        for i, a in enumerate(parts):
-            for b in parts[i + 1:]:
-                rows += [(patient, *pair) for pair in _pairs(a, b, min_iou)]
-    return pd.DataFrame(rows, columns=["patient_id", "lesion_a", "lesion_b", "iou", "distance_mm"])
-
-# %% ../nbs/06_evaluate.ipynb #0f780e83
-def _pairs(a, b, min_iou):
-    """Mutually best pairs of the lesions of two stacks."""
-    boxes, others = a[CORNERS_MM].to_numpy(float), b[CORNERS_MM].to_numpy(float)
-    iou = iou_3d(boxes, others)
-    for i, j in enumerate(iou.argmax(1)):
-        if iou[i, j] >= min_iou and iou[:, j].argmax() == i:
-            gap = (boxes[i].reshape(2, 3) - others[j].reshape(2, 3)).mean(0)
-            yield a["lesion_id"].iloc[i], b["lesion_id"].iloc[j], float(iou[i, j]), float(np.linalg.norm(gap))
-
 # %% ../nbs/06_evaluate.ipynb #56febf51
 def patient_probabilities(predictions: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     """Mean class probabilities over each patient's stacks.
@@ -1065,9 +1030,8 @@ def _estimate(column, values, counts, classes, constant):
     else:
         bounds = None if constant else (0.0, 2.0) if column == "brier" else (0.0, 1.0)
         margin = _margin(metric, counts, int(k)) if k.isdecimal() else _margin(column, counts)
-    upper = values.get(f"{column}_upper", values[column]).to_numpy()
-    return not_estimable(reason, patients) if reason else summarise(values[column].to_numpy(), patients, bounds, "",
-                                                                    margin, upper=upper)
+    lower, upper = _both_ends(values, column)
+    return not_estimable(reason, patients) if reason else summarise(lower, patients, bounds, "", margin, upper=upper)
 
 # %% ../nbs/06_evaluate.ipynb #83328670
 def auc_margin(inside: int, outside: int) -> float:
@@ -1241,9 +1205,7 @@ def acquisition_features(cohort: pd.DataFrame) -> pd.DataFrame:
     each = cohort.sort_values("stack_id").astype(dict.fromkeys(numbers, "float64")).groupby("patient_id")
     parts = [each[numbers].median()]
     for name in (c for c in ("manufacturer", "kernel") if c in cohort):
-        words = each[name].first().astype("str").str.upper().str.strip().fillna("UNKNOWN")
-        pooled = words.where(words.map(words.value_counts()) >= 3, "RARE")
-        parts.append(pd.get_dummies(pooled, prefix=name, dtype=float))
+        parts.append(pd.get_dummies(labels.pooled_words(each[name].first()), prefix=name, dtype=float))
     return pd.concat(parts, axis=1)
 
 # %% ../nbs/06_evaluate.ipynb #eabf064c
@@ -1297,13 +1259,13 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 # %% ../nbs/06_evaluate.ipynb #761a3a8d
-def fit_temperature(probability: np.ndarray, truth: np.ndarray) -> float | None:
+def fit_temperature(truth: np.ndarray, probability: np.ndarray) -> float | None:
     """The temperature under which the true classes are most likely.
 
     Parameters
     ----------
-    probability : (patients, classes).
     truth : (patients,) class index.
+    probability : (patients, classes).
 
     Returns
     -------
@@ -1458,19 +1420,20 @@ def box_gaps(boxes_mm: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.maximum(np.maximum(low - centres, centres - high), 0), axis=-1)
 
 # %% ../nbs/06_evaluate.ipynb #948a909f
-def missed_lesions(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def missed_lesions(scored: Scored, lesions: pd.DataFrame, threshold: float | None) -> pd.DataFrame:
     """The lesions without a hit at `threshold`, largest first.
 
     Parameters
     ----------
     scored : from `score_scans`.
     lesions : the lesions of its scans: lesion_id, stack_id and `CORNERS_MM`.
-    threshold : a score.
+    threshold : a score; None, as where validation chose none: nothing is shown.
 
     Returns
     -------
     Their rows, with columns size_mm, score (best chance, NaN if none) and reason.
     """
+    threshold = np.inf if threshold is None else threshold
     missed = lesions[~lesions_found(scored, lesions, threshold)].copy()
     missed["size_mm"] = longer_side_mm(missed)
     boxes = dict(list(scored.table.groupby("stack_id")))
@@ -1485,17 +1448,20 @@ def _why_missed(lesion, boxes, threshold):
     weak, sure = boxes[boxes["lesion_id"] == lesion.lesion_id], (boxes["score"] >= threshold).to_numpy()
     if len(weak):
         best = weak["score"].max()
-        return best, f"its best box scores {best:.3f}, below the threshold {threshold:.3f}"
+        return best, f"its best box scores {best:.3f}, " + (
+            f"below the threshold {threshold:.3f}" if np.isfinite(threshold) else "and there is no threshold")
     iou, gaps = iou_3d(corners, [box])[:, 0], box_gaps(corners, [box])[:, 0]
     if (iou[sure] > 0).any():
         best = np.flatnonzero(sure)[iou[sure].argmax()]
         return boxes["score"].iloc[best], f"a box overlaps it (IoU {iou[best]:.2f}) but is centred elsewhere"
     if sure.any():
         return np.nan, f"nearest box above the threshold is {gaps[sure].min():.0f} mm away"
+    if not np.isfinite(threshold):
+        return np.nan, "none of the boxes is its own, and there is no threshold"
     return np.nan, "no box above the threshold in this scan"
 
 # %% ../nbs/06_evaluate.ipynb #817b5ca7
-def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float | None) -> pd.DataFrame:
     """The false positives at `threshold`, surest first.
 
     Parameters
@@ -1506,6 +1472,7 @@ def false_alarms(scored: Scored, lesions: pd.DataFrame, threshold: float) -> pd.
     -------
     Their rows of `scored.table`, with columns size_mm and reason.
     """
+    threshold = np.inf if threshold is None else threshold
     alarms = scored.table[scored.false & (scored.score >= threshold)].copy()
     alarms["size_mm"] = longer_side_mm(alarms)
     truth = {name: part[CORNERS_MM].to_numpy(float) for name, part in lesions.groupby("stack_id")}

@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'LABELS', 'BOX_MODES', 'WORLDS', 'LESION_FIELDS', 'NIFT
            'CHANNELS', 'PATIENT', 'NOT_CLINICAL', 'to_coco', 'check_coco', 'from_coco', 'corners_to_mode',
            'corners_from_mode', 'to_detection_list', 'from_detection_list', 'to_instances', 'from_instances',
            'flip_world', 'write_nifti', 'write_stack', 'write_volume', 'read_nifti', 'reorient', 'read_mask',
-           'patient_folds', 'export_nifti', 'Findings', 'blocks_to_labels', 'patient_module', 'pseudonym',
+           'nnunet_folds', 'export_nifti', 'Findings', 'blocks_to_labels', 'patient_module', 'pseudonym',
            'source_headers', 'to_seg', 'to_sr']
 
 # %% ../nbs/appendix/exchange.ipynb #d12b28ec
@@ -750,7 +750,7 @@ def _destination(row: Mapping, channels: Sequence[str], unlabelled: str) -> str:
     return "imagesTs" if unlabelled == "imagesTs" else "left out: unlabelled"
 
 # %% ../nbs/appendix/exchange.ipynb #38b5f01a
-def patient_folds(cases: Sequence[tuple[str, str]], folds: int = 5) -> list[dict]:
+def nnunet_folds(cases: Sequence[tuple[str, str]], folds: int = 5) -> list[dict]:
     """Folds for nnU-Net's `splits_final.json` from pairs (case, patient): no patient is on both sides of one.
 
     Patients are dealt out in turn, those with most cases first.
@@ -847,7 +847,7 @@ def _write_cases(cohort_folder: Path, out: Path, table: pd.DataFrame, dataset: d
         if row.to == "imagesTr":
             write_nifti(volume.mask > 0, volume.affine, out / "labelsTr" / f"{row.stack_id}.nii.gz")
     training = table[table.to == "imagesTr"]
-    runs.save_json(patient_folds(list(zip(training.stack_id, training.patient_id, strict=True))),
+    runs.save_json(nnunet_folds(list(zip(training.stack_id, training.patient_id, strict=True))),
                    out / "splits_final.json")
     runs.save_json(dataset, out / "dataset.json")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER_DTYPES', 'HEADER_SCHEMA', 'HEADER_BUDGET', 'CALL_COST', 'MOST_FRAGMENTS', 'FIRST_BYTES', 'MOST_BYTES',
-           'INDEX_SCHEMA', 'tag_name', 'FileProblem', 'BadFile', 'uid_name', 'read_to_pixels', 'read_header_pydicom',
-           'read_header', 'as_batch', 'read_headers']
+           'OPEN_FLAGS', 'INDEX_SCHEMA', 'tag_name', 'FileProblem', 'BadFile', 'uid_name', 'read_to_pixels',
+           'read_header_pydicom', 'read_header', 'as_batch', 'read_headers']
 
 # %% ../nbs/appendix/headers.ipynb #ed643164
 import io
@@ -778,13 +778,13 @@ def _walk_known(buffer: bytes, at: int, end: int, explicit: bool, roles: Mapping
 
 # %% ../nbs/appendix/headers.ipynb #a0227273
 FIRST_BYTES, MOST_BYTES = 8 << 10, 256 << 10
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)   # never wait for a named pipe
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)   # never wait for a named pipe
 _advise = getattr(os, "posix_fadvise", None)
 
 
 def _read_start(path: str, count: int) -> bytes:
     """The first `count` bytes of a file."""
-    handle = os.open(path, _FLAGS)
+    handle = os.open(path, OPEN_FLAGS)
     try:
         if _advise:
             _advise(handle, 0, 0, os.POSIX_FADV_RANDOM)

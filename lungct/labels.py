@@ -7,10 +7,10 @@ __all__ = ['ROLES', 'LINKS', 'CHECKS', 'FACE_VOXELS', 'FEWEST', 'TWINS', 'ACQUIS
            'STATISTICAL', 'inspect_volume', 'inspect_volumes', 'vote_subtypes', 'Unused', 'vendor_names', 'make_labels',
            'class_names', 'patient_groups', 'role_counts', 'split_patients', 'read_locked', 'read_registry',
            'freeze_roles', 'shared_between_roles', 'patient_folds', 'Finding', 'AuditFailed', 'Material', 'check',
-           'audit', 'example_cohort', 'example_tables', 'coin_scores', 'coarse_differences', 'macro_auc',
-           'acquisition_test', 'interval_width', 'patients_needed', 'tabular_features', 'tabular_model', 'out_of_fold',
-           'fold_auc', 'bootstrap_auc', 'baseline_scores', 'baseline_probabilities', 'collection_features',
-           'false_alarms', 'verdict', 'audit_report', 'stop_on_errors']
+           'audit', 'some_of', 'example_cohort', 'example_tables', 'coin_scores', 'coarse_differences', 'macro_auc',
+           'pooled_words', 'acquisition_test', 'interval_width', 'patients_needed', 'tabular_features', 'tabular_model',
+           'out_of_fold', 'fold_auc', 'bootstrap_auc', 'baseline_scores', 'baseline_probabilities',
+           'collection_features', 'audit_false_alarms', 'verdict', 'audit_report', 'stop_on_errors']
 
 # %% ../nbs/04_check_labels.ipynb #19c02553
 import hashlib
@@ -34,7 +34,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from . import runs
-from .annotations import SUBTYPES, longer_side_mm, patient_subtype, read_clinical
+from .annotations import SUBTYPES, find_clinical, longer_side_mm, patient_subtype, read_clinical
 
 # %% ../nbs/04_check_labels.ipynb #f16a4895
 def _face_gap(mask: np.ndarray, boxes_zyx: np.ndarray) -> float:
@@ -397,19 +397,22 @@ def shared_between_roles(labels: pd.DataFrame, key: str = "patient_id") -> pd.Da
     return pd.DataFrame(table.T.astype(int) @ table.astype(int), index=list(ROLES), columns=list(ROLES))
 
 # %% ../nbs/04_check_labels.ipynb #6117b0ba
-def patient_folds(labels: pd.DataFrame, folds: int = 5, repeats: int = 1, seed: int = 0) -> pd.DataFrame:
+def patient_folds(labels: pd.DataFrame, folds: int = 5, *, repeats: int = 1, seed: int = 0) -> pd.DataFrame:
     """Folds of a repeated cross-validation over patient groups, stratified by class and vendor.
 
     Parameters
     ----------
     labels : as for `split_patients`.
-    folds : from 2 to the number of patient groups, else InputError.
-    repeats : how often all are dealt anew.
-    seed : of the lots.
+    folds : from 2 to the number of patient groups.
+    repeats, seed : how often all are dealt anew; of the lots.
 
     Returns
     -------
     Indexed by patient_id of the used patients; column r holds each patient's fold (0 to folds - 1) in repeat r.
+
+    Raises
+    ------
+    InputError : another number of folds.
     """
     labels = labels.reset_index(drop=True)
     group, strata = _strata(labels)
@@ -488,16 +491,22 @@ def audit(labels: pd.DataFrame, cohort: pd.DataFrame, only: Sequence[str] | None
     Parameters
     ----------
     labels, cohort : `labels` with roles; `cohort` of chapter 3.
-    only : names of checks.
+    only : names of checks, all of `CHECKS` when None.
     **tables : the other fields of `Material`: lesions, boxes, ledger, voxels (from `inspect_volumes`), locked (patients
         of an external test set), fitted_on (patients whose numbers set means, scales and models), shuffled (from
         `coin_scores`), promised_width, seed.
+
+    Raises
+    ------
+    InputError : no check has a name in `only`.
     """
+    if unknown := sorted(set(only or ()) - set(CHECKS)):
+        raise runs.InputError(f"no check is named {some_of(unknown)}: expected some of {', '.join(CHECKS)}")
     material = Material(labels, cohort, **tables)
     findings, skipped = [], []
-    for name, (function, needs) in (CHECKS if only is None else {name: CHECKS[name] for name in only}).items():
-        missing = [table for table in needs if getattr(material, table) is None]
-        if missing:
+    for name in CHECKS if only is None else only:
+        function, needs = CHECKS[name]
+        if missing := [table for table in needs if getattr(material, table) is None]:
             skipped.append(f"{name} (needs {', '.join(missing)})")
         else:
             findings += [Finding(name, *row) for row in function(material)]
@@ -507,8 +516,8 @@ def audit(labels: pd.DataFrame, cohort: pd.DataFrame, only: Sequence[str] | None
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
 
 # %% ../nbs/04_check_labels.ipynb #55d0a55d
-def _some(values, limit: int = 5) -> str:
-    # "a, b, c and 7 more"
+def some_of(values, limit: int = 5) -> str:
+    """The first few values in words: "a, b, c and 7 more"."""
     values = [str(v) for v in dict.fromkeys(values)]
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(values[:limit]) + more
@@ -531,7 +540,7 @@ def example_cohort(sizes: Mapping[str, int] | None = None, seed: int = 0) -> dic
     """
     rng = np.random.default_rng(seed)
     sizes = sizes or {"A": 18, "B": 10, "E": 4, "G": 12}
-    rows = [_example_volume(f"{letter}{number:04}", letter, series, number % 9 == 0 and series == 1, rng)
+    rows = [_example_volume(f"{letter}{number:04}", series, number % 9 == 0 and series == 1, rng)
             for letter, count in sizes.items() for number in range(1, count + 1)
             for series in range(1 + (number % 2 == 0 or number % 9 == 0))]
     cohort = pd.DataFrame(rows).astype({"reason": "str"})
@@ -539,7 +548,7 @@ def example_cohort(sizes: Mapping[str, int] | None = None, seed: int = 0) -> dic
     return example_tables(cohort, rng, seed)
 
 # %% ../nbs/04_check_labels.ipynb #9cb4bf48
-def _example_volume(patient: str, letter: str, series: int, bare: bool, rng: np.random.Generator) -> dict:
+def _example_volume(patient: str, series: int, bare: bool, rng: np.random.Generator) -> dict:
     return {"stack_id": f"Lung_Dx-{patient}_{series}", "patient_id": f"Lung_Dx-{patient}", "study_uid": f"1.{patient}",
             "frame_of_reference_uid": f"2.{patient}", "series_uid": f"3.{patient}.{series}",
             "lesions": int(not bare), "lesions_cut": 0, "lesions_outside": 0, "mask_voxels": 0 if bare else 60,
@@ -622,7 +631,7 @@ def _empty_mask(material):
     bad = drawn[drawn["mask_voxels"] == 0]
     if len(bad):
         yield ("error", f"{len(bad)} of {len(drawn)} annotated volumes have an empty mask",
-               _some(bad["stack_id"]), "a slab [z, z) holds nothing: rebuild the volumes with [z, z + 1)")
+               some_of(bad["stack_id"]), "a slab [z, z) holds nothing: rebuild the volumes with [z, z + 1)")
 
 # %% ../nbs/04_check_labels.ipynb #83e23876
 FACE_VOXELS = 1.01  # a face of a box may fall inside a voxel, and rounding may add a little
@@ -636,7 +645,7 @@ def _mask_and_boxes(material):
     if len(bad):
         pairs = zip(bad["stack_id"], bad["face_gap"], strict=True)
         yield ("error", f"mask and boxes disagree in {len(bad)} of {len(drawn)} annotated volumes",
-               _some(f"{stack} by {gap:.1f} voxels" for stack, gap in pairs),
+               some_of(f"{stack} by {gap:.1f} voxels" for stack, gap in pairs),
                "check axis order and the voxel-edge convention")
 
 # %% ../nbs/04_check_labels.ipynb #d0348906
@@ -652,7 +661,7 @@ def _constant_label(material):
                "look at the reasons in labels.parquet: are boxes matched to volumes at all?")
     elif classes < 2:
         yield ("error" if n >= FEWEST else "warning", f"all {n} labelled patients have the same label",
-               f"class {_some(material.patients['subtype'])}: a constant answer is right every time",
+               f"class {some_of(material.patients['subtype'])}: a constant answer is right every time",
                "add patients of another subtype, or check how the label is computed")
 
 
@@ -661,7 +670,8 @@ def _missing_label(material):
     """A used volume has no target."""
     bad = material.used[material.used["target"].isna() | (material.used["target"] < 0)]
     if len(bad):
-        yield ("error", f"{len(bad)} used volumes have no target", _some(bad["stack_id"]), "give them the role unused")
+        yield ("error", f"{len(bad)} used volumes have no target", some_of(bad["stack_id"]),
+               "give them the role unused")
 
 # %% ../nbs/04_check_labels.ipynb #3ee06db6
 @check("label-against-folder")
@@ -673,7 +683,7 @@ def _folder(material):
     if len(bad):
         pairs = [f"{p} is labelled {s}" for p, s in zip(bad["patient_id"], bad["subtype"], strict=True)]
         yield ("error", f"the label of {len(bad)} of {letter.notna().sum()} patients contradicts the folder's letter",
-               _some(pairs), "check the mapping from box names to subtypes: lower case, and every letter")
+               some_of(pairs), "check the mapping from box names to subtypes: lower case, and every letter")
 
 
 @check("letters-lost", needs=("boxes",))
@@ -684,7 +694,7 @@ def _letters(material):
     bad = material.boxes[known & (material.boxes["subtype"].astype("str") != said)]
     if len(bad):
         yield ("error", f"{len(bad)} of {known.sum()} boxes have lost their letter",
-               "names " + _some(bad["label"]), "compare without regard to case, and know A, B, E and G")
+               "names " + some_of(bad["label"]), "compare without regard to case, and know A, B, E and G")
 
 # %% ../nbs/04_check_labels.ipynb #5621c4a0
 @check("letters-within-a-patient", needs=("lesions",))
@@ -694,7 +704,7 @@ def _stray_letters(material):
     bad = found[found["share"] < 1]
     if len(bad):
         yield ("warning", f"{len(bad)} patients have boxes of more than one subtype",
-               _some(f"{p}: {share:.0%} say {s}" for p, s, share in bad.itertuples()),
+               some_of(f"{p}: {share:.0%} say {s}" for p, s, share in bad.itertuples()),
                "the majority decides, a tie is unused; look at these patients' files")
 
 # %% ../nbs/04_check_labels.ipynb #d9ee0168
@@ -708,7 +718,8 @@ def _boxes_lost(material):
         share = (lost > 0).mean()
         yield ("error" if share > 0.01 else "warning",
                f"{int(lost.sum())} boxes in {int((lost > 0).sum())} of {len(matched)} matched files are gone",
-               _some(matched.loc[lost > 0, "file"]), "keep every object of a file; name a reason for each one left out")
+               some_of(matched.loc[lost > 0, "file"]),
+               "keep every object of a file; name a reason for each one left out")
 
 # %% ../nbs/04_check_labels.ipynb #11cd4b94
 @check("lesions-lost", needs=("lesions",))
@@ -718,7 +729,7 @@ def _lesions_lost(material):
     bad = material.cohort[(joined != material.cohort["lesions"]) & material.cohort["reason"].isna()]
     if len(bad):
         yield ("error", f"{len(bad)} volumes do not hold the lesions that were joined for them",
-               _some(bad["stack_id"]), "build the volumes again from the present lesions table")
+               some_of(bad["stack_id"]), "build the volumes again from the present lesions table")
 
 
 @check("volumes-lost")
@@ -729,7 +740,7 @@ def _volumes_lost(material):
     bad = [*material.cohort.loc[counted != 1, "stack_id"], *(set(rows.index) - set(material.cohort["stack_id"]))]
     if bad:
         yield ("error", f"{len(bad)} volumes do not have exactly one label",
-               _some(bad), "let no exception pass: a volume without a label keeps its row and a reason")
+               some_of(bad), "let no exception pass: a volume without a label keeps its row and a reason")
 
 # %% ../nbs/04_check_labels.ipynb #3a6a69f4
 @check("unlabelled-as-negative")
@@ -737,7 +748,7 @@ def _unlabelled(material):
     """A volume that nobody annotated is used as if it were known."""
     bad = material.used[material.used["lesions"] == 0]
     if len(bad):
-        yield ("error", f"{len(bad)} volumes without boxes are used", _some(bad["stack_id"]),
+        yield ("error", f"{len(bad)} volumes without boxes are used", some_of(bad["stack_id"]),
                "every patient has cancer: unlabelled is not negative, give them the role unused")
 
 # %% ../nbs/04_check_labels.ipynb #ff68031d
@@ -782,7 +793,7 @@ def _in_two_roles(material: Material, key: str, what: str) -> Iterator[tuple]:
         roles = used.groupby(key)["role"].nunique()
         bad = used[used[key].isin(roles.index[roles > 1])]
         if len(bad):
-            yield ("error", f"{bad[key].nunique()} {what} stand in two roles", "of " + _some(bad["patient_id"]),
+            yield ("error", f"{bad[key].nunique()} {what} stand in two roles", "of " + some_of(bad["patient_id"]),
                    "split with split_patients, which keeps everything of a patient together")
 
 
@@ -805,7 +816,7 @@ def _tied_across(material):
     bad = material.patients[group.isin(roles.index[roles > 1]).to_numpy()]
     if len(bad):
         pairs = zip(bad["patient_id"], bad["role"], strict=True)
-        yield ("error", f"{len(bad)} tied patients stand in different roles", _some(f"{p} ({r})" for p, r in pairs),
+        yield ("error", f"{len(bad)} tied patients stand in different roles", some_of(f"{p} ({r})" for p, r in pairs),
                "if the shared study, frame or volume is real, deal a new split under another registry")
 
 
@@ -816,11 +827,11 @@ def _locked(material):
     moved = [p for p in material.locked if role.get(p, "test") != "test"]
     absent = [p for p in material.locked if p not in role.index]
     if moved:
-        yield ("error", f"{_count(len(moved), 'patient')} of the external test set do not test", _some(moved),
+        yield ("error", f"{_count(len(moved), 'patient')} of the external test set do not test", some_of(moved),
                "hand the locked patients to split_patients as fixed roles")
     if absent:
         yield ("warning", f"{_count(len(absent), 'patient')} of the external test set have no usable volume",
-               _some(absent), "check the names; the reasons are in labels.parquet")
+               some_of(absent), "check the names; the reasons are in labels.parquet")
 
 # %% ../nbs/04_check_labels.ipynb #fb4a12ff
 TWINS = 0.05  # coarse volumes that differ by less than this are taken for the same scan
@@ -845,7 +856,7 @@ def _twins(material):
     if close.any():
         named = [f"{stack} ({part})" for stack, part in zip(table["stack_id"], role, strict=True)]
         pairs = [f"{named[i]} and {named[j]}" for i, j in np.argwhere(close)]
-        yield ("error", f"{len(pairs)} pairs of near-duplicate volumes stand in two roles", _some(pairs, 3),
+        yield ("error", f"{len(pairs)} pairs of near-duplicate volumes stand in two roles", some_of(pairs, 3),
                "tie their patients together with a shared column before splitting")
 
 # %% ../nbs/04_check_labels.ipynb #588250c7
@@ -855,7 +866,7 @@ def _tied(material):
     groups = patient_groups(material.labels)
     shared = groups[groups.duplicated(keep=False)]
     if len(shared):
-        yield ("warning", f"{len(shared)} patients are tied to another one", _some(shared.index),
+        yield ("warning", f"{len(shared)} patients are tied to another one", some_of(shared.index),
                "they share a role; check that the shared UID or volume is real")
 
 # %% ../nbs/04_check_labels.ipynb #23a7b9e9
@@ -871,12 +882,12 @@ def _fold_predictor(x: np.ndarray, folds: np.ndarray, ridge: float = 1.0) -> np.
     return predictor
 
 
-def macro_auc(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def macro_auc(truth: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Mean over classes of the area under the ROC curve, one class against the rest.
 
     Parameters
     ----------
-    scores, truth : (..., n, classes); `truth` is one-hot. Ties count one half. Every class needs both sides.
+    truth, scores : (..., n, classes); `truth` is one-hot. Ties count one half. Every class needs both sides.
     """
     ranks = stats.rankdata(scores, axis=-2)
     positive = truth.sum(axis=-2)
@@ -885,6 +896,12 @@ def macro_auc(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/04_check_labels.ipynb #5eca179c
 _ACQUISITION = ("manufacturer", "kernel", "slice_thickness_mm", "slices", "has_pet")
+
+
+def pooled_words(values: pd.Series) -> pd.Series:
+    """Words in capitals, "UNKNOWN" where there is none; those that fewer than three rows share become "RARE"."""
+    words = values.astype("str").fillna("UNKNOWN").str.strip().str.upper()
+    return words.where(words.map(words.value_counts()) >= 3, "RARE")
 
 
 def _acquisition_features(table: pd.DataFrame) -> np.ndarray:
@@ -900,8 +917,7 @@ def _acquisition_features(table: pd.DataFrame) -> np.ndarray:
             values = values.astype(float)
             parts += [values.fillna(values.median()).fillna(0), values.isna().astype(float)]
         else:
-            words = values.astype("str").fillna("unknown").str.strip().str.upper()
-            common = words.where(words.map(words.value_counts()) >= 3, "RARE")
+            common = pooled_words(values)
             parts += [(common == word).astype(float) for word in sorted(common.unique())]
     x = np.column_stack(parts) if parts else np.zeros((len(table), 0))
     x = x[:, x.std(axis=0) > 0] if len(x) else x
@@ -927,8 +943,8 @@ def acquisition_test(patients: pd.DataFrame, permutations: int = 499, seed: int 
     predictor = _fold_predictor(x, rng.permutation(len(x)) % 5)
     shuffles = np.array([rng.permutation(len(x)) for _ in range(permutations)])
     lots = onehot[shuffles]
-    observed = macro_auc(predictor @ onehot, onehot)
-    by_lot = macro_auc(predictor @ lots, lots)
+    observed = macro_auc(onehot, predictor @ onehot)
+    by_lot = macro_auc(lots, predictor @ lots)
     return float(observed), float((1 + (by_lot >= observed - 1e-12).sum()) / (1 + permutations))
 
 # %% ../nbs/04_check_labels.ipynb #6d9cc2cb
@@ -971,7 +987,7 @@ def _balance(material):
            if _hypergeometric(n, table.to_numpy().sum(), row.sum(), table[role].sum()) < 0.001]
     by_role = "; ".join(f"{role}: {_numbers_in_words(column)}" for role, column in table.items())
     if odd:
-        yield "warning", f"more or fewer than a draw explains: {_some(odd)}", by_role, "split stratified by subtype"
+        yield "warning", f"more or fewer than a draw explains: {some_of(odd)}", by_role, "split stratified by subtype"
     else:
         yield "info", "the classes are mixed alike in all roles", by_role, "nothing to do"
 
@@ -1027,7 +1043,7 @@ def _hu_range(material):
     if len(bad):
         rows = zip(bad["stack_id"], bad["hu_min"], bad["hu_mean"], bad["hu_max"], strict=True)
         yield ("error", f"{len(bad)} of {len(table)} volumes are outside the range of HU",
-               _some(f"{s}: {a:.0f} to {c:.0f}, mean {b:.0f}" for s, a, b, c in rows),
+               some_of(f"{s}: {a:.0f} to {c:.0f}, mean {b:.0f}" for s, a, b, c in rows),
                "check rescale slope and intercept, and that padding became air")
 
 # %% ../nbs/04_check_labels.ipynb #c3f935da
@@ -1040,7 +1056,7 @@ def _not_a_number(material):
     if material.voxels is not None:
         bad += [*set(material.voxels.loc[~material.voxels["finite"], "stack_id"]) & set(material.used["stack_id"])]
     if bad:
-        yield ("error", f"{len(set(bad))} volumes hold NaN or infinity", _some(bad),
+        yield ("error", f"{len(set(bad))} volumes hold NaN or infinity", some_of(bad),
                "build them again; set aside what stays broken")
 
 
@@ -1050,7 +1066,7 @@ def _outside(material):
     cut, outside = int(material.cohort["lesions_cut"].sum()), int(material.cohort["lesions_outside"].sum())
     if cut + outside:
         bad = material.cohort[(material.cohort["lesions_cut"] > 0) | (material.cohort["lesions_outside"] > 0)]
-        yield ("warning", f"{cut} lesions are cut by the grid and {outside} lie outside", _some(bad["stack_id"]),
+        yield ("warning", f"{cut} lesions are cut by the grid and {outside} lie outside", some_of(bad["stack_id"]),
                "they cannot be found there: enlarge the grid, or count them as missed")
 
 # %% ../nbs/04_check_labels.ipynb #f9d745d2
@@ -1060,7 +1076,7 @@ def _fitted(material):
     trains = set(material.used.loc[material.used["role"] == "train", "patient_id"])
     bad = sorted(set(material.fitted_on) - trains)
     if bad:
-        yield ("error", f"{_count(len(bad), 'patient')} outside training took part in fitting", _some(bad),
+        yield ("error", f"{_count(len(bad), 'patient')} outside training took part in fitting", some_of(bad),
                "fit every mean, scale and model on the training patients alone")
 
 # %% ../nbs/04_check_labels.ipynb #7c576639
@@ -1147,12 +1163,12 @@ def out_of_fold(features: pd.DataFrame, columns: Sequence[str], fold: np.ndarray
     return scores
 
 # %% ../nbs/04_check_labels.ipynb #b0825d93
-def fold_auc(scores: np.ndarray, truth: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def fold_auc(truth: np.ndarray, scores: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Macro AUC of scores from several models: only two patients whom one model was asked about are compared.
 
     Parameters
     ----------
-    scores, truth : (patients, classes); `truth` is one-hot.
+    truth, scores : (patients, classes); `truth` is one-hot.
     fold : (patients,) which model gave the scores.
     weights : (draws, patients) how often each patient counts; None: one draw, in which each counts once.
 
@@ -1171,14 +1187,14 @@ def fold_auc(scores: np.ndarray, truth: np.ndarray, fold: np.ndarray, weights: n
     return np.divide(right, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0).mean(axis=1)
 
 # %% ../nbs/04_check_labels.ipynb #b0825d95
-def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, folds: np.ndarray, resamples: int = 500,
+def bootstrap_auc(truth: np.ndarray, scores: np.ndarray, folds: np.ndarray, resamples: int = 500,
                   seed: int = 0) -> tuple[float, float, float]:
     """Macro AUC within folds with its 95 % interval from resampling patients within their class.
 
     Parameters
     ----------
-    scores : (repeats, patients, classes); the AUC is the mean over the repeats.
     truth : (patients, classes), one-hot.
+    scores : (repeats, patients, classes); the AUC is the mean over the repeats.
     folds : (repeats, patients), see `fold_auc`.
     resamples : draws of patients.
     seed : of the draws.
@@ -1188,19 +1204,19 @@ def bootstrap_auc(scores: np.ndarray, truth: np.ndarray, folds: np.ndarray, resa
     drawn = np.concatenate([rng.choice(np.flatnonzero(label == c), (resamples, int((label == c).sum())))
                             for c in np.unique(label)], axis=1)
     counts = np.stack([np.ones(len(label)), *(np.bincount(row, minlength=len(label)) for row in drawn)])
-    values = np.mean([fold_auc(each, truth, fold, counts) for each, fold in zip(scores, folds, strict=True)], axis=0)
+    values = np.mean([fold_auc(truth, each, fold, counts) for each, fold in zip(scores, folds, strict=True)], axis=0)
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return float(values[0]), float(low), float(high)
 
 # %% ../nbs/04_check_labels.ipynb #6f10d96d
-def baseline_scores(features: pd.DataFrame, folds: int = 5, seed: int = 0, repeats: int = 1,
+def baseline_scores(features: pd.DataFrame, folds: int = 5, *, repeats: int = 1, seed: int = 0,
                     groups: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Majority and logistic regressions, in repeated cross-validation over patients.
 
     Parameters
     ----------
     features : as `tabular_features` returns it.
-    folds, seed, repeats : see `patient_folds`.
+    folds, repeats, seed : see `patient_folds`.
     groups : patient to group, to keep tied patients in one fold.
 
     Returns
@@ -1231,7 +1247,7 @@ def _folds_of(table: pd.DataFrame, group: pd.Series, folds: int, repeats: int, s
     # a patient's group takes the place of a shared study
     codes = pd.factorize(table["subtype"], sort=True)[0]
     tied = pd.DataFrame({"patient_id": table.index, "study_uid": group.to_numpy(), "target": codes})
-    return patient_folds(tied, folds, repeats, seed).loc[table.index]
+    return patient_folds(tied, folds, repeats=repeats, seed=seed).loc[table.index]
 
 
 def _cross_validated(table: pd.DataFrame, sets: Mapping, dealt: pd.DataFrame, seed: int) -> dict[str, dict]:
@@ -1244,7 +1260,7 @@ def _cross_validated(table: pd.DataFrame, sets: Mapping, dealt: pd.DataFrame, se
 
 
 def _figures(scores: np.ndarray, truth: np.ndarray, folds: np.ndarray, seed: int) -> dict[str, float]:
-    auc, low, high = bootstrap_auc(scores, truth, folds, seed=seed)
+    auc, low, high = bootstrap_auc(truth, scores, folds, seed=seed)
     hit = scores.argmax(axis=2) == truth.argmax(axis=1)
     return {"auc": auc, "low": low, "high": high, "accuracy": hit.mean(),
             "balanced_accuracy": (hit @ truth / truth.sum(axis=0)).mean()}
@@ -1283,6 +1299,10 @@ def collection_features(folder: str | Path) -> pd.DataFrame:
 
     Without images, lateral and posterior are pixels from the middle of the 512 x 512 image, superior is the file number
     as a share of the series, log_size is of the root of the largest box's area in pixels.
+
+    Raises
+    ------
+    InputError : no clinical table in the folder.
     """
     folder = Path(folder)
     boxes = pd.read_csv(folder / "ct_boxes.csv").rename(columns={"patient": "patient_id"})
@@ -1298,14 +1318,15 @@ def collection_features(folder: str | Path) -> pd.DataFrame:
     features = each[["lateral", "posterior", "superior"]].mean()
     features.insert(0, "subtype", each["subtype"].first())
     features["log_size"] = np.log(each["side"].max())
-    clinical = read_clinical(next(folder.glob("statistics-clinical*.xlsx")))
-    return features.join(_clinical_features(clinical))
+    if (sheet := find_clinical(folder)) is None:
+        raise runs.InputError(f"no clinical table in {folder}: put the collection's statistics-clinical xlsx there")
+    return features.join(_clinical_features(read_clinical(sheet)))
 
 # %% ../nbs/04_check_labels.ipynb #bfc16075
 STATISTICAL = ("reading-order", "acquisition-predicts-label", "class-balance", "shuffled-labels-learned")
 
 
-def false_alarms(tables: Mapping) -> list[str]:
+def audit_false_alarms(tables: Mapping) -> list[str]:
     """Warnings and errors of the `STATISTICAL` checks on a cohort that is known to be clean."""
     return [f.name for f in audit(**tables, only=STATISTICAL) if f.severity != "info"]
 
@@ -1327,7 +1348,7 @@ def _accepted(override: str) -> set[str]:
     accepted = {name.strip() for name in override.split(",") if name.strip()}
     unknown = sorted(accepted - set(CHECKS))
     if unknown:
-        raise runs.InputError(f"override names {_some(unknown)}, which is no finding: "
+        raise runs.InputError(f"override names {some_of(unknown)}, which is no finding: "
                               f"expected some of {', '.join(CHECKS)}")
     return accepted
 

@@ -33,22 +33,22 @@ from .runs import InputError
 from .workers import worker_pool
 
 # %% auto #0
-__all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'SUBTYPES', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES',
-           'KERNEL_NAMES', 'HALF_LIFE_S', 'DOSE_BQ', 'UPTAKE_S', 'METADATA_COLUMNS', 'CLINICAL_COLUMNS', 'named_rng',
-           'named_uid', 'Grid', 'soft', 'paint', 'Thorax', 'draw_thorax', 'cavity_axes_mm', 'cavity_distance',
-           'dome_distance', 'apex_distance', 'spine_y_mm', 'ellipsoid_distance', 'heart_distance',
-           'mediastinum_distance', 'lung_distance', 'hilum_mm', 'grow_tree', 'vessel_density', 'capsule_distance',
-           'paint_tube', 'aorta_path', 'blood_tubes', 'air_tubes', 'clavicles', 'texture', 'paint_table', 'wall_mm',
-           'shoulder_mm', 'skin_distance', 'paint_body', 'paint_lungs', 'paint_belly', 'paint_middle', 'paint_ribs',
-           'paint_shoulder_blades', 'paint_spine', 'paint_front_bones', 'Habits', 'Lesion', 'draw_lesion',
-           'lesion_distance', 'growth_limit', 'lesion_occupancy', 'lesion_corners_mm', 'measure_lesion', 'paint_lesion',
-           'paint_distractors', 'Scan', 'render', 'acquire', 'Plan', 'plan_cohort', 'Study', 'fill', 'patient_header',
-           'ct_header', 'number', 'pet_header', 'sc_header', 'Frame', 'Series', 'save_image', 'series_folder',
-           'write_series', 'draw_boxes', 'box_iou', 'voc_xml', 'Note', 'quirk_row', 'Desk', 'annotate', 'write_patient',
-           'draw_patient', 'plan_study', 'plan_scan', 'write_visit', 'store_ct', 'ct_frames', 'annotated', 'ct_series',
-           'add_truth', 'write_scan', 'write_phases', 'write_ct', 'pad', 'disturb', 'write_extras', 'write_localizer',
+__all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES', 'KERNEL_NAMES',
+           'HALF_LIFE_S', 'DOSE_BQ', 'UPTAKE_S', 'METADATA_COLUMNS', 'CLINICAL_COLUMNS', 'named_rng', 'named_uid',
+           'Grid', 'soft', 'paint', 'Thorax', 'draw_thorax', 'cavity_axes_mm', 'cavity_distance', 'dome_distance',
+           'apex_distance', 'spine_y_mm', 'ellipsoid_distance', 'heart_distance', 'mediastinum_distance',
+           'lung_distance', 'hilum_mm', 'grow_tree', 'vessel_density', 'capsule_distance', 'paint_tube', 'aorta_path',
+           'blood_tubes', 'air_tubes', 'clavicles', 'texture', 'paint_table', 'wall_mm', 'shoulder_mm', 'skin_distance',
+           'paint_body', 'paint_lungs', 'paint_belly', 'paint_middle', 'paint_ribs', 'paint_shoulder_blades',
+           'paint_spine', 'paint_front_bones', 'Habits', 'Lesion', 'draw_lesion', 'lesion_distance', 'growth_limit',
+           'lesion_occupancy', 'lesion_corners_mm', 'measure_lesion', 'paint_lesion', 'paint_distractors', 'Scan',
+           'render', 'acquire', 'Plan', 'plan_cohort', 'person_plan', 'Study', 'fill', 'patient_header', 'ct_header',
+           'number', 'pet_header', 'sc_header', 'Frame', 'Series', 'save_image', 'series_folder', 'write_series',
+           'draw_boxes', 'voc_xml', 'Note', 'quirk_row', 'Desk', 'annotate', 'write_patient', 'draw_patient',
+           'plan_study', 'plan_scan', 'write_visit', 'store_ct', 'ct_frames', 'annotated', 'ct_series', 'add_truth',
+           'write_scan', 'write_phases', 'write_ct', 'pad', 'disturb', 'write_extras', 'write_localizer',
            'write_screenshots', 'write_pet', 'pet_suv', 'clinical_row', 'write_clinical', 'write_tables',
-           'write_manifest', 'make_cohort']
+           'write_manifest', 'make_cohort', 'prepare_folder']
 
 # %% ../nbs/appendix/phantom.ipynb #949f2977
 def _digest(seed: int, names: tuple) -> int:
@@ -469,9 +469,6 @@ def paint_front_bones(hu_zyx, grid: Grid, chest: Thorax) -> None:
         paint_tube(hu_zyx, grid, path, radius, 330)
 
 # %% ../nbs/appendix/phantom.ipynb #4034f116
-SUBTYPES = {"A": "adenocarcinoma", "B": "small cell carcinoma", "E": "large cell carcinoma",
-            "G": "squamous cell carcinoma"}
-
 @dataclass(frozen=True)
 class Habits:
     """How a subtype tends to look: median diameter (mm) and its log spread, chances, and the depth of its lobes.
@@ -833,11 +830,12 @@ def plan_cohort(patients: int, seed: int, quirks=ALL, matrix: int = 128) -> list
     names = [f"{letter}{k:04d}" for letter, count in _shares(patients).items() for k in range(1, count + 1)]
     order = named_rng(seed, "vendors").permutation(patients)
     vendors = [list(VENDORS)[(0, 1, 0, 1, 2)[k % 5]] for k in order]
-    plans = [_person(name, vendor, seed, matrix) for name, vendor in zip(names, vendors, strict=True)]
+    plans = [person_plan(name, vendor, seed, matrix) for name, vendor in zip(names, vendors, strict=True)]
     return _spread_quirks(plans, seed, quirks)
 
 # %% ../nbs/appendix/phantom.ipynb #9e0256b0
-def _person(name: str, vendor: str, seed: int, matrix: int) -> Plan:
+def person_plan(name: str, vendor: str, seed: int, matrix: int) -> Plan:
+    """Who a patient is: drawn from the seed and the name, whose first letter is the subtype. No quirks."""
     rng, (male, age, smoker) = named_rng(seed, name, "person"), _PEOPLE[name[0]]
     sex = "M" if rng.random() < male else "F"
     weight = float(np.clip(rng.normal(70 if sex == "M" else 59, 10), 38, 105).round())
@@ -1087,14 +1085,6 @@ def _tight_box(inside: np.ndarray) -> np.ndarray:
     """Pixel edges (xmin, ymin, xmax, ymax) of the smallest box around a 2D mask."""
     columns, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-
-# %% ../nbs/appendix/phantom.ipynb #3cd2c550
-def box_iou(first, second) -> float:
-    """Overlap of two pixel boxes (xmin, ymin, xmax, ymax): intersection over union."""
-    wide = max(0, min(first[2], second[2]) - max(first[0], second[0]))
-    high = max(0, min(first[3], second[3]) - max(first[1], second[1]))
-    area = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
-    return wide * high / (sum(area) - wide * high) if wide * high else 0.0
 
 # %% ../nbs/appendix/phantom.ipynb #8f1449ac
 _OBJECT = """  <object>
@@ -1671,7 +1661,7 @@ def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int
     `out`. If it already holds this very cohort, complete, nothing is written.
     """
     out, asked = Path(out), _check_request(patients, seed, quirks, matrix)
-    if not _prepare(out, asked):
+    if not prepare_folder(out, asked):
         _write_cohort(out, plan_cohort(patients, seed, asked["quirks"], matrix), workers)
     return out
 
@@ -1697,7 +1687,7 @@ def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:
             "quirks": [quirk for quirk in ALL if quirk in quirks]}
 
 # %% ../nbs/appendix/phantom.ipynb #322cd765
-def _prepare(out: Path, asked: dict) -> bool:
+def prepare_folder(out: Path, asked: dict) -> bool:
     """True if the folder already holds this cohort; otherwise an empty, marked folder."""
     done, begun = out / "phantom.json", out / "phantom.partial.json"
     if done.exists() and json.loads(done.read_text()) == asked:

@@ -183,7 +183,7 @@ def _read_straight(path: str, header: Mapping, target: np.ndarray) -> None:
     offset, uid = int(header["pixel_offset"]), header.get("sop_uid")
     before = bytearray(offset if uid and offset <= _HEAD_BYTES else 12)
     skipped = int(_told(header, "frame") or 0) * target.nbytes
-    stream = os.open(path, headers._FLAGS)
+    stream = os.open(path, headers.OPEN_FLAGS)
     try:
         _check_unchanged(path, header, os.fstat(stream).st_size)
         got = _read_at(stream, [before, target], offset - len(before)) - len(before)

@@ -266,9 +266,9 @@ def _room(out: Path) -> Iterator[Path]:
             path.replace(out / path.name)
 
 # %% ../nbs/appendix/predict.ipynb #47bdd0c8
-def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out: str | os.PathLike, max_boxes: int = 5,
-                   pictures: int = 3, dicom_files: bool = True, nifti: bool = False, show_identity: bool = False,
-                   even_if_unlike: bool = False, workers: int | None = None) -> Predictions:
+def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out: str | os.PathLike, *,
+                   max_boxes: int = 5, pictures: int = 3, dicom_files: bool = True, nifti: bool = False, workers=None,
+                   show_identity: bool = False, even_if_unlike: bool = False) -> Predictions:
     """Predict on every CT stack below a DICOM folder and write JSON, CSV, pictures, DICOM SEG and SR.
 
     Parameters
@@ -276,16 +276,16 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
     folder : DICOM files of one or more series, of one or more patients, in any order and depth.
     model_path : `model.keras`, with its side-car `model.json` beside it; a mismatch is an error.
     out : folder for the results; made when missing, cleared of those of an earlier call.
-    max_boxes, pictures : at most so many boxes (1 or more, else InputError), and pictures, a stack.
+    max_boxes, pictures : at most so many boxes (1 or more), and pictures, a stack.
     dicom_files, nifti : write SEG and SR, and a NIfTI mask, of each stack that has a box.
     show_identity : write patient ID and UIDs into JSON, and who the patient is into SEG and SR.
     even_if_unlike : answer, with a remark, where a volume is unlike those trained on.
-    workers : processes that read headers.
+    workers : processes that read headers; all cores when None.
 
     Raises
     ------
-    lungct.runs.InputError
-        No such folder, no DICOM in it, no model, one that does not fit its side-car, or a place that cannot be written.
+    InputError : no such folder, no DICOM in it, no model, one that does not fit its side-car, no box wanted, or a place
+        that cannot be written.
     """
     folder, model = Path(folder), open_model(model_path)
     wanted = _Wanted(Path(out), max_boxes, pictures, dicom_files, nifti, show_identity, even_if_unlike)

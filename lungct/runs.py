@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
-           'project_path', 'atomic', 'clear_dead', 'save_table', 'load_table', 'save_json', 'load_json', 'hash_file',
-           'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished',
+           'project_path', 'atomic', 'clear_dead', 'save_table', 'load_table', 'save_json', 'load_json', 'as_json',
+           'hash_file', 'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished',
            'check_undamaged', 'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
@@ -157,7 +157,7 @@ def clear_dead(folder: str | os.PathLike, prefix: str) -> None:
     for left in Path(folder).glob(f"{prefix}*-*/"):
         process = left.name.removeprefix(prefix).split("-")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/appendix/runs.ipynb #502a6d67
 def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:
@@ -208,7 +208,7 @@ def save_json(value: object, path: str | os.PathLike) -> Path:
     ValueError
         NaN or infinity: JSON has neither.
     """
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=as_json)
     with atomic(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
@@ -236,8 +236,8 @@ def load_json(path: str | os.PathLike) -> dict:
         raise InputError(f"file {path} is not valid JSON ({error}): remove it and run its chapter again") from None
 
 # %% ../nbs/appendix/runs.ipynb #5ef6b5a8
-def _plain(value: object) -> object:
-    # numpy scalars and arrays and paths, as JSON knows them
+def as_json(value: object) -> object:
+    """NumPy scalars, arrays and paths as JSON knows them; for ``json.dumps(default=...)``. TypeError for the rest."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
@@ -253,7 +253,7 @@ def hash_file(path: str | os.PathLike) -> str:
 
 def hash_value(value: object) -> str:
     """BLAKE2b hash (32 hexadecimal digits) of anything that JSON can write."""
-    text = json.dumps(value, sort_keys=True, default=_plain)
+    text = json.dumps(value, sort_keys=True, default=as_json)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/appendix/runs.ipynb #5809cd22

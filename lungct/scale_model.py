@@ -522,7 +522,7 @@ def _metadata(plan: phantom.Plan, study: phantom.Study, series: phantom.Series, 
 
 def _plans(model: Model) -> list[phantom.Plan]:
     quirks = frozenset({"clinical_spelling"})
-    return [replace(phantom._person(row.patient, row.vendor, model.seed, MATRIX), quirks=quirks)
+    return [replace(phantom.person_plan(row.patient, row.vendor, model.seed, MATRIX), quirks=quirks)
             for row in model.patients.sort_values("patient").itertuples()]
 
 # %% ../nbs/appendix/scale_model.ipynb #06f68b3f
@@ -606,7 +606,7 @@ def make_scale_model(out: str | os.PathLike, fraction: float = 1.0, seed: int = 
     """
     out, model = Path(out), plan_model(fraction, seed)
     asked = {"version": _VERSION, "scale_model": True, "fraction": float(fraction), "seed": int(seed)}
-    if not phantom._prepare(out, asked):
+    if not phantom.prepare_folder(out, asked):
         _write_model(out, model, workers)
         (out / "phantom.partial.json").rename(out / "phantom.json")
     return out

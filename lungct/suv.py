@@ -16,19 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydicom.datadict import tag_for_keyword
+
+from .headers import tag_name
 
 # %% ../nbs/appendix/suv.ipynb #b212d8b2
-_KEYWORDS = {
-    "units": "Units", "suv_type": "SUVType", "corrected_image": "CorrectedImage",
-    "decay_correction": "DecayCorrection", "weight_kg": "PatientWeight",
-    "radionuclide_dose_bq": "RadionuclideTotalDose", "half_life_s": "RadionuclideHalfLife",
-    "injection_time": "RadiopharmaceuticalStartTime", "tracer_items": "RadiopharmaceuticalInformationSequence",
-    "injection_datetime": "RadiopharmaceuticalStartDateTime", "series_time": "SeriesTime",
-    "acquisition_time": "AcquisitionTime", "frame_duration_ms": "ActualFrameDuration",
-    "radiopharmaceutical": "Radiopharmaceutical", "decay_factor": "DecayFactor",
-    "frame_reference_time_ms": "FrameReferenceTime",
-}
 _PRIVATE = {
     "philips_suv_factor": "Philips SUV factor (7053,xx00)", "ge_scan_datetime": "GE scan date and time (0009,xx0D)",
     "philips_activity_factor": "Philips activity factor (7053,xx09)",
@@ -37,10 +28,7 @@ _PRIVATE = {
 
 def _name(column: str) -> str:
     """The DICOM name and tag behind a column."""
-    if column in _PRIVATE:
-        return _PRIVATE[column]
-    tag = tag_for_keyword(_KEYWORDS[column])
-    return f"{_KEYWORDS[column]} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+    return _PRIVATE.get(column) or tag_name(column)
 
 # %% ../nbs/appendix/suv.ipynb #087b6e97
 class SuvError(ValueError):

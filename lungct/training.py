@@ -643,21 +643,21 @@ def _has_gpu() -> bool:
     return any(name.lower().startswith(("gpu", "cuda")) for name in _devices())
 
 # %% ../nbs/05_train_3d_cnn.ipynb #1e92786b
-def encode_targets(boxes_zyx: np.ndarray, size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (k, 6) in grid voxels to heat (s, s, s, 1) and box (s, s, s, 7) float32 targets, s = size // stride.
+def encode_targets(boxes_zyx: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (k, 6) in grid voxels to heat (s, s, s, 1) and box (s, s, s, 7) float32 targets, s = size // `STRIDE`.
 
     The heat is 1 in the cell of each centre; box holds offset z y x, log extent z y x (in cells), and a weight.
     """
-    heat, box = _encode([boxes_zyx], size, stride)
+    heat, box = _encode([boxes_zyx], size)
     return heat[0], box[0]
 
 
-def _encode(boxes: Sequence[np.ndarray], size: int, stride: int = STRIDE) -> tuple[np.ndarray, np.ndarray]:
+def _encode(boxes: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     # of n volumes at once: heat (n, s, s, s, 1), box (n, s, s, s, 7)
-    shape = (len(boxes),) + (size // stride,) * 3
+    shape = (len(boxes),) + (size // STRIDE,) * 3
     heat, box = np.zeros((*shape, 1), "float32"), np.zeros((*shape, 7), "float32")
     for i, boxes_zyx in enumerate(boxes):
-        for low, high in np.asarray(boxes_zyx, "float32").reshape(-1, 2, 3) / stride:
+        for low, high in np.asarray(boxes_zyx, "float32").reshape(-1, 2, 3) / STRIDE:
             _mark(low, high, heat[i, ..., 0], box[i])
     return heat, box
 
@@ -685,7 +685,7 @@ def _bell(centre: np.ndarray, extent: np.ndarray, cells: int) -> tuple[list[np.n
     return near, (z[:, None] * y)[..., None] * x
 
 # %% ../nbs/05_train_3d_cnn.ipynb #5d27b6b5
-def decode_detections(heat, box, top: int = 10, min_score: float = 0.02, stride: int = STRIDE) -> list:
+def decode_detections(heat, box, top: int = 10, min_score: float = 0.02) -> list:
     """Boxes in what the network says.
 
     Parameters
@@ -693,7 +693,6 @@ def decode_detections(heat, box, top: int = 10, min_score: float = 0.02, stride:
     heat, box : outputs (n, s, s, s, 1) and (n, s, s, s, 6) of the network.
     top : most boxes of a volume, 0 or more.
     min_score : lowest heat of a box.
-    stride : grid voxels a cell.
 
     Returns
     -------
@@ -701,14 +700,14 @@ def decode_detections(heat, box, top: int = 10, min_score: float = 0.02, stride:
     """
     peak = ops.max_pool(ops.convert_to_tensor(heat, "float32"), 3, strides=1, padding="same")
     heat, peak, box = (ops.convert_to_numpy(x) for x in (heat, peak, box))
-    return [_decode(*maps, top, min_score, stride) for maps in zip(heat[..., 0], peak[..., 0], box, strict=True)]
+    return [_decode(*maps, top, min_score) for maps in zip(heat[..., 0], peak[..., 0], box, strict=True)]
 
 # %% ../nbs/05_train_3d_cnn.ipynb #fa40eff2
-def _decode(heat, peak, box, top, min_score, stride) -> tuple[np.ndarray, np.ndarray]:
+def _decode(heat, peak, box, top, min_score) -> tuple[np.ndarray, np.ndarray]:
     cells = np.argwhere((heat == peak) & (heat >= min_score))
     scores, values = heat[tuple(cells.T)], box[tuple(cells.T)]
     centre, half = _placed(cells, values)
-    boxes = np.clip(np.concatenate([centre - half, centre + half], axis=1) * stride, 0, len(heat) * stride)
+    boxes = np.clip(np.concatenate([centre - half, centre + half], axis=1) * STRIDE, 0, len(heat) * STRIDE)
     keep = _suppress(boxes, scores, top)
     return boxes[keep].astype("float32"), scores[keep].astype("float32")
 
@@ -1071,23 +1070,21 @@ class Settings:
         return max(1, round(len(set(train.patient_id)) / self.batch_size))
 
 # %% ../nbs/05_train_3d_cnn.ipynb #9ac41e07
-_EITHER = "True or False"
-_RULES = (
-    (("epochs", "batch_size", "patience", "echoes"), lambda x: isinstance(x, Integral) and x > 0,
-     "a whole number above zero"),
-    (("learning_rate", "clip_norm"), lambda x: 0 < x < np.inf, "a number above zero"),
-    (("weight_decay", "subtype_weight"), lambda x: 0 <= x < np.inf, "zero or more"),
-    (("smoothing", "balance", "transplants", "pet_dropout"), lambda x: 0 <= x <= 1, "0 to 1"),
-    (("augmented", "jit_compile"), lambda x: True, _EITHER),
-    (("seed",), lambda x: isinstance(x, Integral) and 0 <= x < 2**32, "a whole number from 0 to 4294967295"),
+_RULES = (  # names, kind, condition, the two in words
+    (("epochs", "batch_size", "patience", "echoes"), Integral, lambda x: x > 0, "a whole number above zero"),
+    (("learning_rate", "clip_norm"), Real, lambda x: 0 < x < np.inf, "a number above zero"),
+    (("weight_decay", "subtype_weight"), Real, lambda x: 0 <= x < np.inf, "zero or more"),
+    (("smoothing", "balance", "transplants", "pet_dropout"), Real, lambda x: 0 <= x <= 1, "0 to 1"),
+    (("augmented", "jit_compile"), bool, lambda x: True, "True or False"),
+    (("seed",), Integral, lambda x: 0 <= x < 2**32, "a whole number from 0 to 4294967295"),
 )
 
 
 def _check_settings(settings: Settings) -> None:
-    for names, fits, expected in _RULES:
+    for names, kind, fits, expected in _RULES:
         for name in names:
             value = getattr(settings, name)
-            if not (isinstance(value, Real) and isinstance(value, bool) == (expected == _EITHER) and fits(value)):
+            if not (isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and fits(value)):
                 raise runs.InputError(f"{name} is {value!r}, expected {expected}")
 
 
@@ -1941,7 +1938,7 @@ def _check_classes(network: keras.Model, classes: Sequence[str]) -> None:
 def _plain(facts: Mapping) -> dict:
     # as JSON gives them back, so that their hash stays; found out before a model on the disk is replaced
     try:
-        return json.loads(json.dumps(dict(facts), allow_nan=False, default=runs._plain))
+        return json.loads(json.dumps(dict(facts), allow_nan=False, default=runs.as_json))
     except ValueError:
         raise runs.InputError("validation holds NaN or infinity, which a side-car cannot: leave it out") from None
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,8 +116,31 @@ def test_a_kernel_killed_by_the_system_is_said(chapters, tmp_path):
     write_chapter(chapters, 2, body="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(course.ChapterFailed, match=r"02_parse_annotations died in section 'The work'.*out of memory"):
         run(chapters, tmp_path / "run")
+    kept = nbformat.read(tmp_path / "run" / "notebooks" / f"{SIX[1]}.ipynb", as_version=4)
+    ran = [cell for cell in kept.cells if cell.cell_type == "code" and cell.metadata.papermill.get("start_time")]
+    assert "os.kill" in ran[-1].source, "the notebook up to there is on the disk"
     write_chapter(chapters, 2)
     assert run(chapters, tmp_path / "run").count("already done") == 1
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(60.0, 2, 2), (0.0, 12, 99)])
+def test_a_notebook_is_written_every_few_seconds_and_at_the_end(chapters, tmp_path, monkeypatch, seconds, least, most):
+    from papermill import engines
+
+    written, write = [], engines.write_ipynb
+    monkeypatch.setattr(engines, "write_ipynb", lambda nb, path: written.append(path) or write(nb, path))
+    monkeypatch.setattr(course, "SAVE_SECONDS", seconds)
+    name, parameters = f"{SIX[0]}.ipynb", {"run_dir": str(tmp_path / "run")}
+    course.run_chapter(chapters / name, tmp_path / name, parameters, course.Progress(io.StringIO()))
+    assert least <= len(written) <= most
+    kept = nbformat.read(tmp_path / name, as_version=4)
+    assert kept.metadata.papermill.exception is None and kept.metadata.papermill.end_time
+
+
+def test_a_damaged_volume_is_one_line_like_any_bad_input(chapters, tmp_path):
+    write_chapter(chapters, 1, body="from lungct.volumes import CorruptVolume\nraise CorruptVolume('x is bad: run it')")
+    with pytest.raises(runs.InputError, match="^x is bad: run it$"):
+        run(chapters, tmp_path / "run")
 
 
 def test_bad_input_found_in_a_chapter_is_one_line_and_leaves_nothing(chapters, tmp_path):
@@ -142,13 +166,13 @@ def test_bad_input_to_a_chapter_that_had_finished_leaves_it_finished(chapters, t
 
 
 def test_sockets_of_a_killed_run_are_swept_and_those_of_a_living_one_stay(chapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(course.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     dead, living = (tmp_path / f"{course.SOCKETS}{pid}-abc" for pid in (gone.pid, os.getppid()))
     dead.mkdir()
     living.mkdir()
-    course._sweep()
+    runs.clear_dead(tempfile.gettempdir(), course.SOCKETS)
     assert living.is_dir() and not dead.exists()
 
 
@@ -231,7 +255,7 @@ def test_another_error_of_the_system_keeps_its_traceback(tmp_path, monkeypatch):
 def test_a_temporary_folder_with_a_long_name_is_no_hindrance(chapters, tmp_path, monkeypatch):
     long = tmp_path / ("long " * 20).strip()
     long.mkdir()
-    monkeypatch.setattr(course.tempfile, "tempdir", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
     course.run_chapter(chapters / "01_explore_dicom.ipynb", tmp_path / "run" / "out.ipynb",
                        {"run_dir": str(tmp_path / "run")}, course.Progress(io.StringIO()))
     assert runs.load_manifest(tmp_path / "run", "01_explore_dicom") and not list(long.iterdir())

@@ -139,7 +139,8 @@ def test_each_chapter_runs_alone_under_papermill(small_run, tmp_path, name):
     known = dict(zip(SMALL[1::3], SMALL[2::3], strict=True))
     wanted = [word for key in given if key in known for word in ("-p", key, known[key])]
     command = [sys.executable, "-m", "papermill", root / "nbs" / f"{name}.ipynb", tmp_path / "out.ipynb",
-               "--no-progress-bar", "-p", "run_dir", run_dir, *wanted]
+               "--no-progress-bar", "--no-request-save-on-cell-execute",  # a save at each cell takes longer than most
+               "-p", "run_dir", run_dir, *wanted]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert outputs(run_dir)[name] == before, "the same chapter on the same inputs leaves the same bytes"

@@ -366,15 +366,6 @@ def test_scan_groups_say_what_the_headers_say():
     assert ev.scan_groups(cohort[["stack_id"]]).isna().to_numpy()[:, 1:].all()
 
 
-def test_agreement_pairs_within_one_frame_of_reference_only():
-    lesions = boxes([("a", 0, 1), ("b", 2, 1), ("b", 60, 1), ("c", 0, 1)]).assign(patient_id="P")
-    stacks = pd.DataFrame({"stack_id": ["a", "b", "c"], "frame_of_reference_uid": ["1", "1", "2"]})
-    pairs = ev.annotation_agreement(lesions, stacks)
-    assert pairs[["lesion_a", "lesion_b"]].to_numpy().tolist() == [["L0", "L1"]]
-    assert np.isclose(pairs["iou"].item(), 8 / 12) and pairs["distance_mm"].item() == 2
-    assert list(ev.annotation_agreement(lesions.iloc[:0], stacks)) == list(pairs)
-
-
 # subtypes ---------------------------------------------------------------------------------------------------------
 
 def test_patients_are_means_of_their_stacks():
@@ -463,7 +454,7 @@ def test_a_patient_without_a_subtype_is_not_of_the_last_class(stray):
     for refuses in (lambda: ev.subtype_scores(truth, told), lambda: ev.averaged_classes(truth, 2),
                     lambda: ev.subtype_estimates(values, truth, ["A", "G"]), lambda: ev.chance_range(truth, told, 5),
                     lambda: ev.compare_subtypes({"network": told}, truth, ["A", "G"], names, 5),
-                    lambda: ev.fit_temperature(told, truth), lambda: ev.calibration_table(truth, told, names, n=5)):
+                    lambda: ev.fit_temperature(truth, told), lambda: ev.calibration_table(truth, told, names, n=5)):
         with pytest.raises(runs.InputError, match=f"^truth holds {stray}, .* 0 to 1: leave .* out, keep = truth >= 0$"):
             refuses()
 
@@ -502,7 +493,7 @@ def test_temperature_agrees_with_scikit_learn(seed):
     truth = np.r_[np.arange(3), rng.integers(0, 3, 60)]
     logits = rng.normal(0, 3, (63, 3)) + 2 * np.eye(3)[truth]
     theirs = CalibratedClassifierCV(FrozenEstimator(Given(np.arange(3))), method="temperature").fit(logits, truth)
-    ours = ev.fit_temperature(softmax(logits, axis=1), truth)
+    ours = ev.fit_temperature(truth, softmax(logits, axis=1))
     beta = theirs.calibrated_classifiers_[0].calibrators[0].beta_
     assert np.isclose(ours, 1 / beta, rtol=0.02)
     made = ev.with_temperature(softmax(logits, axis=1), ours)
@@ -511,15 +502,15 @@ def test_temperature_agrees_with_scikit_learn(seed):
 
 
 def test_few_validation_patients_give_no_temperature():
-    assert ev.fit_temperature(np.full((9, 2), 0.5), np.zeros(9, int)) is None
+    assert ev.fit_temperature(np.zeros(9, int), np.full((9, 2), 0.5)) is None
 
 
 def test_a_temperature_without_a_best_one_is_none():
     told = np.tile([0.6, 0.4], (10, 1))
-    assert ev.fit_temperature(told, np.zeros(10, int)) is None                   # all right: the sharper the better
-    assert ev.fit_temperature(np.tile([1.0, 0.0], (10, 1)), np.ones(10, int)) is None        # all wrong and certain
-    assert ev.fit_temperature(np.ones((10, 1)), np.zeros(10, int)) is None                   # one class
-    assert ev.fit_temperature(told, np.array([0] * 8 + [1] * 2)) == pytest.approx(np.log(1.5) / np.log(4), rel=0.01)
+    assert ev.fit_temperature(np.zeros(10, int), told) is None                   # all right: the sharper the better
+    assert ev.fit_temperature(np.ones(10, int), np.tile([1.0, 0.0], (10, 1))) is None        # all wrong and certain
+    assert ev.fit_temperature(np.zeros(10, int), np.ones((10, 1))) is None                   # one class
+    assert ev.fit_temperature(np.array([0] * 8 + [1] * 2), told) == pytest.approx(np.log(1.5) / np.log(4), rel=0.01)
 
 
 def test_calibration_agrees_with_scikit_learn():
@@ -726,6 +717,10 @@ def test_each_missed_lesion_has_a_reason_that_can_be_measured():
     assert missed.loc["L3", "reason"] == "nearest box above the threshold is 35 mm away"
     assert missed.loc["L4", "reason"] == "no box above the threshold in this scan"
     assert ev.missed_lesions(scored, truth.iloc[:0], 0.5).empty
+    unshown = ev.missed_lesions(scored, truth, threshold=None).set_index("lesion_id")["reason"]
+    assert len(unshown) == 5 and unshown["L0"] == "its best box scores 0.200, and there is no threshold"
+    assert unshown["L4"] == "none of the boxes is its own, and there is no threshold"
+    assert ev.false_alarms(scored, truth, threshold=None).empty
 
 
 def test_each_false_alarm_says_how_far_it_is_from_a_lesion():
@@ -933,7 +928,7 @@ def shares(n=20, classes=3):
 @pytest.mark.parametrize("change", [lambda p: p * np.where(np.arange(20) == 3, np.nan, 1)[:, None], lambda p: p - 1,
                                     lambda p: p[:5], lambda p: p[0]])
 @pytest.mark.parametrize("ask", [
-    lambda p, y: ev.fit_temperature(p, y), lambda p, y: ev.chance_range(y, p, 20),
+    lambda p, y: ev.fit_temperature(y, p), lambda p, y: ev.chance_range(y, p, 20),
     lambda p, y: ev.calibration_table(y, p, [str(k) for k in range(20)], n=20),
     lambda p, y: ev.compare_subtypes({"network": p}, y, list("ABG"), [str(k) for k in range(20)], 20)])
 def test_answers_that_are_no_probabilities_are_refused(change, ask):
@@ -1090,21 +1085,6 @@ def test_subtypes_go_to_their_rows_whatever_the_index():
     columns = {"stack_id": ["a", "b"], "patient_id": ["P", "Q"], "role": "test", "target": [0, 1]}
     table = ev.prediction_table(pd.DataFrame(columns, index=[1, 0]), [0.5, 0.5], np.full((2, 2), 0.5), list("AG"))
     assert table["subtype"].tolist() == ["A", "G"]
-
-
-ONE_FRAME = pd.DataFrame({"stack_id": ["a", "b"], "frame_of_reference_uid": "1"})
-
-
-def test_two_annotations_agree_where_each_is_the_others_best():
-    drawn = pd.DataFrame([cube("a", 0, lesion_id="p"), cube("a", 4, lesion_id="q"), cube("b", 4, lesion_id="r")])
-    pairs = ev.annotation_agreement(drawn.assign(patient_id="P"), ONE_FRAME)
-    assert pairs[["lesion_a", "lesion_b"]].to_numpy().tolist() == [["q", "r"]]
-
-
-def test_lesions_of_two_patients_or_of_no_known_frame_are_no_pair():
-    drawn = pd.DataFrame([cube("a", 0, lesion_id="p"), cube("b", 0, lesion_id="r")])
-    assert ev.annotation_agreement(drawn.assign(patient_id=["P", "Q"]), ONE_FRAME).empty
-    assert ev.annotation_agreement(drawn.assign(patient_id="P"), ONE_FRAME.assign(frame_of_reference_uid="")).empty
 
 
 def test_a_calibration_table_counts_patients_once():

@@ -783,7 +783,7 @@ def test_folds_keep_patients_together(store, tmp_path):
     for fold in folds:
         assert sorted(fold["train"] + fold["val"]) == cases
         assert not {owner[case] for case in fold["train"]} & {owner[case] for case in fold["val"]}
-    assert ex.patient_folds([("a", "A"), ("b", "A")]) == []
+    assert ex.nnunet_folds([("a", "A"), ("b", "A")]) == []
 
 
 def test_with_pet_every_case_has_both_channels(store, tmp_path):

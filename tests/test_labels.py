@@ -327,14 +327,15 @@ def test_folds_keep_groups_together_and_classes_apart(tables, folds, seed):
         with pytest.raises(runs.InputError, match=f"{folds} folds for"):
             lab.patient_folds(table, folds)
         return
-    dealt = lab.patient_folds(table, folds, 3, seed)
+    dealt = lab.patient_folds(table, folds, repeats=3, seed=seed)
     assert dealt.shape == (table["patient_id"].nunique(), 3) and set(dealt.stack()) == set(range(folds))
     assert (dealt.groupby(groups).nunique() == 1).all(axis=None)
     letter = table.groupby("patient_id")["subtype"].first().groupby(groups).first()
     for repeat in dealt:
         counts = pd.crosstab(dealt[repeat].groupby(groups).first(), letter)
         assert (counts.max() - counts.min()).max() <= 1  # groups of a class differ by one between folds
-    pd.testing.assert_frame_equal(dealt, lab.patient_folds(table.sample(frac=1, random_state=0), folds, 3, seed))
+    shuffled = lab.patient_folds(table.sample(frac=1, random_state=0), folds, repeats=3, seed=seed)
+    pd.testing.assert_frame_equal(dealt, shuffled)
 
 
 def test_repeats_deal_anew_and_tied_patients_are_never_asked_about_each_other():
@@ -343,7 +344,7 @@ def test_repeats_deal_anew_and_tied_patients_are_never_asked_about_each_other():
     dealt = lab._folds_of(frame, pd.Series(tied), 5, 4, 0)
     assert (dealt.groupby(pd.Series(tied)).nunique() == 1).all(axis=None)
     assert all((dealt[0] != dealt[r]).any() for r in (1, 2, 3))
-    scores = lab.baseline_scores(frame, 5, 0, 4, tied).set_index("baseline")
+    scores = lab.baseline_scores(frame, 5, repeats=4, groups=tied).set_index("baseline")
     assert scores.loc["size", "low"] < scores.loc["size", "auc"] < scores.loc["size", "high"]
 
 
@@ -623,7 +624,7 @@ def acquisition_by_lot(seed):
 
 @pytest.mark.slow
 def test_clean_cohorts_raise_statistical_alarms_rarely():
-    alarms = [lab.false_alarms(lab.example_cohort(seed=s)) for s in range(100)]
+    alarms = [lab.audit_false_alarms(lab.example_cohort(seed=s)) for s in range(100)]
     assert np.mean([bool(names) for names in alarms]) <= 0.05, alarms
 
 
@@ -796,7 +797,7 @@ def test_macro_auc_equals_scikit_learn():
     y = rng.integers(0, 3, 60)
     scores = rng.dirichlet(np.ones(3), 60).round(1)  # rounded, so that there are ties
     expected = np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(3)])
-    assert lab.macro_auc(scores, np.eye(3)[y]) == pytest.approx(expected)
+    assert lab.macro_auc(np.eye(3)[y], scores) == pytest.approx(expected)
 
 
 def test_fold_auc_is_the_mean_of_scikit_learns_weighted_by_pairs():
@@ -815,8 +816,8 @@ def test_fold_auc_is_the_mean_of_scikit_learns_weighted_by_pairs():
         return np.average(areas, weights=pairs)
 
     wanted = [np.mean([by_hand(c, weights) for c in range(3)]) for weights in counts]
-    assert lab.fold_auc(scores, np.eye(3)[y], fold, counts) == pytest.approx(wanted)
-    assert lab.fold_auc(scores, np.eye(3)[y], np.zeros(90)) == pytest.approx(lab.macro_auc(scores, np.eye(3)[y]))
+    assert lab.fold_auc(np.eye(3)[y], scores, fold, counts) == pytest.approx(wanted)
+    assert lab.fold_auc(np.eye(3)[y], scores, np.zeros(90)) == pytest.approx(lab.macro_auc(np.eye(3)[y], scores))
 
 
 def test_interval_width_is_wilsons():

@@ -778,7 +778,7 @@ def test_one_bad_stack_costs_that_stack(source, tmp_path):
     assert bad.patient_id.startswith("P") and pd.isna(bad.lesions)
     cohort.to_parquet(tmp_path / "cohort.parquet")
     assert len(load_cohort(tmp_path)) == 5
-    with pytest.raises(KeyError, match=f"1 of 1 stacks have no volume in .*{victim}"):
+    with pytest.raises(runs.InputError, match=f"1 of 1 stacks have no volume in .*{victim}"):
         load_cohort(tmp_path, [victim])
 
 
