@@ -63,6 +63,11 @@ def network(classes=("A", "G"), size=SIZE, seed=0, filters=(8,), **options):
     return training.build_network(size, classes, filters, **options)
 
 
+def at_once(parts):
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def fill_head(network):
     """Weights for the subtype and figures of the evidence, which a network that was not trained lacks."""
     rng = np.random.default_rng(0)
@@ -654,6 +659,15 @@ def test_standardised_rows_follow_the_training_and_not_their_batch():
     assert abs(training.ops.convert_to_numpy(layer(np.full((1, 3), 1e6, "float32")))).max() == 5
 
 
+def test_a_running_deviation_is_right_from_the_first_batch_on():
+    layer, rows = training.Standardise(), np.random.default_rng(1).normal(5, 0.05, (60, 4, 1)).astype("float32")
+    for count, four in enumerate(rows[:50], 1):
+        layer(four, training=True)
+        seen = rows[:count].reshape(-1, 1)                   # as long as all batches count alike
+        assert float(layer.mean[0]) == pytest.approx(seen.mean(), abs=1e-4)
+        assert float(layer.variance[0]) == pytest.approx(seen.var(), rel=0.01, abs=1e-5)
+
+
 def test_the_subtype_teaches_its_own_layer_alone():
     examples, after = toys(4), []
     for target in ([0, 1, 0, 1], [0, 0, 1, 1]):
@@ -1130,6 +1144,40 @@ def test_a_gpu_tells_its_own_free_memory(monkeypatch, backend, module):
     assert training.free_memory() == 7
 
 
+def test_memory_is_bounded_by_the_groups_and_the_shell_of_a_process(tmp_path, monkeypatch):
+    proc, root = tmp_path / "cgroup", tmp_path / "fs"
+    proc.write_text("4:memory:/job/step\n3:cpuset:/\n0::/user/run\n")
+    for place, limit, held, stat in (("memory/job", "9000", "5000", "cache 7\ntotal_inactive_file 1500\n"),
+                                     ("memory/job/step", str(2**63 - 4096), "100", ""), ("memory", "8000", "7000", "")):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for name, text in (("limit_in_bytes", limit), ("usage_in_bytes", held), ("stat", stat)):
+            (root / place / f"memory.{name}").write_text(text)
+    for place, limit in (("user/run", "max"), ("user", "600"), (".", "50000")):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for name, text in (("max", limit), ("current", "500"), ("stat", "inactive_file 20\n")):
+            (root / place / f"memory.{name}").write_text(text)
+    found = sorted(training._left_by_groups(proc, root))
+    assert found[:-1] == [120, 1000, 5500, 49520] and found[-1] > 2**62
+    assert list(training._left_by_groups(tmp_path / "none", root)) == []
+    free = training.free_memory()
+    monkeypatch.setattr(training, "_left_by_groups", lambda: iter([10**6]))
+    assert free > 10**6 == training.free_memory()
+    monkeypatch.setattr(training, "_left_by_groups", lambda: iter([-5]))
+    assert training.free_memory() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_memory_is_bounded_by_ulimit():
+    resource = pytest.importorskip("resource")
+    assert list(training._left_by_shell()) == [] or resource.getrlimit(resource.RLIMIT_AS)[0] > 0
+    code = ("import resource, psutil\nfrom lungct import training\n"
+            "training.free_memory()\nown = psutil.Process().memory_info().vms\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (own + 10**9, own + 10**9))\n"
+            "print(training.free_memory())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.8e9 < int(done.stdout) <= 1e9
+
+
 def test_input_cost_leaves_the_network_alone():
     net = network()
     before = net.get_weights()
@@ -1202,6 +1250,93 @@ def test_a_training_that_finds_those_of_others_says_that_they_go(tmp_path, caplo
     assert any("holds checkpoints of another training" in message for message in caplog.messages)
 
 
+def test_damaged_checkpoints_of_this_training_are_not_those_of_another(tmp_path, caplog):
+    training.fit(network(), toys(4), settings=quick(), folder=tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(b"damaged")
+    training.fit(network(), toys(4), settings=quick(), folder=tmp_path)
+    assert any("damaged" in message for message in caplog.messages)
+    assert not any("another training" in message for message in caplog.messages)
+
+
+def test_validation_takes_the_losses_of_all_volumes_whatever_the_batch():
+    examples, net = replace(toys(5), target=np.array([0, 1, -1, 0, 1])), network()
+    examples.boxes_zyx[3] = np.zeros((0, 6), "float32")
+    rows = [training._validate(net, examples, quick(batch_size=size)) for size in (1, 2, 5)]
+    answers = at_once(each for _, each in training._answers(net, examples.ct_hu, 5))
+    wanted = training._targets(net, examples.boxes_zyx, examples.target, quick())
+    losses = {name: np.asarray(training.LOSSES[name](wanted[name], answers[name])) for name in wanted}
+    for row in rows:
+        assert row["val_heat_loss"] == pytest.approx(losses["heat"].mean(), rel=1e-4)
+        assert row["val_box_loss"] == pytest.approx(losses["box"].mean(), rel=1e-4)
+        assert row["val_subtype_loss"] == pytest.approx(losses["subtype"][[0, 1, 3, 4]].mean(), rel=1e-4)
+        assert row["val_found"] == rows[0]["val_found"]
+
+
+def test_too_little_memory_for_validation_is_one_line(monkeypatch):
+    def full(*anything):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(training, "_targets", full)
+    with pytest.raises(runs.InputError, match="ran out of memory at batch_size 2"):
+        training._validate(network(), toys(2), quick())
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda net: training.fit(net, toys(2), quick()), "validation is a Settings, expected Examples"),
+    (lambda net: training.fit(net, (1, 2)), "train is a tuple, expected Examples: make_examples builds them"),
+    (lambda net: training.fit(net, toys(2), settings={"epochs": 2}), "settings is a dict, expected Settings"),
+    (lambda net: training.fit(net, replace(toys(2), boxes_zyx=[[[2, 2, 2, 5, 5, 99]]] * 2)), "a box of p0 is no"),
+    (lambda net: training.make_examples(toys(2).ct_hu, [[]] * 2, pet_suv=[toys(1).ct_hu[0], None]), "suv is no array"),
+    (lambda net: training.fit(keras_model(stride=4), toys(2)), r"output heat has shape \(4, 4, 4, 1\), expected \(8, "),
+    (lambda net: training.fit(keras_model(named=False), toys(2)), "the network has no outputs by name"),
+])
+def test_what_fit_cannot_use_is_told(call, words):
+    with pytest.raises(runs.InputError, match=words):
+        call(network())
+
+
+def keras_model(stride=2, named=True):
+    volume = training.keras.Input((SIZE, SIZE, SIZE, len(training.WINDOWS_HU)))
+    heat, box = (training.layers.Conv3D(c, stride, stride)(volume) for c in (1, 6))
+    return training.keras.Model(volume, {"heat": heat, "box": box} if named else heat)
+
+
+def test_examples_that_were_built_by_hand_are_read_like_made_ones():
+    few = toys(4)
+    by_hand = replace(few, ct_hu=few.ct_hu.tolist(), target=few.target.tolist(), patient_id=np.arange(4))
+    nets = network(), network()
+    histories = [training.fit(net, examples, None, quick()) for net, examples in zip(nets, (few, by_hand), strict=True)]
+    pd.testing.assert_frame_equal(*histories)
+
+
+@pytest.mark.parametrize("spoil", [lambda hu: hu.astype("int32") + 1024, lambda hu: (hu + 1000) / 2000.0])
+def test_numbers_that_are_no_hu_are_told(caplog, spoil):
+    few = toys(2)
+    training.predict(network(), few.ct_hu)
+    assert not caplog.messages
+    training.predict(network(), spoil(few.ct_hu))
+    training.fit(network(), replace(few, ct_hu=spoil(few.ct_hu)), None, quick(epochs=1))
+    assert sum("no voxel of ct_hu is below -200: expected HU" in message for message in caplog.messages) == 2
+
+
+@pytest.mark.parametrize("name", ["box", "subtype"])
+def test_no_answer_that_is_no_number(name):
+    net = network()
+    bias = net.get_layer(name).weights[-1]
+    bias.assign(bias * np.nan)
+    with pytest.raises(runs.InputError, match="its weights are damaged"):
+        training.predict(net, toys(1).ct_hu)
+
+
+def test_a_spacing_of_many_digits_fits_the_model_it_was_saved_with(tmp_path):
+    training.save_model(network(), tmp_path, classes="AG", spacing_mm=10 / 3, training_hash="x", settings=quick(),
+                        validation={})
+    assert training.load_model(tmp_path, spacing_mm=10 / 3)[1]["grid"]["spacing_mm"] == 3.333333
+    with pytest.raises(runs.InputError, match="spacing_mm"):
+        training.load_model(tmp_path, spacing_mm=3.3334)
+
+
 def test_another_state_of_the_dropout_is_another_training():
     few, net = toys(4), network()
     before, start = training._key(net, few, None, quick()), net.get_weights()
@@ -1233,7 +1368,7 @@ def test_validation_rows_leave_out_what_nobody_has():
     net, few = network(), toys(4)
     without = replace(few, boxes_zyx=[np.zeros((0, 6), "float32")] * 4, target=np.full(4, -1))
     row, full = (training._validate(net, examples, quick()) for examples in (without, few))
-    assert "val_subtype_loss" not in row and "val_found" not in row and row["val_heat_loss"] >= 0
+    assert not {"val_subtype_loss", "val_box_loss", "val_found"} & set(row) and row["val_heat_loss"] >= 0
     assert {"val_subtype_loss", "val_found"} <= set(full)
 
 
@@ -1373,7 +1508,7 @@ def test_overfits_a_handful_of_volumes():
     history = training.fit(net, few, few, lessons)
     assert history.loss.iloc[-1] < history.loss.iloc[0] / 5
     assert history.val_found.iloc[-1] == 1
-    seen = training._forward(net, few.ct_hu, 4)                 # as they were learned, without their mirror images
+    seen = at_once(answers for _, answers in training._answers(net, few.ct_hu, 4))      # without their mirror images
     assert seen["subtype"].argmax(axis=1).tolist() == few.target.tolist()
     found = [boxes[0] for boxes, _ in training.decode_detections(seen["heat"], seen["box"])]
     assert np.mean([training.box_iou(box, truth[0]) for box, truth in zip(found, few.boxes_zyx, strict=True)]) > 0.75
@@ -1607,12 +1742,14 @@ def test_a_mirror_image_is_seen_as_the_mirror_image():
     with_pet = glowing(examples, without=[1])
     two = network(pet=True)
     for trained, pet in ((net, None), (two, with_pet.pet_suv)):
-        plain = training._both_ways(trained, examples.ct_hu, 2, pet)
-        turned = training._both_ways(trained, examples.ct_hu[..., ::-1], 2, None if pet is None else pet[..., ::-1])
+        plain = at_once(training._both_ways(trained, examples.ct_hu, 2, pet))
+        backwards = examples.ct_hu[..., ::-1], 2, None if pet is None else pet[..., ::-1]
+        turned = at_once(training._both_ways(trained, *backwards))
+        once = at_once(answers for _, answers in training._answers(trained, examples.ct_hu, 2, pet))
         assert np.allclose(plain["heat"], turned["heat"][:, :, :, ::-1], atol=1e-5)
         assert np.allclose(plain["box"], turned["box"][:, :, :, ::-1] * [1, 1, -1, 1, 1, 1], atol=1e-5)
         assert np.allclose(plain["subtype"], turned["subtype"], atol=1e-5)
-        assert not np.allclose(plain["heat"], training._forward(trained, examples.ct_hu, 2, pet)["heat"], atol=1e-5)
+        assert not np.allclose(plain["heat"], once["heat"], atol=1e-5)
 
 
 def test_predict_refuses_another_grid_and_takes_nothing():
@@ -1654,7 +1791,7 @@ def test_settings_of_every_numeric_kind_are_taken():
     (toys(2, size=8), None, r"volumes have shape \(8, 8, 8\), the network takes \(16, 16, 16\)"),
     (toys(2), toys(2, size=8), r"volumes have shape \(8, 8, 8\)"),
     (toys(2, targets=(0, 5)), None, "target of p1 is 5, expected -1 for none, or .* one of the network's 2 subtypes"),
-    (toys(2, targets=(0, -2)), None, "target of p1 is -2"), (toys(2), toys(2, targets=(0, 2)), "target of p1 is 2"),
+    (toys(2, targets=(0, -2)), None, "target holds -2"), (toys(2), toys(2, targets=(0, 2)), "target of p1 is 2"),
     (replace(toys(2), pet_suv=np.zeros((1, 8, 8, 8))), None, "they must be on one grid")])
 def test_examples_that_do_not_fit_the_network_are_refused_before_training(train, validation, message):
     with pytest.raises(runs.InputError, match=message):
