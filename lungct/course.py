@@ -7,9 +7,8 @@ __all__ = ['FILLED_IN', 'SAVE_SECONDS', 'SOCKETS', 'OFTEN', 'DEVICE_FAILURES', '
            'GRACE_SECONDS', 'FOLD_CHAPTERS', 'notebook_folder', 'cells_of', 'chapter_parameters', 'parse_parameter',
            'read_overrides', 'check_folder', 'check_writable', 'reasons_to_run', 'code_of', 'Lines', 'Progress',
            'ticking', 'ChapterFailed', 'DeviceDied', 'run_chapter', 'run_on', 'Course', 'plan_course', 'run_course',
-           'alone', 'plain_errors', 'run', 'check_paths', 'print_headline', 'join_pairs', 'phantom', 'predict',
-           'download', 'doctor', 'fold_parameters', 'check_fold_parameters', 'Quiet', 'run_fold', 'run_folds',
-           'crossval', 'main']
+           'plain_errors', 'run', 'check_paths', 'print_headline', 'join_pairs', 'phantom', 'predict', 'download',
+           'doctor', 'fold_parameters', 'check_fold_parameters', 'Quiet', 'run_fold', 'run_folds', 'crossval', 'main']
 
 # %% ../nbs/appendix/course.ipynb #d515788c
 import ast
@@ -145,7 +144,8 @@ def check_folder(option: str, path: str) -> str:
         raise runs.InputError(f"{option} {folder} is not a folder: check the spelling, or what is mounted there")
     with os.scandir(folder) as entries:
         if next(entries, None) is None:
-            raise runs.InputError(f"{option} {folder} is empty: put the collection there, see data/README.md")
+            raise runs.InputError(f"{option} {folder} is empty: check what is mounted there; data/README.md tells "
+                                  "where the collection is to be had")
     return str(folder)
 
 # %% ../nbs/appendix/course.ipynb #6cce0900
@@ -160,8 +160,10 @@ def check_writable(option: str, path: str) -> Path:
     Raises
     ------
     InputError
-        It is a file, or cannot be written.
+        It has no name, is a file, or cannot be written.
     """
+    if not path:
+        raise runs.InputError(f"{option} is empty: name a folder")
     folder = Path(path).expanduser().absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():
@@ -314,7 +316,7 @@ def run_chapter(notebook: Path, executed: Path, parameters: Mapping, progress: P
     executed.parent.mkdir(parents=True, exist_ok=True)
     progress.chapter(notebook.stem, nbformat.read(notebook, as_version=4))
     runs.clear_dead(tempfile.gettempdir(), SOCKETS)
-    with tempfile.TemporaryDirectory(prefix=f"{SOCKETS}{os.getpid()}-") as sockets, ticking(progress) as note:
+    with tempfile.TemporaryDirectory(prefix=f"{SOCKETS}{runs.own_mark()}") as sockets, ticking(progress) as note:
         try:
             papermill.execute_notebook(_as_it_is(notebook), _as_it_is(executed), dict(parameters), _engine(),
                                        progress_bar=False, on_cell_start=note, config=_local_sockets(sockets),
@@ -412,7 +414,7 @@ def plan_course(run_dir: str, overrides: Mapping[str, str]) -> Course:
 # %% ../nbs/appendix/course.ipynb #9296067b
 def run_course(course: Course, progress: Progress) -> None:
     """Run the chapters that need it, in order; stops at the first that fails. InputError when another run is at it."""
-    with alone(course.run_dir):
+    with runs.alone(course.run_dir):
         for number, name in enumerate(runs.CHAPTERS, start=1):
             _bring_up_to_date(course, name, f"[{number}/6] {name}:", progress)
 
@@ -427,35 +429,6 @@ def _bring_up_to_date(course: Course, name: str, title: str, progress: Progress)
     began = time.monotonic()
     _run_in(course.run_dir, notebook, parameters, progress)
     progress.line(f"{title} done in {time.monotonic() - began:.0f} s")
-
-# %% ../nbs/appendix/course.ipynb #5c0e71b3
-@contextmanager
-def alone(run_dir: Path):
-    """Keep every other lungct out of a run folder meanwhile. InputError when one is at work there."""
-    path = run_dir / ".lock"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        if not _locked(stream, path):
-            raise runs.InputError(f"another lungct is at work in {run_dir}: wait until it is done, or give another "
-                                  "--run-dir")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # somebody took it away already, or something is in the folder
-                path.unlink()
-                run_dir.rmdir()
-
-# %% ../nbs/appendix/course.ipynb #5c0e71b4
-def _locked(stream, path: Path) -> bool:
-    try:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        return True
-    return path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino  # else its owner has just left
 
 # %% ../nbs/appendix/course.ipynb #79aa07ad
 def _run_in(run_dir: Path, notebook: Path, parameters: Mapping, progress: Progress) -> None:
@@ -518,7 +491,7 @@ def _remedy(said: str, folder: str = ".") -> str | None:
     if any(words in said for words in DISK_FULL):
         named = re.search(r": '([^']+)'$", said)
         where = Path(named[1]).parent if named else folder
-        return f"no space left in {where}: free some; the same command goes on"
+        return f"no space left in {where}: free some, and give the same command again"
     if "AF_UNIX path too long" in said:    # of the sockets between worker processes
         return f"the name of the temporary folder {tempfile.gettempdir()} is too long: set TMPDIR to a shorter one"
     return None
@@ -528,7 +501,7 @@ def _about_file(error: OSError) -> str | None:
     return error.filename and f"{error.filename} could not be used ({error.strerror}): check its name and permissions"
 
 # %% ../nbs/appendix/course.ipynb #389e771d
-INTERRUPTED = "\nlungct: interrupted; the same command goes on where it stopped"
+INTERRUPTED = "\nlungct: interrupted; what is finished is kept: give the same command again"
 GRACE_SECONDS = 10              # a kernel is given five to end by itself
 
 # %% ../nbs/appendix/course.ipynb #389e771e
@@ -714,13 +687,11 @@ def predict(
 ) -> None:
     """Find tumour candidates in CT series with a trained model. Not for clinical use."""
     with plain_errors(out):
-        folder, file = check_folder("folder", folder), Path(model).expanduser()
-        if file.is_dir():
-            run = file / "05_train_3d_cnn"
-            file = (run if run.is_dir() else file) / "model.keras"
-        if not file.is_file():
-            raise runs.InputError(f"--model {file} is not a file: train one with lungct run")
-        target = check_writable("--out", out)
+        if not folder:
+            raise runs.InputError("the name of the folder with the series is empty: give one")
+        if not folder:
+            raise runs.InputError("folder is empty: name the one with the DICOM files")
+        folder, file, target = check_folder("folder", folder), _model_file(model), check_writable("--out", out)
         from lungct.predict import predict_folder
 
         found = predict_folder(folder, file, target, max_boxes=boxes, pictures=pictures, dicom_files=dicom,
@@ -728,6 +699,17 @@ def predict(
         print(found)
         if not found.answered:
             raise runs.InputError("no stack was answered; the lines above say why")
+
+# %% ../nbs/appendix/course.ipynb #f9a97973
+def _model_file(model: str) -> Path:
+    # the file itself, the folder that it lies in, or a run
+    file = Path(model).expanduser()
+    if file.is_dir():
+        run = file / "05_train_3d_cnn"
+        file = (run if run.is_dir() else file) / "model.keras"
+    if not file.is_file():
+        raise runs.InputError(f"--model {file} is not a file: train one with lungct run")
+    return file
 
 # %% ../nbs/appendix/course.ipynb #d54cda3c
 @app.command()
@@ -845,7 +827,7 @@ def crossval(
         from lungct import report
 
         places = cross.make_folds(course.run_dir, folds)
-        with alone(course.run_dir):
+        with runs.alone(course.run_dir):
             run_folds(course, places, min(workers, folds), scheduler, Lines().line)
             asked = fold_parameters(course, places[0])["06_evaluate"]
             merged = cross.merge_folds(course.run_dir, folds, asked["bootstrap_samples"], asked["seed"])

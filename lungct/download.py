@@ -7,7 +7,6 @@ __all__ = ['WAITING', 'HOPELESS', 'read_manifest', 'expected_images', 'fetch_zip
 
 # %% ../nbs/appendix/download.ipynb #adf094de
 import errno
-import os
 import re
 import tempfile
 import zipfile
@@ -96,7 +95,7 @@ def fetch_zip(uid: str, folder: Path) -> Path:
     return archive
 
 # %% ../nbs/appendix/download.ipynb #dc99f342
-WAITING = ".incoming-"          # and the number of the process, a hyphen and more: a series that is not whole yet
+WAITING = ".incoming-"          # and a mark of the process: a series that is not whole yet
 
 # %% ../nbs/appendix/download.ipynb #25c7b660
 def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[str, Path], Path]) -> None:
@@ -114,7 +113,7 @@ def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[st
     OSError
         It is damaged or incomplete, or could not be written.
     """
-    with tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{os.getpid()}-") as waiting:
+    with tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{runs.own_mark()}") as waiting:
         archive = fetch(uid, Path(waiting))
         unpacked = Path(waiting) / "unpacked"
         try:

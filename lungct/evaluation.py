@@ -967,7 +967,11 @@ def subtype_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarr
 
     Returns
     -------
-    Numbers by name. Raises what `subtype_draws` raises.
+    Numbers by name.
+
+    Raises
+    ------
+    InputError : as for `subtype_draws`.
     """
     weights = np.ones(len(truth)) if weights is None else np.asarray(weights)
     return subtype_draws(truth, probability, weights[None], averaged).iloc[0].to_dict()

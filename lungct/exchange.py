@@ -26,6 +26,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
+from pydicom.multival import MultiValue
+from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 from scipy import optimize
 
@@ -361,15 +363,21 @@ def from_detection_list(document: Mapping, mode: str | None = None, world: str |
     """
     mode, world, names = _conventions(document, mode, world)
     rows = []
-    for role, items in document.items():
-        if not isinstance(items, list):
-            continue
+    for role, items in _annotated(document).items():
         for item in items:
             corners = _corners_of(item, mode, world)
             rows += [{"role": role, "image": item["image"], "label": label, "subtype": names.get(_as_key(label)),
                       **dict(zip(CORNERS_MM, box, strict=True))}
                      for label, box in zip(item["label"], corners.tolist(), strict=True)]
     return pd.DataFrame(rows, columns=LESION_FIELDS)
+
+# %% ../nbs/appendix/exchange.ipynb #0e918ab0
+def _annotated(document: Mapping) -> dict[str, list]:
+    # a list without any box, such as a test set's, is of images that nobody annotated; unless there is no other
+    lists = {role: items for role, items in document.items() if isinstance(items, list)}
+    boxed = {role: items for role, items in lists.items()
+             if any(isinstance(item, Mapping) and "box" in item for item in items)}
+    return boxed or lists
 
 # %% ../nbs/appendix/exchange.ipynb #0e918ac0
 def _conventions(document: object, mode: str | None, world: str | None) -> tuple[str, str, Mapping]:
@@ -862,12 +870,14 @@ class Findings:
     scores : (n,) in [0, 1].
     model : what tells the model apart from others, such as the hash of its file.
     subtypes : class -> share, of the stack as a whole.
+    part : what tells the stack from others of its series, such as "phase 2"; for the eyes of those who open it.
     """
 
     blocks: np.ndarray
     scores: Sequence[float]
     model: str
     subtypes: Mapping[str, float] = field(default_factory=dict)
+    part: str = ""
 
     def uid(self, *words: str) -> str:
         """A UID that is the same for the same findings and words: an archive stores what is sent twice once."""
@@ -897,16 +907,30 @@ def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray
 # %% ../nbs/appendix/exchange.ipynb #5e6f0007
 _DATE = r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
 _TIME = r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?"
-PATIENT = {"PatientID": ".*", "PatientName": r"[^\\]*", "PatientBirthDate": _DATE, "PatientSex": "[FMO]",
-           "AccessionNumber": ".*", "StudyID": ".*", "StudyDate": _DATE, "StudyTime": _TIME,
-           "ReferringPhysicianName": r"[^\\]*"}                   # what is allowed in each
+_SHORT, _LONG = (rf"[^\\\x00-\x1f\x7f]{{0,{most}}}" for most in (16, 64))     # one value, without control characters
+_NAME = r"[^\\=\x00-\x1f\x7f]{0,64}(=[^\\=\x00-\x1f\x7f]{0,64}){0,2}"
+PATIENT = {"PatientID": _LONG, "PatientName": _NAME, "PatientBirthDate": _DATE, "PatientSex": "[FMO]",
+           "AccessionNumber": _SHORT, "StudyID": _SHORT, "StudyDate": _DATE, "StudyTime": _TIME,
+           "ReferringPhysicianName": _NAME, "IssuerOfPatientID": _LONG,
+           "StudyDescription": _LONG}                              # what is allowed in each
+_MAY_BE_ABSENT = ("IssuerOfPatientID", "StudyDescription")
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0024
 def patient_module(path: str | os.PathLike) -> dict[str, str]:
-    """What one DICOM file says of patient and study, for objects filed beside it; empty where it is not allowed."""
+    """What one DICOM file says of patient and study, for objects filed beside it; empty where it is not allowed.
+
+    Raises
+    ------
+    InputError : a patient ID that is not allowed: without it the objects would be filed under nobody.
+    """
     found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*PATIENT, "SpecificCharacterSet"])
-    told = {name: str(found.get(name) or "") for name in PATIENT}
-    return {name: value if re.fullmatch(PATIENT[name], value) else "" for name, value in told.items()}
+    raw = {name: found.get(name) or "" for name in PATIENT}
+    told = {name: "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value)
+            for name, value in raw.items()}
+    allowed = {name: value if re.fullmatch(PATIENT[name], value) else "" for name, value in told.items()}
+    if told["PatientID"] and not allowed["PatientID"]:
+        raise InputError("the patient ID of the images is not one that DICOM allows: correct it there")
+    return allowed
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0025
 def pseudonym(uid: str) -> str:
@@ -937,9 +961,12 @@ def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = Non
     for column, words in _POINTERS.items():
         if slices[column].isna().any():
             raise InputError(f"no SEG and SR for images that name no {words}: use JSON or NIfTI")
+        if not all(UID(uid).is_valid for uid in slices[column].unique()):
+            raise InputError(f"no SEG and SR for images whose {words} is no valid UID: use JSON or NIfTI")
     nobody = pseudonym(slices["study_uid"].iloc[0])
     known = patient or dict.fromkeys(PATIENT, "") | {"PatientID": nobody, "PatientName": f"{nobody}^"}
-    return [(_frames_header if whole else _source_header)(row, known) for row in slices.to_dict("records")]
+    rows = slices.assign(slice_thickness_mm=_thickness_mm(slices)).to_dict("records")
+    return [(_frames_header if whole else _source_header)(row, known) for row in rows]
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0010
 _UIDS = {"SOPClassUID": "sop_class_uid", "SOPInstanceUID": "sop_uid", "StudyInstanceUID": "study_uid",
@@ -958,10 +985,19 @@ def _image_header(row: Mapping, patient: Mapping[str, str]) -> pydicom.Dataset:
     for keyword, column in _UIDS.items():
         setattr(header, keyword, row[column])
     for keyword in PATIENT:
-        setattr(header, keyword, patient[keyword])
+        if patient[keyword] or keyword not in _MAY_BE_ABSENT:
+            setattr(header, keyword, patient[keyword])
     return header
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0021
+def _thickness_mm(slices: pd.DataFrame) -> pd.Series:
+    """As the images tell it, which they need not do; else the step from slice to slice."""
+    told, first = slices["slice_thickness_mm"].astype(float), slices.iloc[0]
+    places = slices["position_mm"] if len(slices) > 1 else first["frame_positions_mm"]
+    depths = np.array(list(places), float) @ dicom.slice_normal(np.array(first["orientation"], float))
+    return told.where(told > 0, np.median(np.diff(np.sort(depths))) if len(depths) > 1 else np.nan)
+
+
 def _measures(row: Mapping, target: pydicom.Dataset) -> pydicom.Dataset:
     target.PixelSpacing = _numbers(row["pixel_spacing_mm"])
     if row["slice_thickness_mm"] > 0:
@@ -1006,6 +1042,10 @@ def _slices_of_frames(sources: Sequence[pydicom.Dataset]) -> np.ndarray:
 NOT_CLINICAL = "Not for clinical use"
 
 
+def _title(what: str, findings: Findings) -> str:
+    return ", ".join(filter(None, (f"lungct {what}", findings.part))) + f". {NOT_CLINICAL}"
+
+
 def _algorithm(findings: Findings):
     import highdicom                                       # half a second, which only these objects need
     from pydicom.sr.codedict import codes
@@ -1025,6 +1065,12 @@ def _segments(findings: Findings) -> list:
         for rank, score in enumerate(findings.scores, 1)]
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0013
+def _whose(source: pydicom.Dataset) -> list[str]:
+    # all that an object takes over: what differs in any of it is another object, and needs another UID
+    names = [*PATIENT, "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
+    return [lungct.__version__, *(str(source.get(name, "")) for name in names)]
+
+
 def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
     """Boxes as a DICOM segmentation of the source images: `highdicom.seg.Segmentation`, to `save_as` where you like.
 
@@ -1042,11 +1088,11 @@ def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
     for segment, (i0, i1, j0, j1, k0, k1) in enumerate(findings.blocks.tolist()):
         frames = np.flatnonzero((k0 <= slices) & (slices < k1)) - first
         mask[frames, j0:j1, i0:i1, segment] = 1
-    who = sources[0].PatientID, sources[0].SeriesInstanceUID, sources[0].SOPInstanceUID
+    who = _whose(sources[0])
     return highdicom.seg.Segmentation(
         sources[first:last], mask, "BINARY", _segments(findings), findings.uid("SEG series", *who), 901,
         findings.uid("SEG", *who), 1, "lungct", "lungct", lungct.__version__, "0", content_label="LESIONS",
-        content_description=NOT_CLINICAL, series_description=f"lungct boxes. {NOT_CLINICAL}")
+        content_description=NOT_CLINICAL, series_description=_title("boxes", findings))
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0015
 def _box_group(rank: int, score: float, seg, findings: Findings):
@@ -1098,7 +1144,7 @@ def to_sr(sources: Sequence[pydicom.Dataset], seg, findings: Findings):
         title=codes.DCM.ImagingMeasurementReport)
     used = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
     evidence = [source for source in sources if source.SOPInstanceUID in used]
-    who = sources[0].PatientID, seg.SOPInstanceUID
+    who = *_whose(sources[0]), seg.SOPInstanceUID
     return sr.EnhancedSR([*evidence, seg], report, findings.uid("SR series", *who), 902, findings.uid("SR", *who), 1,
                          manufacturer="lungct", is_complete=True,
-                         series_description=f"lungct report. {NOT_CLINICAL}")
+                         series_description=_title("report", findings))

@@ -533,6 +533,9 @@ def _frame_values(dataset: pydicom.Dataset, row: Mapping, how: _Decoding) -> dic
             found[column] = values[0] if all(value == values[0] for value in values) else None
     place, convert = ("PlanePositionSequence", "ImagePositionPatient"), _HEADER["position_mm"][1]
     positions = [convert(_in_group(groups, *place), how) for groups in frames]
+    if len(frames) == 1:                                   # of a single frame everything may be shared
+        shown = positions[0] or convert(b"".join(_in_group(groups, *place) for groups in shared[:1]), how)
+        positions, found = [shown], found | {"position_mm": shown}
     return found | {"frame_positions_mm": positions if positions and None not in positions else None}
 
 # %% ../nbs/appendix/headers.ipynb #5949f773

@@ -181,7 +181,9 @@ def make_labels(cohort: pd.DataFrame, lesions: pd.DataFrame, class_e: str = "kee
 def class_names(labels: pd.DataFrame) -> list[str]:
     """Names of the classes 0, 1, ... in `labels`; a merged class carries the name that comes first in `SUBTYPES`.
 
-    Raises InputError where a class in between is missing, as in a part of a table: ask the whole one.
+    Raises
+    ------
+    InputError : a class in between is missing, as in a part of a table: ask the whole one.
     """
     names = labels[labels["target"] >= 0].groupby("target")["subtype"].min()
     if names.index.tolist() != list(range(len(names))):
@@ -1117,7 +1119,11 @@ def tabular_features(lesions: pd.DataFrame, cohort: pd.DataFrame, clinical: pd.D
     -------
     Indexed by patient_id: subtype; lateral, posterior, superior (mm from the grid's centre, lateral without sign),
     log_size (log of the largest in-plane side in mm); with a clinical table age_years, male (0, 1), smoking (0, 1).
-    Medians over a patient's volumes; NaN where unknown. InputError where `clinical` has a patient twice.
+    Medians over a patient's volumes; NaN where unknown.
+
+    Raises
+    ------
+    InputError : `clinical` has a patient twice.
     """
     if clinical is not None and clinical["patient_id"].duplicated().any():
         raise runs.InputError("the clinical table has a patient twice: keep one row each")
@@ -1131,7 +1137,7 @@ def tabular_features(lesions: pd.DataFrame, cohort: pd.DataFrame, clinical: pd.D
     features.insert(0, "subtype", vote_subtypes(lesions)["subtype"].reindex(features.index))
     return features if clinical is None or clinical.empty else features.join(_clinical_features(clinical))
 
-
+# %% ../nbs/04_check_labels.ipynb #938ada53
 def _clinical_features(clinical: pd.DataFrame) -> pd.DataFrame:
     sex = clinical["sex"].astype("str").str.strip().str.upper().str[:1]      # male and female, too
     smoking = pd.to_numeric(clinical["smoking"], errors="coerce").astype(float)
@@ -1273,8 +1279,11 @@ def baseline_probabilities(features: pd.DataFrame, labels: pd.DataFrame,
     Returns
     -------
     Indexed by patient_id, columns p_<class> in the order of `class_names`; without two classes in training, the
-    training shares. `attrs["fitted_on"]` lists the patients whose numbers were used. InputError where `features` knows
-    nobody who trains, as when its index is not patient_id.
+    training shares. `attrs["fitted_on"]` lists the patients whose numbers were used.
+
+    Raises
+    ------
+    InputError : `features` knows nobody who trains, as when its index is not patient_id.
     """
     classes = class_names(labels)
     target = labels[labels["role"] == "train"].drop_duplicates("patient_id").set_index("patient_id")["target"]

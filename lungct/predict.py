@@ -254,7 +254,7 @@ def _room(out: Path) -> Iterator[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         runs.clear_dead(out, WAITING)
-        waiting = tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{os.getpid()}-")
+        waiting = tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{runs.own_mark()}")
     except OSError as error:
         raise runs.InputError(f"folder {out} could not be written ({error.strerror}): choose another") from None
     with waiting as place:
@@ -291,7 +291,7 @@ def predict_folder(folder: str | os.PathLike, model_path: str | os.PathLike, out
     wanted = _Wanted(Path(out), max_boxes, pictures, dicom_files, nifti, show_identity, even_if_unlike)
     stacks, instances, problems = _index(folder, wanted.out, workers)
     rows = tqdm(stacks.sort_values("stack_id").to_dict("records"), unit="stack", disable=None)
-    with _room(wanted.out) as place:
+    with runs.alone(wanted.out), _room(wanted.out) as place:
         results = [_one(number, row, instances[instances["stack_id"] == row["stack_id"]], folder, model,
                         replace(wanted, out=place)) for number, row in enumerate(rows, 1)]
         return replace(_write(results, _unread(problems, show_identity), model, place), out=wanted.out)
@@ -322,7 +322,7 @@ def _index(folder: Path, out: Path, workers: int | None) -> tuple[pd.DataFrame, 
 def _one(number, row, slices, folder, model, wanted) -> dict:
     """Result of one stack: answered or refused."""
     network, info, _ = model
-    result = _blank(number, row, wanted)
+    result = _blank(number, row, slices, wanted)
     refused, answer = refusal(row), None
     if refused is None:
         try:
@@ -345,16 +345,27 @@ def _one(number, row, slices, folder, model, wanted) -> dict:
     return result
 
 # %% ../nbs/appendix/predict.ipynb #7a3d0031
-def _blank(number, row, wanted) -> dict:
-    """Result of a stack of which nothing is known yet."""
+def _blank(number, row, slices, wanted) -> dict:
+    """Result of a stack of which nothing is known yet but where its voxels lie."""
     result = {"stack": f"stack_{number:02d}", "series": pseudonym(row["series_uid"]), "modality": row["modality"],
               "study": pseudonym(row["study_uid"]) if isinstance(row["study_uid"], str) else None,
-              "slices": int(row["slices"]), "refused": None, "detail": None, "unlike_training": None, "facts": {},
+              "phase": int(row["phase"]), "slices": int(row["slices"]), "rows": _whole(row["rows"]),
+              "columns": _whole(row["columns"]), "affine": _listed(row["affine"]), "refused": None, "detail": None,
+              "unlike_training": None, "facts": {},
               "boxes": [], "subtypes": {}, "subtype": None, "files": {}, "notes": []}
     if wanted.show_identity:
         result |= {name: row[name] if isinstance(row[name], str) else None
                    for name in ("patient_id", "study_uid", "series_uid")}
+        result["sop_uids"] = slices.sort_values("slice_index")["sop_uid"].tolist()
     return result
+
+
+def _whole(number) -> int | None:
+    return None if pd.isna(number) else int(number)
+
+
+def _listed(affine) -> list[float] | None:
+    return None if affine is None else np.ravel(affine).tolist()
 
 
 def _draw(result, stack, wanted) -> None:
@@ -374,7 +385,7 @@ def _export(result, stack, slices, folder, info, wanted) -> None:
             result["files"]["nifti"] = name
     if wanted.dicom_files:
         found = exchange.Findings(blocks, [box["score"] for box in result["boxes"]], info["model_hash"],
-                                  result["subtypes"])
+                                  result["subtypes"], f"phase {result['phase']}")
         with _noted("SEG and SR", result, slices, folder, wanted):
             patient = exchange.patient_module(folder / slices["path"].iloc[0]) if wanted.show_identity else None
             _save_dicom(result, exchange.source_headers(slices, patient), found, wanted.out)
@@ -386,7 +397,7 @@ def _noted(what, result, slices, folder, wanted):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (ValueError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:  # what writers of DICOM raise for what is missing or odd
         result["notes"].append(_without_names(f"{what} not written: {error}", slices, folder, wanted))
 
 # %% ../nbs/appendix/predict.ipynb #7a3d0034
@@ -432,7 +443,8 @@ def _write(results, unread, model, out):
     head = ["stack", "series", "rank", "score", *CORNERS_MM, *PIXELS, "subtype", *(f"p_{n}" for n in info["classes"])]
     with runs.atomic(out / "predictions.csv") as part:
         pd.DataFrame(rows, columns=head).to_csv(part, index=False)
-    about = {"note": "Not for clinical use.", "coordinates": "mm: LPS; i columns, j rows, k slices: from 0, half-open"}
+    about = {"note": "Not for clinical use.", "coordinates": "mm: LPS; i columns, j rows, k slices: from 0, half-open; "
+             "affine, 4 x 4 by rows: (i, j, k) of a voxel's centre to mm"}
     about |= {"model": {name: info.get(name) for name in ABOUT_MODEL}, "remarks": remarks}
     runs.save_json({**about, "stacks": results, "files_not_used": unread}, out / "predictions.json")
     return Predictions(out, results, {item["reason"]: item["files"] for item in unread}, remarks)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
-           'project_path', 'atomic', 'clear_dead', 'save_table', 'load_table', 'save_json', 'load_json', 'as_json',
-           'hash_file', 'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished',
-           'check_undamaged', 'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
+           'project_path', 'atomic', 'own_mark', 'clear_dead', 'alone', 'save_table', 'load_table', 'save_json',
+           'load_json', 'as_json', 'hash_file', 'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin',
+           'load_manifest', 'check_finished', 'check_undamaged', 'input_path', 'code_hash', 'package_versions',
+           'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import hashlib
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -150,14 +151,52 @@ def _umask() -> int:
     return mask
 
 # %% ../nbs/appendix/runs.ipynb #a70c11f2
+def own_mark() -> str:
+    """What a name that `clear_dead` is to know says of this process: machine and number, each with a hyphen."""
+    return f"{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}-{os.getpid()}-"
+
+
 def clear_dead(folder: str | os.PathLike, prefix: str) -> None:
-    """Remove what dead processes left in `folder`: folders named `prefix`, the number of the process, "-" and more."""
+    """Remove what dead processes of this machine left in `folder`: folders named `prefix`, `own_mark` and more."""
     import psutil
 
-    for left in Path(folder).glob(f"{prefix}*-*/"):
-        process = left.name.removeprefix(prefix).split("-")[0]
+    here = f"{prefix}{own_mark().split('-')[0]}-"
+    for left in Path(folder).glob(f"{here}*-*/"):
+        process = left.name.removeprefix(here).split("-")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
+
+# %% ../nbs/appendix/runs.ipynb #5c0e71b3
+@contextmanager
+def alone(folder: Path):
+    """Keep every other lungct out of a folder meanwhile. InputError when one is at work there."""
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a")
+    except OSError as error:
+        raise InputError(f"folder {folder} could not be written ({error.strerror}): choose another") from None
+    with stream:
+        if not _locked(stream, path):
+            raise InputError(f"another lungct is at work in {folder}: wait until it is done, or choose another folder")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # somebody took it away already, or something is in the folder
+                path.unlink()
+                folder.rmdir()
+
+# %% ../nbs/appendix/runs.ipynb #5c0e71b4
+def _locked(stream, path: Path) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return True
+    return path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino  # else its owner has just left
 
 # %% ../nbs/appendix/runs.ipynb #502a6d67
 def save_table(frame: pd.DataFrame, path: str | os.PathLike) -> Path:

@@ -2067,7 +2067,9 @@ def load_model(path: str | os.PathLike, size: int | None = None,
                spacing_mm: float | None = None) -> tuple[keras.Model, dict]:
     """Load model.keras with its side-car; `path` is the file or its folder.
 
-    Raises InputError when a file is missing, the two do not belong together, the model holds a program, the code's
+    Raises
+    ------
+    InputError : a file is missing, the two do not belong together, the model holds a program, the code's
     windows have changed, or the grid differs from the `size` and `spacing_mm` that the caller is going to feed.
     """
     path = Path(path) / "model.keras" if Path(path).is_dir() else Path(path)

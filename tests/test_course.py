@@ -169,7 +169,8 @@ def test_sockets_of_a_killed_run_are_swept_and_those_of_a_living_one_stay(chapte
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    dead, living = (tmp_path / f"{course.SOCKETS}{pid}-abc" for pid in (gone.pid, os.getppid()))
+    dead, living = (tmp_path / f"{course.SOCKETS}{runs.own_mark().split('-')[0]}-{pid}-abc"
+                    for pid in (gone.pid, os.getppid()))
     dead.mkdir()
     living.mkdir()
     runs.clear_dead(tempfile.gettempdir(), course.SOCKETS)
@@ -203,7 +204,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(chapters, tmp_path
             write_chapter(chapters, 2, body=body)
         assert course.app(command, standalone_mode=False) == 2
     place = tmp_path / "run" / "disk" if body and "part" in body else tmp_path / "run"
-    last = f"lungct: no space left in {place}: free some; the same command goes on"
+    last = f"lungct: no space left in {place}: free some, and give the same command again"
     assert [line for line in capsys.readouterr().err.splitlines() if line[0] not in " ["] == [last]
     write_chapter(chapters, 2)
     assert course.app(command, standalone_mode=False) in (None, 0) and total(tmp_path / "run") == 3
@@ -218,7 +219,7 @@ def test_a_full_disk_ends_any_command_in_one_line(tmp_path, monkeypatch, capsys,
 
     monkeypatch.setattr("lungct.phantom.make_cohort", full)
     assert course.app(["phantom", str(tmp_path / "out")], standalone_mode=False) == 2
-    expected = f"lungct: no space left in {tmp_path / 'out'}: free some; the same command goes on\n"
+    expected = f"lungct: no space left in {tmp_path / 'out'}: free some, and give the same command again\n"
     assert capsys.readouterr().err == expected
 
 
@@ -382,6 +383,8 @@ LONG = "x" * 300
     (["phantom", "out", "--scale-model", "--patients", "9"], "leave out --patients and --quirks, and use --fraction"),
     (["phantom", "out", "--fraction", "0.5"], "--fraction is a part of the scale model: give --scale-model too"),
     (["predict", "/usr", "--model", "/etc/hostname", "--out", "/proc/x"], "--out /proc/x could not be written"),
+    (["predict", "", "--model", "/etc/hostname", "--out", "x"], "the name of the folder with the series is empty"),
+    (["predict", "/usr", "--model", "/etc/hostname", "--out", ""], "--out is empty: name a folder"),
     (["download", "out"], "expected one: name it with --manifest"),
 ])
 def test_bad_input_is_one_line_and_status_2_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
@@ -404,7 +407,7 @@ def test_the_command_ends_in_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize("answered, status", [(1, None), (0, 2)])
 def test_a_model_is_given_as_its_file_its_folder_or_its_run(tmp_path, monkeypatch, capsys, given, answered, status):
     asked = []
-    told = SimpleNamespace(predict_folder=lambda folder, model, *_: asked.append(model) or
+    told = SimpleNamespace(predict_folder=lambda folder, model, *_, **__: asked.append(model) or
                            SimpleNamespace(answered=answered))
     monkeypatch.setitem(sys.modules, "lungct.predict", told)
     model = tmp_path / "05_train_3d_cnn" / "model.keras"
@@ -460,7 +463,7 @@ def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
     child.send_signal(signal.SIGTERM if ignored else asked)
     _, errors = child.communicate(timeout=60)
     assert_gone((tmp_path / "run" / "kernel").read_text())
-    assert child.returncode != 0 and "interrupted; the same command goes on" in errors
+    assert child.returncode != 0 and "interrupted; what is finished is kept: give the same command again" in errors
     assert runs.load_manifest(tmp_path / "run", "02_parse_annotations") is None
     write_chapter(chapters, 2)
     assert run(chapters, tmp_path / "run").count("already done") == 1
@@ -468,7 +471,7 @@ def test_interrupt_is_clean_and_the_next_run_goes_on(chapters, tmp_path, asked):
 
 def test_a_second_run_on_a_folder_is_turned_away(chapters, tmp_path):
     folder = tmp_path / "run"
-    with course.alone(folder):
+    with runs.alone(folder):
         with pytest.raises(runs.InputError, match=f"another lungct is at work in {folder}"):
             run(chapters, folder)
         assert [path.name for path in folder.iterdir()] == [".lock"]
@@ -479,8 +482,8 @@ def test_a_second_run_on_a_folder_is_turned_away(chapters, tmp_path):
 
 
 def test_a_run_that_was_killed_leaves_no_lock(chapters, tmp_path):
-    code = (f"import os, signal, sys\nfrom pathlib import Path\nfrom lungct import course\n"
-            f"with course.alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    code = (f"import os, signal, sys\nfrom pathlib import Path\nfrom lungct import runs\n"
+            f"with runs.alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)\n")
     subprocess.run([sys.executable, "-c", code], check=False)
     assert (tmp_path / "run" / ".lock").exists()
     assert run(chapters, tmp_path / "run").count("done in") == len(runs.CHAPTERS)
@@ -491,9 +494,9 @@ def test_the_lock_of_a_run_that_just_ended_counts_for_nobody(tmp_path):
     with path.open("a") as old:
         path.unlink()
         path.touch()
-        assert not course._locked(old, path)
+        assert not runs._locked(old, path)
     with path.open("a") as new:
-        assert course._locked(new, path)
+        assert runs._locked(new, path)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
@@ -555,7 +558,7 @@ def test_interrupt_at_a_bad_moment_ends_the_run_and_its_kernel(chapters, tmp_pat
     wait_for(tmp_path / "kernel")
     _, errors = child.communicate(timeout=30)
     assert_gone((tmp_path / "kernel").read_text())
-    assert child.returncode != 0 and "interrupted; the same command goes on" in errors and "ipc path" not in errors
+    assert child.returncode != 0 and course.INTERRUPTED.strip() in errors and "ipc path" not in errors
     write_chapter(chapters, 2)
     assert "done in" in run(chapters, tmp_path / "run") and total(tmp_path / "run") == 3
 

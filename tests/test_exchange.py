@@ -965,13 +965,18 @@ def test_the_same_findings_have_the_same_uids_and_others_have_not(ct, objects):
 
 @pytest.mark.parametrize("name, value, kept", [
     ("PatientBirthDate", "1950", False), ("PatientSex", "Male", False), ("StudyTime", "12:30:00", False),
+    ("AccessionNumber", ["A1", "A2"], False), ("StudyID", "1\\2", False), ("AccessionNumber", "1" * 17, False),
+    ("PatientName", ["O'Brien", "x"], False), ("PatientName", "Y" * 65, False),
+    ("PatientName", "Yama^T=山田^太郎", True),
+    ("ReferringPhysicianName", "a\tb", False), ("IssuerOfPatientID", "HOSP_B", True), ("AccessionNumber", "AC-1", True),
+    ("StudyDescription", "Thorax nativ", True), ("StudyDescription", "x" * 65, False),
     ("StudyDate", "20070404", True), ("StudyTime", "123000.5", True), ("PatientName", "Müller^Jörg", True)])
 def test_what_a_source_says_wrongly_is_left_empty(name, value, kept, ct, tmp_path):
     root, slices = ct
     source = pydicom.dcmread(root / slices.path.iloc[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source.SpecificCharacterSet = "ISO_IR 100"
+        source.SpecificCharacterSet = "ISO_IR 192"
         setattr(source, name, value)
         source.save_as(tmp_path / "odd.dcm")
         told = ex.patient_module(tmp_path / "odd.dcm")
@@ -979,6 +984,45 @@ def test_what_a_source_says_wrongly_is_left_empty(name, value, kept, ct, tmp_pat
         made.save_as(tmp_path / "seg.dcm")
     assert told[name] == (value if kept else "") and told["PatientID"] == source.PatientID
     assert str(pydicom.dcmread(tmp_path / "seg.dcm").get(name) or "") == told[name]
+
+
+@pytest.mark.parametrize("value", [["P1", "P2"], "1" * 65, "P\t1"])
+def test_objects_are_not_filed_under_a_patient_id_that_is_none(value, ct, tmp_path):
+    source = pydicom.dcmread(ct[0] / ct[1].path.iloc[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source.PatientID = value
+        source.save_as(tmp_path / "odd.dcm")
+        with pytest.raises(InputError, match="the patient ID of the images is not one that DICOM allows"):
+            ex.patient_module(tmp_path / "odd.dcm")
+
+
+def test_an_object_with_another_patient_or_study_has_another_uid(ct):
+    root, slices = ct
+    told, made = ex.patient_module(root / slices.path.iloc[0]), []
+    for change in ({}, {"PatientName": "Schmidt^Eva"}, {"AccessionNumber": "ACC-2"}, {"IssuerOfPatientID": "H"}):
+        sources = ex.source_headers(slices, told | change)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seg = ex.to_seg(sources, FOUND)
+            report = ex.to_sr(sources, seg, FOUND)
+        made.append({seg.SOPInstanceUID, seg.SeriesInstanceUID, report.SOPInstanceUID, report.SeriesInstanceUID})
+    assert len(set().union(*made)) == 4 * len(made)
+
+
+@pytest.mark.parametrize("told", [np.nan, 0.0])
+def test_a_thickness_that_is_not_told_is_the_step_between_slices(ct, told):
+    _, slices = ct
+    depths = np.array(slices.sort_values("slice_index")["position_mm"].tolist())[:, 2]
+    headers = ex.source_headers(slices.assign(slice_thickness_mm=told))
+    assert np.allclose([float(header.SliceThickness) for header in headers], abs(np.diff(depths)).mean())
+    kept = ex.source_headers(slices.assign(slice_thickness_mm=2.25))
+    assert {float(header.SliceThickness) for header in kept} == {2.25}
+
+
+def test_a_list_without_boxes_beside_one_with_boxes_is_passed_over():
+    document = {"training": [ITEM], "test": [{"image": "b.nii.gz"}], "name": "x"}
+    assert ex.from_detection_list(document, "cccwhd", "LPS")["role"].tolist() == ["training"]
 
 
 def test_images_that_cannot_be_pointed_at_are_refused(ct):
@@ -989,6 +1033,8 @@ def test_images_that_cannot_be_pointed_at_are_refused(ct):
         ex.source_headers(slices.assign(frame_of_reference_uid=None))
     with pytest.raises(InputError, match="no study"):
         ex.source_headers(slices.assign(study_uid=np.nan))
+    with pytest.raises(InputError, match="whose study is no valid UID"):
+        ex.source_headers(slices.assign(study_uid="1.02.a"))
 
 
 @pytest.mark.skipif(not DCIODVFY, reason="dciodvfy is not installed (Debian: dicom3tools)")

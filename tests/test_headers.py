@@ -317,6 +317,19 @@ def test_enhanced_values_that_differ_stay_missing(tmp_path):
     assert assert_one_answer(tmp_path / "a.dcm")["frame_positions_mm"] is None
 
 
+def test_of_one_frame_everything_may_be_shared(tmp_path):
+    whole = frame(7)
+    for each in (enhanced([whole]), enhanced([item()])):
+        if not len(each.PerFrameFunctionalGroupsSequence[0]):
+            shared, = each.SharedFunctionalGroupsSequence
+            for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence"):
+                setattr(shared, name, getattr(whole, name))
+        (tmp_path / "a.dcm").write_bytes(encoded(each))
+        row = assert_one_answer(tmp_path / "a.dcm")
+        assert row["position_mm"] == [1, 2, 7] and row["frame_positions_mm"] == [[1, 2, 7]] and row["frames"] == 1
+        assert row["orientation"] == [1, 0, 0, 0, 1, 0]
+
+
 def test_functional_groups_of_other_classes_are_left(tmp_path):
     (tmp_path / "a.dcm").write_bytes(encoded(enhanced([frame(0)], SOPClassUID=uids.CTImageStorage)))
     row = assert_one_answer(tmp_path / "a.dcm")

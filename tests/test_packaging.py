@@ -1,10 +1,12 @@
 """The files that install the project agree with each other, and an import costs little."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -31,6 +33,14 @@ def test_every_requirement_is_pinned_to_a_version_it_allows(requirement):
     name = canonicalize_name(requirement.name)
     assert name in PINS, f"{name} is in pyproject.toml but not in constraints.txt"
     assert requirement.specifier.contains(PINS[name])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lungct").glob("*.py")), ids=lambda path: path.stem)
+def test_no_module_defines_a_function_or_class_twice(path):
+    """Two cells of a notebook may be far apart, and the later one silently wins."""
+    named = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body
+             if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert not [name for name, count in Counter(named).items() if count > 1]
 
 
 def test_constraints_hold_versions_only():

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from lungct import course, dicom, exchange, plots, predict, runs, training, volumes
 
 GRID = {"size": 32, "spacing_mm": 12.0}
+HERE = runs.own_mark().split("-")[0]
 
 
 @pytest.fixture(scope="session")
@@ -434,17 +435,77 @@ def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model
         predict.predict_folder(folder, model, folder, pictures=1, workers=1)
     assert {path.name: path.read_text() for path in folder.iterdir() if path.name in earlier} == earlier
     assert not list(folder.glob("stack_*_box_[2-9].png"))
-    alive = folder / f".lungct-{os.getpid()}-x"            # of a call that is at work now
+    alive = folder / f".lungct-{runs.own_mark()}x"            # of a call that is at work now
     alive.mkdir()
     (folder / ".lungct-file").write_text("")
-    killed = folder / ".lungct-999999999-x"                # of one that could not tidy up
+    elsewhere = folder / ".lungct-0badcafe-999999999-x"    # of a call on another machine, where the number may live
+    elsewhere.mkdir()
+    killed = folder / f".lungct-{HERE}-999999999-x"         # of one that could not tidy up
     killed.mkdir()
     (killed / "stack_01_seg.dcm").write_text("cut off")
     done = predict.predict_folder(folder, model, folder, pictures=1, workers=1)
     assert done.out == folder and not killed.exists()
-    assert sorted(path.name for path in folder.glob(".lungct-*")) == sorted([alive.name, ".lungct-file"])
+    left = {path.name for path in folder.glob(".lungct-*")}
+    assert left == {alive.name, elsewhere.name, ".lungct-file"}
     assert done.unread == {"not DICOM": 1, "zero byte": 1}, "the letter, and the other file"
     assert runs.load_json(folder / "predictions.json")["stacks"] == done.stacks
+
+
+def test_a_second_call_into_the_same_folder_is_turned_away(patient, model, tmp_path):
+    with runs.alone(tmp_path / "out"), pytest.raises(runs.InputError, match="another lungct is at work in"):
+        predict.predict_folder(patient, model, tmp_path / "out", pictures=0, workers=1)
+    done = predict.predict_folder(patient, model, tmp_path / "out", pictures=0, workers=1)
+    assert done.answered and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_stack_whose_images_tell_no_thickness_is_answered_with_objects(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    for path in sorted((tmp_path / "in").rglob("*.dcm")):
+        image = pydicom.dcmread(path)
+        image.SliceThickness = None
+        image.save_as(path)
+    done = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", pictures=0, workers=1)
+    written = [stack for stack in done.stacks if stack["boxes"]]
+    assert written and not any(stack["notes"] for stack in written)
+    for stack in written:
+        seg = pydicom.dcmread(tmp_path / "out" / stack["files"]["seg"])
+        measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        step = np.linalg.norm(np.reshape(stack["affine"], (4, 4))[:3, 2])
+        assert float(measures.SliceThickness) == pytest.approx(step, abs=1e-3)
+
+
+def test_a_stack_of_which_no_object_can_be_made_is_noted_and_the_others_go_on(patient, model, tmp_path, monkeypatch):
+    to_seg, tried = exchange.to_seg, []
+
+    def fails_once(sources, found):
+        tried.append(found)
+        if len(tried) == 1:
+            raise AttributeError("'Dataset' object has no attribute 'X'")
+        return to_seg(sources, found)
+
+    monkeypatch.setattr(exchange, "to_seg", fails_once)
+    done = predict.predict_folder(patient, model, tmp_path, pictures=0, workers=1)
+    notes = [note for stack in done.stacks for note in stack["notes"]]
+    assert notes == ["SEG and SR not written: 'Dataset' object has no attribute 'X'"] and len(tried) > 1
+
+
+def test_a_stack_says_where_its_voxels_lie_and_which_images_it_is(made, patient, model, tmp_path):
+    shown = predict.predict_folder(patient, model, tmp_path, pictures=0, show_identity=True, workers=1)
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(patient, workers=1)[0], root=patient)
+    rows = stacks.sort_values("stack_id").to_dict("records")
+    for hidden, told, row in zip(made.stacks, shown.stacks, rows, strict=True):
+        of_stack = instances[instances["stack_id"] == row["stack_id"]].sort_values("slice_index")
+        assert told["sop_uids"] == of_stack["sop_uid"].tolist() and "sop_uids" not in hidden
+        assert (hidden["phase"], hidden["rows"], hidden["columns"]) == (row["phase"], row["rows"], row["columns"])
+        if row["affine"] is None:
+            assert hidden["affine"] is None
+        else:
+            first = np.reshape(hidden["affine"], (4, 4)) @ [0, 0, 0, 1]
+            assert np.allclose(first[:3], of_stack["position_mm"].iloc[0], atol=1e-3)
+        if "seg" in told["files"]:
+            seg = pydicom.dcmread(tmp_path / told["files"]["seg"])
+            assert seg.SeriesDescription == f"lungct boxes, phase {row['phase']}. Not for clinical use"
+    assert json.loads((tmp_path / "predictions.json").read_text())["stacks"] == shown.stacks
 
 
 def test_results_among_the_scans_are_no_scans_the_next_time(patient, model, tmp_path):
@@ -478,7 +539,7 @@ def test_a_full_disk_is_one_line(patient, model, tmp_path, monkeypatch, capsys):
     asked = ["predict", str(patient), "--model", str(model), "--out", str(tmp_path / "out"), "--pictures", "0"]
     assert course.app(asked, standalone_mode=False) == 2
     told = capsys.readouterr().err
-    assert told == f"lungct: no space left in {tmp_path / 'out'}: free some; the same command goes on\n"
+    assert told == f"lungct: no space left in {tmp_path / 'out'}: free some, and give the same command again\n"
 
 
 # odd folders ------------------------------------------------------------------------------------------------------
