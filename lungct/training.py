@@ -546,11 +546,10 @@ class Standardise(layers.Layer):
         return ops.clip((x - self.mean) * ops.rsqrt(self.variance + 1e-4), -5, 5)
 
     def _follow(self, x):
-        rate = 1 / ops.minimum(self.batches + 1, 50.0)
-        mean = self.mean + rate * (ops.mean(x, axis=0) - self.mean)
-        spread = ops.mean((x - self.mean) * (x - mean), axis=0)  # or the way from a first mean of 0 would be spread
+        before, spread = ops.minimum(self.batches, 50.0), ops.mean(ops.square(x - self.mean), axis=0)
+        rate = ops.minimum(before, 1.0) / ops.maximum(before, 1.0)  # the first batch has no mean yet to deviate from
         self.variance.assign(self.variance + rate * (spread - self.variance))
-        self.mean.assign(mean)
+        self.mean.assign(self.mean + (ops.mean(x, axis=0) - self.mean) / ops.minimum(self.batches + 1, 50.0))
         self.batches.assign(self.batches + 1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #c827ffe5
