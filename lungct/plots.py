@@ -152,7 +152,7 @@ def _check_planes(volume_zyx, axes):
         raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
 
 # %% ../nbs/appendix/plots.ipynb #1c86ff6e
-def show_planes(volume_zyx: np.ndarray, spacing_zyx_mm: Sequence[float], axes: Sequence[Axes],
+def show_planes(volume_zyx: np.ndarray, axes: Sequence[Axes], spacing_zyx_mm: Sequence[float],
                 at_zyx: Sequence[int] | None = None, window: str | tuple[float, float] = "lung",
                 boxes_zyx: Sequence[Sequence[float]] | None = None, mask: np.ndarray | None = None,
                 lps: bool = True, colours: Sequence[str] | str = BOX_COLOUR, heat_zyx: np.ndarray | None = None,

@@ -73,7 +73,7 @@ def test_boxes_need_as_many_colours(ax):
 
 def test_planes(three):
     volume = np.zeros((4, 10, 20), np.int16)
-    plots.show_planes(volume, (5, 1, 2), three, at_zyx=(2, 3, 4), boxes_zyx=[(2, 0, 0, 3, 5, 6)], mask=volume)
+    plots.show_planes(volume, three, (5, 1, 2), at_zyx=(2, 3, 4), boxes_zyx=[(2, 0, 0, 3, 5, 6)], mask=volume)
     extents = [list(ax.images[0].get_extent()) for ax in three]
     assert extents == [[0, 40, 10, 0], [0, 40, 0, 20], [0, 10, 0, 20]]
     assert [letters(ax) for ax in three] == [set("RLAP"), set("RLSI"), set("APSI")]
@@ -83,7 +83,7 @@ def test_planes(three):
 
 
 def test_planes_mark_sides_where_they_are(three):
-    plots.show_planes(np.zeros((4, 10, 20)), (5, 1, 2), three)
+    plots.show_planes(np.zeros((4, 10, 20)), three, (5, 1, 2))
     places = [{t.get_text(): t.get_position() for t in ax.texts} for ax in three]
     assert places[0]["R"][0] < 0.5 < places[0]["L"][0] and places[0]["P"][1] < 0.5 < places[0]["A"][1]
     assert places[1]["I"][1] < 0.5 < places[1]["S"][1] and places[2]["A"][0] < 0.5 < places[2]["P"][0]
@@ -91,13 +91,13 @@ def test_planes_mark_sides_where_they_are(three):
 
 def test_planes_leave_out_letters_and_boxes_elsewhere(three):
     elsewhere = [(2, 2, 2, 3, 3, 3)]
-    plots.show_planes(np.zeros((4, 10, 20)), (5, 1, 2), three, (0, 0, 0), boxes_zyx=elsewhere, lps=False)
+    plots.show_planes(np.zeros((4, 10, 20)), three, (5, 1, 2), (0, 0, 0), boxes_zyx=elsewhere, lps=False)
     assert not any(letters(ax) for ax in three) and not any(len(ax.patches) for ax in three)
 
 
 def test_planes_refuse(three):
     with pytest.raises(ValueError, match=r"3D volume and 3 axes, got \(3, 4\) and 3 axes"):
-        plots.show_planes(np.zeros((3, 4)), (1, 1, 1), three)
+        plots.show_planes(np.zeros((3, 4)), three, (1, 1, 1))
 
 
 def test_montage(ax):
@@ -171,7 +171,7 @@ def test_no_global_settings(ax):
 def test_heat_lies_on_the_planes_and_cold_is_transparent(three):
     heat = np.zeros((4, 10, 20))
     heat[2, 5, 10] = 8
-    plots.show_planes(np.zeros(heat.shape), (5, 1, 2), three, heat_zyx=heat, heat_limits=(0, 8))
+    plots.show_planes(np.zeros(heat.shape), three, (5, 1, 2), heat_zyx=heat, heat_limits=(0, 8))
     for ax in three:
         below, above = ax.images
         assert above.get_extent() == below.get_extent() and above.origin == below.origin
@@ -194,7 +194,7 @@ def test_heat_bar(ax):
 
 def test_plane_figure_keeps_proportions():
     fig, axes, corner = plots.plane_figure((60, 100, 150), (5, 2, 2))
-    plots.show_planes(np.zeros((60, 100, 150)), (5, 2, 2), axes)
+    plots.show_planes(np.zeros((60, 100, 150)), axes, (5, 2, 2))
     fig.canvas.draw()
     wide, tall, deep = (ax.get_position() for ax in axes)
     width, height = fig.get_size_inches()
