@@ -689,8 +689,6 @@ def predict(
     with plain_errors(out):
         if not folder:
             raise runs.InputError("the name of the folder with the series is empty: give one")
-        if not folder:
-            raise runs.InputError("folder is empty: name the one with the DICOM files")
         folder, file, target = check_folder("folder", folder), _model_file(model), check_writable("--out", out)
         from lungct.predict import predict_folder
 
