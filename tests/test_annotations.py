@@ -1158,6 +1158,22 @@ def test_pairs_are_of_one_study_and_each_others_best():
     assert pairs["lesion_a"].tolist() == ["a"]
 
 
+def test_pairs_are_of_one_patient_and_of_one_known_frame():
+    lesions = drawn(("a", "s1", "u", (0, 0, 0, 10, 10, 10)), ("b", "s2", "u", (2, 0, 0, 12, 10, 10)))
+    pairs = an.pair_lesions(lesions, TWO_STACKS)
+    assert np.isclose(pairs["iou"].item(), 8 / 12) and pairs["centre_distance_mm"].item() == 2
+    assert an.pair_lesions(lesions.assign(patient_id=["P", "Q"]), TWO_STACKS).empty
+    assert an.pair_lesions(lesions, TWO_STACKS.assign(frame_of_reference_uid=None)).empty
+    assert an.pair_lesions(lesions, TWO_STACKS.assign(frame_of_reference_uid=["1", "2"])).empty
+
+
+def test_of_two_lesions_on_one_stack_the_better_partner_is_the_pair():
+    lesions = drawn(("p", "s1", "u", (0, 0, 0, 10, 10, 10)), ("q", "s1", "u", (4, 0, 0, 14, 10, 10)),
+                    ("r", "s2", "u", (4, 0, 0, 14, 10, 10)))
+    pairs = an.pair_lesions(lesions, TWO_STACKS)
+    assert pairs[["lesion_a", "lesion_b"]].to_numpy().tolist() == [["q", "r"]]
+
+
 def test_a_volume_ratio_is_of_the_smaller_to_the_larger():
     whole, half = ("a", "s1", "u", (0, 0, 0, 9, 9, 8)), ("b", "s2", "u", (0, 0, 0, 9, 9, 4))
     pairs = an.pair_lesions(drawn(whole, half), TWO_STACKS)
