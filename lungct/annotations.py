@@ -41,8 +41,7 @@ def annotation_folder(annotation_path: str, run_dir: str | os.PathLike) -> Path:
 
     Raises
     ------
-    InputError
-        If no folder is named although chapter 1 read a DICOM folder of the user's.
+    InputError : if no folder is named although chapter 1 read a DICOM folder of the user's.
     """
     if annotation_path:
         return runs.project_path(annotation_path)
@@ -160,8 +159,7 @@ def parse_annotation(data: bytes | str) -> list[dict]:
 
     Raises
     ------
-    BadFile
-        For anything else than a well-formed annotation with at least one whole object.
+    BadFile : for anything else than a well-formed annotation with at least one whole object.
     """
     try:
         root = ElementTree.fromstring(data, forbid_dtd=True)
@@ -775,8 +773,7 @@ def read_clinical(path: str | os.PathLike, patients: Container[str] = ()) -> pd.
 
     Raises
     ------
-    InputError
-        If the file is no spreadsheet or lacks a column.
+    InputError : if the file is no spreadsheet or lacks a column.
     """
     try:
         sheet = pd.read_excel(path, dtype=object, engine="openpyxl")

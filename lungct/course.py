@@ -58,8 +58,7 @@ def chapter_parameters(notebook: Path) -> dict:
 
     Raises
     ------
-    InputError
-        No cell has the tag, or several have.
+    InputError : no cell has the tag, or several have.
     """
     tagged = [cell for cell in cells_of(notebook) if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
@@ -79,8 +78,7 @@ def parse_parameter(name: str, text: str, default: object) -> object:
 
     Raises
     ------
-    InputError
-        It has another type.
+    InputError : it has another type.
     """
     if isinstance(default, str):
         return text
@@ -108,8 +106,7 @@ def read_overrides(texts: Mapping[str, str], defaults: Mapping[str, Mapping]) ->
 
     Raises
     ------
-    InputError
-        A name that no chapter knows or that is not to be given, or a value that makes no sense.
+    InputError : a name that no chapter knows or that is not to be given, or a value that makes no sense.
     """
     for name in [key for key in FILLED_IN if key in texts]:
         raise runs.InputError(f"parameter {name} is not for -p: {FILLED_IN[name]}")
@@ -132,8 +129,7 @@ def check_folder(option: str, path: str) -> str:
 
     Raises
     ------
-    InputError
-        It is a file, missing or empty.
+    InputError : it is a file, missing or empty.
     """
     if not path:
         return ""
@@ -159,8 +155,7 @@ def check_writable(option: str, path: str) -> Path:
 
     Raises
     ------
-    InputError
-        It has no name, is a file, or cannot be written.
+    InputError : it has no name, is a file, or cannot be written.
     """
     if not path:
         raise runs.InputError(f"{option} is empty: name a folder")
@@ -570,8 +565,7 @@ def check_paths(asked: Mapping[str, str]) -> dict[str, str]:
 
     Raises
     ------
-    InputError
-        A path is wrong, or its companion is missing.
+    InputError : a path is wrong, or its companion is missing.
     """
     asked = dict(asked)
     if bool(asked.get("dicom_path")) != bool(asked.get("annotation_path")):
@@ -613,8 +607,7 @@ def join_pairs(arguments: list[str]) -> list[str]:
 
     Raises
     ------
-    InputError
-        A value is missing.
+    InputError : a value is missing.
     """
     rest, joined = list(arguments), []
     while rest:

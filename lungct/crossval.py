@@ -28,8 +28,7 @@ def fold_labels(labelled: pd.DataFrame, folds: int, seed: int = 0, locked: Seque
 
     Raises
     ------
-    lungct.runs.InputError
-        Fewer than three folds, or more folds than patient groups.
+    InputError : fewer than three folds, or more folds than patient groups.
     """
     if folds < 3:
         raise runs.InputError(f"{folds} folds: expected 3 or more, one to test, one to validate, and the rest to train")
@@ -49,9 +48,8 @@ def make_folds(run_dir: str | Path, folds: int) -> list[Path]:
 
     Raises
     ------
-    lungct.runs.InputError
-        Chapters 1 to 4 have not finished in `run_dir`, or what they left is damaged; or there are too few patients for
-        so many folds.
+    InputError : chapters 1 to 4 have not finished in `run_dir`, or what they left is damaged; or there are too few
+        patients for so many folds.
     """
     run_dir = runs.project_path(run_dir)
     runs.check_finished(run_dir, runs.CHAPTERS[:4])
@@ -111,8 +109,7 @@ def merge_folds(run_dir: str | Path, folds: int, n: int = 1000, seed: int = 0) -
 
     Raises
     ------
-    lungct.runs.InputError
-        A fold has not finished chapter 6.
+    InputError : a fold has not finished chapter 6.
     """
     run_dir = runs.project_path(run_dir)
     places = _fold_folders(run_dir, folds)

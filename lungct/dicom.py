@@ -298,7 +298,7 @@ def index_dicom(root: str | os.PathLike, workers: int | None = None,
 
     Raises
     ------
-    runs.InputError : `root` is no folder, empty, or without a DICOM image; `cache` cannot be written; it says which.
+    InputError : `root` is no folder, empty, or without a DICOM image; `cache` cannot be written; it says which.
     """
     _check_folder(root)
     files, unlisted = _find(os.fspath(root))

@@ -32,8 +32,7 @@ def read_manifest(path: str | Path) -> list[str]:
 
     Raises
     ------
-    InputError
-        There is no such file, it names no series, or a line begins like a UID and is none.
+    InputError : there is no such file, it names no series, or a line begins like a UID and is none.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,8 +58,7 @@ def expected_images(folder: str | Path) -> dict[str, int]:
 
     Raises
     ------
-    InputError
-        The table cannot be read, or is another one.
+    InputError : the table cannot be read, or is another one.
     """
     table, columns = Path(folder) / "metadata.csv", ["Series UID", "Number of Images"]
     if not table.is_file():
@@ -83,8 +81,7 @@ def fetch_zip(uid: str, folder: Path) -> Path:
 
     Raises
     ------
-    OSError
-        It did not arrive.
+    OSError : it did not arrive.
     """
     from tcia_utils import nbia
 
@@ -110,8 +107,7 @@ def download_series(uid: str, out: Path, images: int | None, fetch: Callable[[st
 
     Raises
     ------
-    OSError
-        It is damaged or incomplete, or could not be written.
+    OSError : it is damaged or incomplete, or could not be written.
     """
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{WAITING}{runs.own_mark()}") as waiting:
         archive = fetch(uid, Path(waiting))
@@ -140,11 +136,9 @@ def download_collection(manifest: str, out: str, limit: int = 0, fetch: Callable
 
     Raises
     ------
-    InputError
-        No manifest, or series that failed: the message names the first and says that calling again goes on. When the
-        first three and the last fail, the others are not tried.
-    OSError
-        The disk is full.
+    InputError : no manifest, or series that failed: the message names the first and says that calling again goes on.
+        When the first three and the last fail, the others are not tried.
+    OSError : the disk is full.
     """
     if limit < 0:
         raise runs.InputError(f"limit is {limit}, expected 0 for all series, or more")

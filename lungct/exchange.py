@@ -65,8 +65,7 @@ def to_coco(boxes: pd.DataFrame, instances: pd.DataFrame, negatives: pd.DataFram
 
     Raises
     ------
-    InputError
-        Boxes on images that are not among the instances, or of no subtype.
+    InputError : boxes on images that are not among the instances, or of no subtype.
     """
     boxes, listed = _boxes_and_images(boxes[boxes["stack_id"].notna()], instances, negatives)
     return {"info": {"description": "boxes exported by lungct; not for clinical use", "version": "1.0"},
@@ -200,8 +199,7 @@ def from_coco(document: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Raises
     ------
-    InputError
-        With the first three complaints of `check_coco`.
+    InputError : with the first three complaints of `check_coco`.
     """
     _refuse(check_coco(document))
     names = {row["id"]: str(row["name"]) for row in document["categories"]}
@@ -255,8 +253,7 @@ def corners_to_mode(corners_mm: np.ndarray, mode: str = "cccwhd", world: str = "
 
     Raises
     ------
-    InputError
-        Another mode or world.
+    InputError : another mode or world.
     """
     signs, corners = _asked(mode, world), np.asarray(corners_mm, float).reshape(-1, 6)
     ends = corners.reshape(-1, 2, 3) * signs
@@ -275,8 +272,7 @@ def corners_from_mode(boxes: np.ndarray, mode: str = "cccwhd", world: str = "LPS
 
     Raises
     ------
-    InputError
-        Another mode or world.
+    InputError : another mode or world.
     """
     signs, found = _asked(mode, world), np.asarray(boxes, float).reshape(-1, 6)
     first, second = found[:, :3], found[:, 3:]
@@ -299,8 +295,8 @@ def to_detection_list(lesions: pd.DataFrame, roles: Mapping[str, str] | None = N
 
     Raises
     ------
-    InputError
-        A lesion without extent or of no subtype, a stack without a usable role, another mode, world or file name.
+    InputError : a lesion without extent or of no subtype, a stack without a usable role, another mode, world or file
+        name.
     """
     values, name_of = _extents(lesions), _namer(file_name)
     document = {"description": "lesions exported by lungct; not for clinical use", "box_mode": mode,
@@ -358,8 +354,7 @@ def from_detection_list(document: Mapping, mode: str | None = None, world: str |
 
     Raises
     ------
-    InputError
-        Neither or both say it and differ, or a box is none.
+    InputError : neither or both say it and differ, or a box is none.
     """
     mode, world, names = _conventions(document, mode, world)
     rows = []
@@ -433,8 +428,7 @@ def to_instances(lesions: pd.DataFrame, shape_zyx: Sequence[int]) -> tuple[np.nd
 
     Raises
     ------
-    InputError
-        A box outside the array, an overlap that would change a box, no subtype, or several stacks.
+    InputError : a box outside the array, an overlap that would change a box, no subtype, or several stacks.
     """
     _check_subtypes(lesions)
     if "stack_id" in lesions and lesions["stack_id"].nunique() > 1:
@@ -464,8 +458,7 @@ def from_instances(instances_zyx: np.ndarray, document: Mapping) -> pd.DataFrame
 
     Raises
     ------
-    InputError
-        The two name different instances, a number is below 1, or a label is none of `LABELS`.
+    InputError : the two name different instances, a number is below 1, or a label is none of `LABELS`.
     """
     names = {number: letter for letter, number in LABELS.items()}
     labels = _labels_of(document, names)
@@ -554,8 +547,7 @@ def write_nifti(values_zyx: np.ndarray, affine: np.ndarray, path: str | os.PathL
 
     Raises
     ------
-    InputError
-        Another name or type, or axes that are not perpendicular.
+    InputError : another name or type, or axes that are not perpendicular.
     """
     image, path = _image(values_zyx, affine), Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -579,8 +571,7 @@ def write_stack(stack: dicom.Stack | dicom.OpenStack, path: str | os.PathLike) -
 
     Raises
     ------
-    InputError
-        What is no stack, and what `write_nifti` refuses.
+    InputError : what is no stack, and what `write_nifti` refuses.
     """
     if isinstance(stack, dicom.OpenStack):
         return write_nifti(np.stack([stack[k] for k in range(len(stack))]), stack.affine, path)
@@ -646,8 +637,7 @@ def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
     Raises
     ------
-    InputError
-        It cannot be read, holds several volumes or colours, or does not state one place in the world.
+    InputError : it cannot be read, holds several volumes or colours, or does not state one place in the world.
     """
     path = Path(path)
     try:
@@ -716,8 +706,7 @@ def read_mask(path: str | os.PathLike, like: dicom.Stack | dicom.OpenStack | vol
 
     Raises
     ------
-    InputError
-        The grid is another one, or a value is no whole number from 0 to 65535.
+    InputError : the grid is another one, or a value is no whole number from 0 to 65535.
     """
     shape_zyx = _grid_shape(like)
     values, affine = read_nifti(path)
@@ -817,8 +806,7 @@ def export_nifti(cohort_folder: str | os.PathLike, out: str | os.PathLike, chann
 
     Raises
     ------
-    InputError
-        Other channels, or stacks that have no volume.
+    InputError : other channels, or stacks that have no volume.
     """
     if list(channels) not in (["CT"], ["CT", "PET"]) or unlabelled not in ("imagesTs", "leave out"):
         raise InputError(f"expected channels CT, or CT and PET, and unlabelled imagesTs or leave out, "
@@ -951,8 +939,8 @@ def source_headers(slices: pd.DataFrame, patient: Mapping[str, str] | None = Non
 
     Raises
     ------
-    InputError
-        Several images that hold several slices each, and images that name no frame of reference, study or SOP class.
+    InputError : several images that hold several slices each, and images whose frame of reference, study or SOP class
+        is missing or no valid UID.
     """
     whole = len(slices) == 1 and slices["frames"].iloc[0] > 1
     slices = slices if whole else slices[slices["slice_index"].notna()].sort_values("slice_index")

@@ -872,10 +872,8 @@ def read_header(path: str | os.PathLike) -> dict:
 
     Raises
     ------
-    BadFile
-        The file holds no usable image; its `problem` says why.
-    InvalidDicomError
-        The file is not DICOM.
+    BadFile : the file holds no usable image; its `problem` says why.
+    InvalidDicomError : the file is not DICOM.
     """
     size = os.stat(path).st_size
     try:

@@ -293,8 +293,8 @@ def split_patients(labels: pd.DataFrame, fractions: Sequence[float] = (0.6, 0.2,
 
     Raises
     ------
-    lungct.runs.InputError
-        For fractions that are no shares, a role in `fixed` that is none of `ROLES`, patients whose names are no text.
+    InputError : for fractions that are no shares, a role in `fixed` that is none of `ROLES`, patients whose names are
+        no text.
     """
     _check_fractions(fractions)
     result = labels.reset_index(drop=True)
@@ -316,8 +316,7 @@ def read_locked(path: str | Path) -> list[str]:
 
     Raises
     ------
-    lungct.runs.InputError
-        For a file that cannot be read, or names nobody.
+    InputError : for a file that cannot be read, or names nobody.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -349,9 +348,8 @@ def read_registry(path: str | Path, fractions: Sequence[float], seed: int,
 
     Raises
     ------
-    lungct.runs.InputError
-        The file was edited, holds a role that is none of `ROLES`, or belongs to another seed, other shares or another
-        external test set.
+    InputError : the file was edited, holds a role that is none of `ROLES`, or belongs to another seed, other shares or
+        another external test set.
     """
     held, dealt = _load_registry(path), _dealt_with(fractions, seed, locked)
     given = held["roles"] if held else {}
@@ -1345,8 +1343,7 @@ def verdict(findings: Sequence[Finding], override: str = "") -> str:
 
     Raises
     ------
-    lungct.runs.InputError
-        When `override` names a finding that does not exist.
+    InputError : when `override` names a finding that does not exist.
     """
     accepted = _accepted(override)
     severities = {"warning" if f.name in accepted and f.severity == "error" else f.severity for f in findings}

@@ -389,7 +389,7 @@ def read_stored(path: str | os.PathLike, header: Mapping, target: np.ndarray | N
     Raises
     ------
     ValueError : the file changed since it was indexed, or cannot be decoded.
-    runs.InputError : a decoder is missing; the message says how to install it.
+    InputError : a decoder is missing; the message says how to install it.
     """
     shape = (int(header["rows"]), int(header["columns"]))
     if _is_straight(header):

@@ -51,8 +51,7 @@ def window_limits(window: str | tuple[float, float]) -> tuple[float, float]:
 
     Raises
     ------
-    ValueError
-        An unknown name, or a width that is not positive.
+    ValueError : an unknown name, or a width that is not positive.
     """
     if isinstance(window, str):
         if window not in WINDOWS:

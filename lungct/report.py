@@ -263,8 +263,7 @@ def build(run_dir: str | Path) -> Path:
 
     Raises
     ------
-    InputError
-        When a chapter of the run has not finished.
+    InputError : when a chapter of the run has not finished.
     """
     run_dir = runs.project_path(run_dir)
     runs.check_finished(run_dir)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'PHANTOM_FOLDERS', 'InputError', 'check_parameters',
-           'project_path', 'atomic', 'own_mark', 'clear_dead', 'alone', 'save_table', 'load_table', 'save_json',
-           'load_json', 'as_json', 'hash_file', 'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin',
+           'project_path', 'atomic', 'host_mark', 'own_mark', 'clear_dead', 'alone', 'save_table', 'load_table',
+           'save_json', 'load_json', 'as_json', 'hash_file', 'hash_value', 'fingerprint', 'Outputs', 'Chapter', 'begin',
            'load_manifest', 'check_finished', 'check_undamaged', 'input_path', 'code_hash', 'package_versions',
            'fast_convolutions', 'stale']
 
@@ -73,8 +73,7 @@ def check_parameters(parameters: Mapping) -> None:
 
     Raises
     ------
-    InputError
-        For the first value that `ALLOWED` does not allow.
+    InputError : for the first value that `ALLOWED` does not allow.
     """
     for name, value in parameters.items():
         if name in ALLOWED and not _allows(ALLOWED[name], value):
@@ -151,16 +150,21 @@ def _umask() -> int:
     return mask
 
 # %% ../nbs/appendix/runs.ipynb #a70c11f2
+def host_mark() -> str:
+    """A few letters for this machine, with a hyphen."""
+    return f"{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}-"
+
+
 def own_mark() -> str:
     """What a name that `clear_dead` is to know says of this process: machine and number, each with a hyphen."""
-    return f"{hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()}-{os.getpid()}-"
+    return f"{host_mark()}{os.getpid()}-"
 
 
 def clear_dead(folder: str | os.PathLike, prefix: str) -> None:
     """Remove what dead processes of this machine left in `folder`: folders named `prefix`, `own_mark` and more."""
     import psutil
 
-    here = f"{prefix}{own_mark().split('-')[0]}-"
+    here = f"{prefix}{host_mark()}"
     for left in Path(folder).glob(f"{here}*-*/"):
         process = left.name.removeprefix(here).split("-")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
@@ -222,8 +226,7 @@ def load_table(path: str | os.PathLike, columns: Sequence[str] | None = None) ->
 
     Raises
     ------
-    InputError
-        It is not there, is damaged, or lacks a column.
+    InputError : it is not there, is damaged, or lacks a column.
     """
     if not Path(path).is_file():
         raise InputError(f"table {path} does not exist: run the chapter that writes it first")
@@ -244,8 +247,7 @@ def save_json(value: object, path: str | os.PathLike) -> Path:
 
     Raises
     ------
-    ValueError
-        NaN or infinity: JSON has neither.
+    ValueError : NaN or infinity: JSON has neither.
     """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=as_json)
     with atomic(path) as part:
@@ -262,8 +264,7 @@ def load_json(path: str | os.PathLike) -> dict:
 
     Raises
     ------
-    InputError
-        It is not there, or not JSON.
+    InputError : it is not there, or not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -305,8 +306,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 
     Raises
     ------
-    InputError
-        There is no such place.
+    InputError : there is no such place.
     """
     root = Path(path)
     if not root.exists():
@@ -405,8 +405,8 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
 
     Raises
     ------
-    InputError
-        A value makes no sense, a needed chapter has not finished, or a path does not exist. Nothing is written then.
+    InputError : a value makes no sense, a needed chapter has not finished, or a path does not exist. Nothing is written
+        then.
     """
     _check_name(name)
     check_parameters({**parameters, "seed": seed})
@@ -468,8 +468,7 @@ def check_finished(run_dir: str | os.PathLike, names: Sequence[str] = CHAPTERS) 
 
     Raises
     ------
-    InputError
-        Some have not; it lists them.
+    InputError : some have not; it lists them.
     """
     lacks = [name for name in names if load_manifest(run_dir, name) is None]
     if lacks:
@@ -497,8 +496,7 @@ def input_path(run_dir: str | os.PathLike, name: str, key: str) -> Path:
 
     Raises
     ------
-    InputError
-        The chapter has not finished.
+    InputError : the chapter has not finished.
     """
     manifest = load_manifest(run_dir, name)
     if manifest is None:

@@ -377,10 +377,8 @@ def suv_factors(headers: Sequence[Mapping]) -> np.ndarray:
 
     Raises
     ------
-    SuvError
-        Something needed is missing, impossible or contradictory; the message names the element and its tag.
-    TypeError
-        Anything but mappings in a list.
+    SuvError : something needed is missing, impossible or contradictory; the message names the element and its tag.
+    TypeError : anything but mappings in a list.
     """
     _check_mappings(headers)
     _check_one_scan(headers)
@@ -403,7 +401,6 @@ def suv_factor(header: Mapping) -> float:
 
     Raises
     ------
-    SuvError, TypeError
-        As `suv_factors`.
+    SuvError, TypeError : as `suv_factors`.
     """
     return float(suv_factors([header])[0])

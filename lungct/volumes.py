@@ -636,8 +636,8 @@ def load_volume(path: str | os.PathLike) -> Volume:
 
     Raises
     ------
-    FileNotFoundError, PermissionError, CorruptVolume
-        When it is not there, or closed to us; when its content is not what was written.
+    FileNotFoundError, PermissionError, CorruptVolume : when it is not there, or closed to us; when its content is not
+        what was written.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -913,8 +913,7 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
 
     Raises
     ------
-    InputError
-        When the scheduler does not answer, or when there are stacks and not one of them can be built.
+    InputError : when the scheduler does not answer, or when there are stacks and not one of them can be built.
     """
     folder = Path(out_folder) / "volumes"
     _sweep(folder)

@@ -169,7 +169,7 @@ def test_sockets_of_a_killed_run_are_swept_and_those_of_a_living_one_stay(chapte
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    dead, living = (tmp_path / f"{course.SOCKETS}{runs.own_mark().split('-')[0]}-{pid}-abc"
+    dead, living = (tmp_path / f"{course.SOCKETS}{runs.host_mark()}{pid}-abc"
                     for pid in (gone.pid, os.getppid()))
     dead.mkdir()
     living.mkdir()

@@ -56,9 +56,9 @@ def test_damaged_archive_is_refused(collection):
 def test_leftovers_of_an_interrupted_download_are_forgotten(collection):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = runs.own_mark().split("-")[0]
+    here = runs.host_mark()
     left, filling, own = (collection / "Lung-PET-CT-Dx" / f".incoming-{name}" / "unpacked"
-                          for name in (f"{here}-{gone.pid}-abc", f"{here}-{os.getppid()}-abc", "notes"))
+                          for name in (f"{here}{gone.pid}-abc", f"{here}{os.getppid()}-abc", "notes"))
     for folder in (left, filling, own):
         folder.mkdir(parents=True)
     download.download_collection("", str(collection), fetch=server)

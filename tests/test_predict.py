@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from lungct import course, dicom, exchange, plots, predict, runs, training, volumes
 
 GRID = {"size": 32, "spacing_mm": 12.0}
-HERE = runs.own_mark().split("-")[0]
 
 
 @pytest.fixture(scope="session")
@@ -440,7 +439,7 @@ def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model
     (folder / ".lungct-file").write_text("")
     elsewhere = folder / ".lungct-0badcafe-999999999-x"    # of a call on another machine, where the number may live
     elsewhere.mkdir()
-    killed = folder / f".lungct-{HERE}-999999999-x"         # of one that could not tidy up
+    killed = folder / f".lungct-{runs.host_mark()}999999999-x"         # of one that could not tidy up
     killed.mkdir()
     (killed / "stack_01_seg.dcm").write_text("cut off")
     done = predict.predict_folder(folder, model, folder, pictures=1, workers=1)

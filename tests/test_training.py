@@ -323,6 +323,46 @@ def test_boxes_never_leave_the_grid():
     assert (found >= 0).all() and (found <= 16).all()
 
 
+def told_boxes(size, told):
+    """Heat and box maps of (size)^3 cells, from {cell: (heat, low edges, high edges in voxels)}."""
+    heat, box = np.zeros((1, size, size, size, 1), "float32"), np.zeros((1, size, size, size, 6), "float32")
+    for cell, (score, low, high) in told.items():
+        low, high = np.array(low) / training.STRIDE, np.array(high) / training.STRIDE
+        heat[0, *cell], box[0, *cell] = score, [*((low + high) / 2 - np.array(cell) - 0.5), *np.log(high - low)]
+    return heat, box
+
+
+def test_cells_around_a_peak_vote_by_their_heat():
+    told = {(5, 5, 5): (0.8, (6, 6, 6), (16, 16, 16)), (5, 5, 6): (0.4, (6, 6, 8), (16, 16, 18)),
+            (7, 5, 5): (0.2, (7, 6, 6), (17, 16, 16)), (5, 8, 5): (0.3, (6, 7, 6), (16, 17, 16))}  # three cells away
+    (found, scores), = training.decode_detections(*told_boxes(12, told))
+    pull = np.array([0.2 * 1 / 1.4, 0, 0.4 * 2 / 1.4])
+    assert np.allclose(found, [[*(6 + pull), *(16 + pull)]], atol=1e-4) and np.allclose(scores, 0.8)
+
+
+def test_the_box_of_another_lesion_and_one_without_volume_do_not_vote():
+    first, second = ((2, 2, 2), (8, 8, 8)), ((2, 2, 8), (8, 8, 14))
+    told = {(2, 2, 3): (0.9, *first), (2, 2, 5): (0.7, *second), (3, 2, 3): (0.5, (2, 2, 2), (8, 8, 2.01))}
+    (found, scores), = training.decode_detections(*told_boxes(8, told))
+    assert np.allclose(found, [np.concatenate(first), np.concatenate(second)], atol=1e-4)
+    assert np.allclose(scores, [0.9, 0.7])
+    outside = {(1, 1, 1): (0.9, (-9, -9, -9), (-5, -5, -5))}     # cut at the border: nothing is left of it
+    (found, _), = training.decode_detections(*told_boxes(8, outside))
+    assert np.array_equal(found, np.zeros((1, 6)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 6), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_overlap_with_several_boxes_is_that_with_each(rows):
+    low, high = np.minimum(*np.hsplit(np.array(rows), 2)), np.maximum(*np.hsplit(np.array(rows), 2))
+    boxes = np.hstack([low, high])
+    cells = np.stack(np.meshgrid(*[np.arange(6)] * 3, indexing="ij"), axis=-1)
+    inside = [((box[:3] <= cells) & (cells < box[3:])).all(axis=-1) for box in boxes]
+    together = [(inside[0] & one).sum() / max(1, (inside[0] | one).sum()) for one in inside]
+    assert np.allclose(training.box_iou(boxes[0], boxes), together)
+    assert np.allclose([training.box_iou(boxes[0], box) for box in boxes], together)
+
+
 @pytest.mark.parametrize(("other", "expected"), [
     ([0, 0, 0, 2, 2, 2], 1.0), ([1, 0, 0, 3, 2, 2], 4 / 12), ([2, 0, 0, 4, 2, 2], 0.0), ([5, 5, 5, 5, 5, 5], 0.0)])
 def test_box_iou_by_hand(other, expected):
