@@ -462,7 +462,7 @@ def count_outcomes(ledger: pd.DataFrame) -> pd.Series:
 
 # %% ../nbs/02_parse_annotations.ipynb #481f2daa
 def compare_rules(instances: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Where the annotation files lie by the rules of the two published audits.
+    """Where the annotation files lie by the rules of the two public audits.
 
     Returns
     -------

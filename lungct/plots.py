@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBTYPE_COLOURS', 'LINE_COLOURS', 'BOX_COLOUR', 'FOUND_COLOUR', 'PLAIN_COLOUR', 'WINDOWS', 'TISSUE_BANDS_HU', 'HEAT',
-           'window_limits', 'show_slice', 'show_planes', 'plane_figure', 'heat_bar', 'montage', 'is_headless',
+           'window_limits', 'show_slice', 'is_lps', 'show_planes', 'plane_figure', 'heat_bar', 'montage', 'is_headless',
            'slice_png', 'browse', 'planes_png', 'show_counts', 'show_spread', 'show_positions', 'show_histogram_hu',
            'show_curves', 'show_intervals']
 
@@ -95,7 +95,7 @@ def _tint(ax, mask_yx, colour, lower=False):
 def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = (1.0, 1.0),
                window: str | tuple[float, float] = "lung", boxes: Sequence[Sequence[float]] | None = None,
                mask: np.ndarray | None = None, title: str | None = None,
-               colours: Sequence[str] | str = BOX_COLOUR, styles: Sequence[str] | str = "-") -> Axes:
+               colours: Sequence[str] | str = BOX_COLOUR, styles: Sequence[str] | str = "-", lps: bool = False) -> Axes:
     """Draw one slice in millimetres, with boxes and a mask over it.
 
     Parameters
@@ -106,16 +106,18 @@ def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = 
     boxes : rows of (xmin, ymin, xmax, ymax): pixel edges, `xmin <= x < xmax`.
     mask : array of the image's shape; what is above 0 is tinted.
     colours, styles : one colour and one style of line, such as "--", for all boxes, or one for each.
+    lps : rows run to the patient's back and columns to the left (see `is_lps`): mark the sides.
     """
-    image_yx = np.asarray(image_yx)
-    if image_yx.ndim != 2:
-        raise ValueError(f"show_slice draws a 2D image, got shape {image_yx.shape}")
-    _mm_image(image_yx, ax, spacing_yx_mm, window)
+    if np.ndim(image_yx) != 2:
+        raise ValueError(f"show_slice draws a 2D image, got shape {np.shape(image_yx)}")
+    _mm_image(np.asarray(image_yx), ax, spacing_yx_mm, window)
     if mask is not None:
         _tint(ax, np.asarray(mask), BOX_COLOUR)
     corners = np.asarray([] if boxes is None else boxes, float).reshape(-1, 4) * np.tile(spacing_yx_mm[::-1], 2)
     for edges, *look in zip(corners, *(_each(look, len(corners)) for look in (colours, styles)), strict=True):
         _rectangle_mm(ax, *edges, *look)
+    if lps:
+        _orientation_marks(ax, 1, 2)
     ax.set(xlabel="x (mm)", ylabel="y (mm)")
     ax.set_title(title or "", fontsize=10)
     return ax
@@ -135,6 +137,17 @@ def _orientation_marks(ax, down, across):
     ax.text(0.97, 0.5, _ENDS[across][1], **style)
     ax.text(0.5, 0.05, bottom, **style)
     ax.text(0.5, 0.95, top, **style)
+
+
+def is_lps(affine: np.ndarray) -> bool:
+    """Whether columns run to the patient's left and rows to the back, give or take 25 degrees, so that marks are right.
+
+    Parameters
+    ----------
+    affine : 4x4, (x, y, z) voxel index to LPS mm.
+    """
+    steps = np.asarray(affine)[:3, :2]
+    return bool((np.diag(steps) > 0.9 * np.linalg.norm(steps, axis=0)).all())
 
 # %% ../nbs/appendix/plots.ipynb #553b6cf9
 def _overlays(ax, heat_zyx, heat_limits, mask, place):
@@ -556,7 +569,8 @@ def show_histogram_hu(values_hu: np.ndarray, ax: Axes, range_hu: tuple[float, fl
     for i, (name, (low, high)) in enumerate(bands_hu.items() if first else ()):
         ax.axvspan(low, high, color=LINE_COLOURS[i % len(LINE_COLOURS)], alpha=0.12, linewidth=0)
         ax.text((max(low, range_hu[0]) + min(high, range_hu[1])) / 2, 0.98, name, transform=ax.get_xaxis_transform(),
-                ha="center", va="top", fontsize=8, rotation=90)
+                ha="center", va="top", fontsize=8, rotation=90,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5})
     ax.tick_params(labelsize=8)
     if title:
         ax.set_title(title, fontsize=10)

@@ -180,7 +180,7 @@ def picture(stack: dicom.Stack | dicom.OpenStack, box: dict, title: str) -> Figu
     figure = Figure(figsize=(8, 4.4), dpi=72, layout="constrained")
     for ax, window in zip(figure.subplots(1, 2), ("lung", "soft tissue"), strict=True):
         plots.show_slice(hu, ax, spacing_yx_mm, window=window, boxes=edges, title=window,
-                         colours=plots.FOUND_COLOUR)
+                         colours=plots.FOUND_COLOUR, lps=plots.is_lps(stack.affine))
     words = f"{title}, box {box['rank']}, score {box['score']:.2f}, slice {k}; not for clinical use"
     figure.suptitle(words, fontsize=10)
     return figure

@@ -82,6 +82,26 @@ def test_planes(three):
     assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (0, 10, 12, 5)
 
 
+def test_slice_marks_sides_only_when_told(ax):
+    plots.show_slice(np.zeros((10, 20)), ax)
+    assert not letters(ax)
+    plots.show_slice(np.zeros((10, 20)), ax, lps=True)
+    at = {text.get_text(): text.get_position() for text in ax.texts}
+    assert at == {"R": (0.03, 0.5), "L": (0.97, 0.5), "A": (0.5, 0.95), "P": (0.5, 0.05)}
+
+
+@pytest.mark.parametrize(("turn", "expected"), [
+    (np.eye(3), True), (np.diag([1, 1, -1]), True), (np.diag([-1, 1, 1]), False), (np.diag([1, -1, 1]), False),
+    (np.eye(3)[[1, 0, 2]], False), (np.eye(3)[[0, 2, 1]], False)])
+def test_marks_are_right_where_columns_run_left_and_rows_back(turn, expected):
+    affine = np.eye(4)
+    affine[:3, :3] = turn * (0.7, 0.7, 5)
+    assert plots.is_lps(affine) is expected
+    lean = np.deg2rad(20)                                    # a head that is turned a little
+    affine[:3, :3] = np.array([[np.cos(lean), -np.sin(lean), 0], [np.sin(lean), np.cos(lean), 0], [0, 0, 1]]) @ turn
+    assert plots.is_lps(affine) is expected
+
+
 def test_planes_mark_sides_where_they_are(three):
     plots.show_planes(np.zeros((4, 10, 20)), three, (5, 1, 2))
     places = [{t.get_text(): t.get_position() for t in ax.texts} for ax in three]
