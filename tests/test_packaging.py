@@ -129,3 +129,10 @@ def test_the_book_has_every_notebook_and_every_module(tmp_path, monkeypatch):
     assert set(re.findall(r"^(?:\d\d_|appendix/)\w+$", stage.TOC, re.M)) == notebooks - {"index"}
     modules = {path.stem for path in (ROOT / "lungct").glob("*.py")} - {"__init__", "_modidx"}
     assert {path.stem for path in (tmp_path / "staging" / "reference").glob("*.md")} == modules
+
+
+def test_the_collection_is_cited_by_one_doi():
+    pages = [path for pattern in ("*.md", "data/*.md", "docs/*.md", "nbs/**/*.ipynb", "lungct/*.py")
+             for path in ROOT.glob(pattern)]
+    cited = [found for path in pages for found in re.findall(r"10\.7937/[\w.-]*\w", path.read_text(encoding="utf-8"))]
+    assert len(cited) > 10 and set(cited) == {"10.7937/TCIA.2020.NNC2-0461"}
