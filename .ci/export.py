@@ -7,7 +7,7 @@ from pathlib import Path
 from nbdev.doclinks import nbdev_export
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = "__init__.py"  # the one module written by hand: it holds the version
+KEPT = {"__init__.py", "__main__.py"}  # written by hand: the version, and `python -m lungct`
 
 
 def modules() -> dict[str, bytes]:
@@ -16,7 +16,7 @@ def modules() -> dict[str, bytes]:
 
 def export() -> None:
     # a renamed notebook would leave its old module behind, so generated files go first
-    for name in modules().keys() - {KEPT}:
+    for name in modules().keys() - KEPT:
         (ROOT / "lungct" / name).unlink()
     os.chdir(ROOT)
     nbdev_export()
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if check and changed:
         sys.exit(f"lungct/ was not what the notebooks export: {', '.join(changed)}; commit the export")
-    print(f"{len(after) - 1} files exported, {len(changed)} changed")
+    print(f"{len(after) - len(KEPT)} files exported, {len(changed)} changed")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SUBTYPES', 'PATIENT_PREFIX', 'EDGES', 'MAX_BYTES', 'LAYOUT', 'BOX_COLUMNS', 'PROBLEM_COLUMNS', 'CONTENT_OUTCOMES',
            'SECONDARY_CAPTURE_CLASS', 'LEDGER_COLUMNS', 'CORNERS_MM', 'LESION_COLUMNS', 'PAIR_COLUMNS',
-           'CLINICAL_HEADERS', 'CLINICAL_COLUMNS', 'CONFLICT_COLUMNS', 'TOLERANCES', 'annotation_folder',
-           'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype', 'XmlProblem', 'parse_annotation',
-           'read_annotations', 'Outcome', 'name_patients', 'reconcile', 'count_outcomes', 'compare_rules',
-           'require_match', 'place_boxes', 'overlap_of_smaller', 'link_boxes', 'box_corners', 'join_lesions', 'iou_3d',
-           'pair_lesions', 'longer_side_mm', 'describe_lesions', 'stack_hull_mm', 'read_clinical', 'find_clinical',
-           'clinical_conflicts']
+           'CLINICAL_HEADERS', 'CLINICAL_COLUMNS', 'MOST_ROWS', 'MOST_COLUMNS', 'MOST_SHEET_BYTES', 'CONFLICT_COLUMNS',
+           'TOLERANCES', 'annotation_folder', 'format_annotation', 'subtype_of', 'patient_of', 'patient_subtype',
+           'XmlProblem', 'parse_annotation', 'read_annotations', 'Outcome', 'name_patients', 'reconcile',
+           'count_outcomes', 'compare_rules', 'require_match', 'place_boxes', 'overlap_of_smaller', 'link_boxes',
+           'box_corners', 'join_lesions', 'iou_3d', 'pair_lesions', 'longer_side_mm', 'describe_lesions',
+           'stack_hull_mm', 'read_clinical', 'find_clinical', 'clinical_conflicts']
 
 # %% ../nbs/02_parse_annotations.ipynb #4936ad40
 import os
@@ -23,9 +23,10 @@ from itertools import combinations
 from pathlib import Path
 from xml.etree.ElementTree import Element
 from xml.sax.saxutils import escape
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+import openpyxl
 import pandas as pd
 from defusedxml import DefusedXmlException, ElementTree
 from openpyxl.utils.exceptions import InvalidFileException
@@ -776,6 +777,7 @@ def read_clinical(path: str | os.PathLike, patients: Container[str] = ()) -> pd.
     InputError : if the file is no spreadsheet or lacks a column.
     """
     try:
+        _check_sheet(path)
         sheet = pd.read_excel(path, dtype=object, engine="openpyxl")
     except (OSError, ValueError, KeyError, SyntaxError, BadZipFile, zlib.error, InvalidFileException) as error:
         raise runs.InputError(f"clinical table {path} cannot be read as .xlsx, without a password: {error}") from None
@@ -790,6 +792,25 @@ def read_clinical(path: str | os.PathLike, patients: Container[str] = ()) -> pd.
     frame = _table(rows, CLINICAL_COLUMNS).sort_values("patient_id", kind="stable", ignore_index=True)
     frame.loc[frame.duplicated("patient_id", keep=False), "notes"] += "; patient listed more than once, first kept"
     return frame.drop_duplicates("patient_id", ignore_index=True)
+
+# %% ../nbs/02_parse_annotations.ipynb #b0f6c347
+MOST_ROWS, MOST_COLUMNS, MOST_SHEET_BYTES = 20_000, 200, 64 << 20   # of a clinical table, empty cells included
+
+
+def _check_sheet(path: str | os.PathLike) -> None:
+    # one cell in a far corner, in a file of 5 KB, and reading takes gigabytes
+    with ZipFile(path) as packed:
+        if (size := sum(member.file_size for member in packed.infolist())) > MOST_SHEET_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes, allowed are {MOST_SHEET_BYTES:,}")
+    book = openpyxl.load_workbook(path, read_only=True)
+    try:
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()                           # what it says of its own size need not be true
+        for number, row in enumerate(sheet.iter_rows(values_only=True)):
+            if number >= MOST_ROWS or len(row) > MOST_COLUMNS:
+                raise ValueError(f"it has more than {MOST_ROWS:,} rows or {MOST_COLUMNS} columns")
+    finally:
+        book.close()
 
 # %% ../nbs/02_parse_annotations.ipynb #78f2170f
 def _clinical_row(row: Mapping, patients: Container[str]) -> dict:

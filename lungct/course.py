@@ -31,7 +31,7 @@ from typing import Annotated
 
 import typer
 
-from . import runs
+from . import __version__, runs
 
 # %% ../nbs/appendix/course.ipynb #52286eb8
 def notebook_folder() -> Path:
@@ -40,7 +40,8 @@ def notebook_folder() -> Path:
     for place in places:
         if (place / f"{runs.CHAPTERS[0]}.ipynb").is_file():
             return place
-    raise runs.InputError(f"no chapter notebooks in {' or '.join(map(str, places))}: run from a checkout of lungct")
+    raise runs.InputError(f"no chapter notebooks in {' or '.join(map(str, places))}: run inside "
+                          "a checkout of lungct, which holds them")
 
 # %% ../nbs/appendix/course.ipynb #ca326f05
 def cells_of(notebook: Path) -> list[dict]:
@@ -453,6 +454,18 @@ def _untouched_by_mistakes(files: list[Path]):
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="lungct: from messy clinical CT and PET to honest 3D deep learning. Not for clinical use.")
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"lungct {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                                   help="Say which lungct this is, and stop.")] = False) -> None:
+    pass  # its option stands before any command
+
 # %% ../nbs/appendix/course.ipynb #2b88e079
 @contextmanager
 def plain_errors(folder: str = "."):
@@ -474,7 +487,8 @@ def plain_errors(folder: str = "."):
             raise
         raise typer.Exit(_complain(remedy)) from None
     except ChapterFailed as error:
-        print(f"lungct: {error}\n  after mending it, the same command goes on from this chapter", file=sys.stderr)
+        print(runs.printable(f"lungct: {error}"), "  after mending it, the same command goes on from this chapter",
+              sep="\n", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
@@ -829,6 +843,7 @@ def crossval(
 # %% ../nbs/appendix/course.ipynb #96c5b8c0
 def main() -> None:
     """Entry point of the command `lungct`."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # or kernels would import what lies in the working folder
     try:
         status = app(args=join_pairs(sys.argv[1:]) or ["--help"], standalone_mode=False)
     except (runs.InputError, _UsageError) as error:
@@ -844,5 +859,5 @@ _UsageError = typer.BadParameter.__base__  # of the click that typer brings alon
 # %% ../nbs/appendix/course.ipynb #aa9be9ce
 def _complain(error: runs.InputError | _UsageError | str) -> int:
     said = f"{error.format_message()} (see lungct --help)" if isinstance(error, _UsageError) else error
-    print(f"lungct: {said}", file=sys.stderr)
+    print(runs.printable(f"lungct: {said}"), file=sys.stderr)
     return 2

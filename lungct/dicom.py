@@ -968,7 +968,7 @@ STACK_DTYPES |= {column: INSTANCE_DTYPES[column] for column in _COPIED}
 
 
 def _stack_id(patient_id: str | None, series_uid: str, phase: int) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", patient_id or "unknown")
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", patient_id or "unknown")[:64]      # a file is named after it
     owner = "" if name == patient_id else repr(patient_id)             # two names that look alike stay apart
     digest = hashlib.blake2b(f"{owner}{series_uid}|{phase}".encode(), digest_size=4).hexdigest()
     return f"{name}_{digest}"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import runs
+from . import __version__, runs
 
 # %% ../nbs/appendix/doctor.ipynb #6efd314f
 GIB = 2**30
@@ -26,7 +26,8 @@ def machine_facts(folder: str = ".") -> dict[str, str]:
     import psutil
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
-    facts = {"Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
+    facts = {"lungct": __version__,
+             "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     facts |= runs.package_versions((*runs.PACKAGES, "papermill", "jupyterlab"))
     facts["cores"] = str(os.cpu_count())
     facts["memory"] = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"
@@ -83,7 +84,7 @@ def try_step(xla: bool, precision: str, command: Sequence[str] | None = None) ->
     code = f"from lungct.doctor import training_step; print(training_step({xla}, {precision!r}))"
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     try:
-        done = subprocess.run(command or [sys.executable, "-c", code], capture_output=True, text=True,
+        done = subprocess.run(command or [sys.executable, "-P", "-c", code], capture_output=True, text=True,
                               timeout=STEP_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return Trial(xla, precision, False, f"no answer within {STEP_SECONDS} s")

@@ -597,7 +597,7 @@ def write_volume(volume: volumes.Volume, folder: str | os.PathLike, name: str | 
 # %% ../nbs/appendix/exchange.ipynb #1d3bcc27
 TWO_PLACES_MM = 2.0  # sform and qform that differ more than this state two places
 _TO_MM = {"meter": 1e3, "micron": 1e-3}
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, nib.filebasedimages.ImageFileError,
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, MemoryError, zlib.error, nib.filebasedimages.ImageFileError,
                nib.spatialimages.HeaderDataError)
 
 

@@ -29,7 +29,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy import ndimage
 from tqdm import tqdm
 
-from .runs import InputError
+from .runs import LOCK, InputError, alone
 from .workers import worker_pool
 
 # %% auto #0
@@ -48,7 +48,7 @@ __all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', '
            'plan_study', 'plan_scan', 'write_visit', 'store_ct', 'ct_frames', 'annotated', 'ct_series', 'add_truth',
            'write_scan', 'write_phases', 'write_ct', 'pad', 'disturb', 'write_extras', 'write_localizer',
            'write_screenshots', 'write_pet', 'pet_suv', 'clinical_row', 'write_clinical', 'write_tables',
-           'write_manifest', 'make_cohort', 'prepare_folder']
+           'write_manifest', 'make_cohort', 'prepare_folder', 'finish_folder']
 
 # %% ../nbs/appendix/phantom.ipynb #949f2977
 def _digest(seed: int, names: tuple) -> int:
@@ -1661,8 +1661,9 @@ def make_cohort(out, patients: int = 60, seed: int = 0, quirks=ALL, workers: int
     `out`. If it already holds this very cohort, complete, nothing is written.
     """
     out, asked = Path(out), _check_request(patients, seed, quirks, matrix)
-    if not prepare_folder(out, asked):
-        _write_cohort(out, plan_cohort(patients, seed, asked["quirks"], matrix), workers)
+    with alone(out):
+        if not prepare_folder(out, asked):
+            _write_cohort(out, plan_cohort(patients, seed, asked["quirks"], matrix), workers)
     return out
 
 # %% ../nbs/appendix/phantom.ipynb #148b3899
@@ -1673,7 +1674,7 @@ def _write_cohort(out: Path, plans: list[Plan], workers: int | None) -> None:
     for plan in plans:
         rows += _share_notes(out, plan, results, plans) + _annotate_nobody(out, plan, results, plans)
     write_tables(out, plans, results, rows)
-    (out / "phantom.partial.json").rename(out / "phantom.json")
+    finish_folder(out)
 
 # %% ../nbs/appendix/phantom.ipynb #708a2d64
 def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:
@@ -1688,12 +1689,19 @@ def _check_request(patients: int, seed: int, quirks, matrix: int) -> dict:
 
 # %% ../nbs/appendix/phantom.ipynb #322cd765
 def prepare_folder(out: Path, asked: dict) -> bool:
-    """True if the folder already holds this cohort; otherwise an empty, marked folder."""
-    done, begun = out / "phantom.json", out / "phantom.partial.json"
-    if done.exists() and json.loads(done.read_text()) == asked:
+    """True if the folder already holds this cohort; otherwise an empty, marked folder. `finish_folder` ends it.
+
+    InputError where there is anything that no earlier cohort left: it would be lost.
+    """
+    done, begun = _markers(out)
+    known = json.loads(done.read_text()) if done.exists() else {}
+    if known | {"files": 0} == asked | {"files": 0}:
         return True
-    if out.exists() and any(out.iterdir()) and not (done.exists() or begun.exists()):
+    if not (done.exists() or begun.exists()) and _count_files(out):
         raise InputError(f"{out} is not empty and holds no phantoms; give an empty or a new folder")
+    if "files" in known and _count_files(out) != known["files"]:
+        raise InputError(f"{out} holds {_count_files(out)} files, the phantoms there were {known['files']}: something "
+                         "else may be among them; remove what is not needed, or give another folder")
     for name in ("Lung-PET-CT-Dx", "Annotation", "truth"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in (done.name, "metadata.csv", "Lung-PET-CT-Dx-phantom.tcia", "statistics-clinical-phantom.xlsx"):
@@ -1701,6 +1709,26 @@ def prepare_folder(out: Path, asked: dict) -> bool:
     (out / "Annotation").mkdir(parents=True)
     begun.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     return False
+
+# %% ../nbs/appendix/phantom.ipynb #322cd766
+def finish_folder(out: Path) -> None:
+    """Rename the marker, which declares a cohort complete, and note how many files were made."""
+    done, begun = _markers(out)
+    asked = json.loads(begun.read_text(encoding="utf-8")) | {"files": _count_files(out)}
+    begun.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    begun.rename(done)
+
+
+def _markers(out: Path) -> tuple[Path, Path]:
+    return out / "phantom.json", out / "phantom.partial.json"
+
+
+def _count_files(out: Path) -> int:
+    """Files below a folder, and links to folders; without the markers and the lock."""
+    count = -sum(path.exists() for path in (*_markers(out), out / LOCK))
+    for here, folders, files in os.walk(out):
+        count += len(files) + sum(os.path.islink(os.path.join(here, name)) for name in folders)
+    return count
 
 # %% ../nbs/appendix/phantom.ipynb #500692fc
 def _run(out: Path, plans: list[Plan], workers: int | None) -> list[dict]:

@@ -22,7 +22,8 @@ import pandas as pd
 import pydicom
 from pydicom import encaps
 from pydicom.pixels import get_decoder, iter_pixels
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit, RLELossless
+from pydicom.uid import (UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes,
+                         JPEGExtended12Bit, RLELossless)
 
 from . import headers, runs
 
@@ -251,6 +252,13 @@ def syntax_problem(syntax_uid: str, bits_stored: int | None = None) -> str | Non
         return None if known else f"{syntax.name} of 12 bits needs the package pylibjpeg-libjpeg (licence: GPL)"
     return None if decoder.is_available else f"{syntax.name} needs a decoder: {REMEDY}"
 
+
+def _plugin(syntax_uid: str) -> str:
+    """The decoder to be used; "" where pydicom may try one after the other."""
+    # GDCM, which would come second, answers a damaged stream of these by ending the process
+    syntax, ours = UID(syntax_uid), "pylibjpeg"
+    return ours if syntax in JPEG2000TransferSyntaxes and ours in get_decoder(syntax).available_plugins else ""
+
 # %% ../nbs/appendix/pixels.ipynb #8c683741
 _WIDTHS = (1, 8, 16, 32, 64)
 _TOLD_TO_DECODERS = ("samples_per_pixel", "photometric", "bits_stored", "pixel_representation")
@@ -298,18 +306,19 @@ _FRAME_MARKS = frozenset({0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _MOST_SEGMENTS = 1000
 
 
-def _coded_shape(stream: bytes) -> tuple[int, int, int]:
-    """(rows, columns, samples) that a JPEG, JPEG-LS or JPEG 2000 stream tells; ValueError when it does not."""
+def _coded_form(stream: bytes) -> tuple[tuple[int, int, int], int]:
+    """(rows, columns, samples) and bits of a JPEG, JPEG-LS or JPEG 2000 stream; ValueError when it does not tell."""
     at = 2 if stream.startswith(_JPEG) else 0
     for _ in range(_MOST_SEGMENTS):
         head = stream[at : at + 44].ljust(44, b"\0")
         if head.startswith(_JPEG_2000):
             width, height, left, top = struct.unpack_from(">4L", head, 8)
-            return height - top, width - left, struct.unpack_from(">H", head, 40)[0]
+            samples, bits = struct.unpack_from(">HB", head, 40)
+            return (height - top, width - left, samples), (bits & 0x7F) + 1
         if stream.startswith(_JP2):                        # a list of boxes, of which one holds the stream
             at += 8 if head[4:8] == b"jp2c" else max(8, int.from_bytes(head[:4], "big"))
         elif head[0] == 0xFF and head[1] in _FRAME_MARKS:
-            return *struct.unpack_from(">HH", head, 5), head[9]
+            return (*struct.unpack_from(">HH", head, 5), head[9]), head[4]
         elif head[0] == 0xFF and stream.startswith(_JPEG):
             at += 1 if head[1] == 0xFF else 2 + int.from_bytes(head[2:4], "big")       # a filling byte, a segment
         else:
@@ -329,9 +338,13 @@ def _check_promise(image: pydicom.Dataset, header: Mapping, frame: int) -> None:
         need = rows * columns * samples * image.BitsAllocated // 8
         if need > _RUN_GAIN * len(stream):
             raise ValueError(f"{len(stream):,} bytes of run lengths cannot hold {need:,} bytes")
-    elif (coded := _coded_shape(stream)) != (rows, columns, samples):
+        return
+    coded, bits = _coded_form(stream)
+    if coded != (rows, columns, samples):
         told = [f"{y} x {x} pixels of {n} sample{'s' * (n != 1)}" for y, x, n in (coded, (rows, columns, samples))]
         raise ValueError(f"its stream holds {told[0]}, its header says {told[1]}")
+    if bits > image.BitsAllocated:                         # one decoder would end the process
+        raise ValueError(f"its stream holds numbers of {bits} bits, its header says {image.BitsAllocated}")
 
 # %% ../nbs/appendix/pixels.ipynb #cb39c0cf
 def _open(path: str, header: Mapping) -> pydicom.Dataset:
@@ -369,7 +382,8 @@ def _read_decoded(path: str, header: Mapping, opened: dict[str, pydicom.Dataset]
                 raise ValueError(f"it changed since it was indexed: another image than {header['sop_uid']}")
             if UID(header["transfer_syntax_uid"]).is_compressed:
                 _check_promise(opened[path], header, frame)
-            stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not words))
+            stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not words,
+                                      decoding_plugin=_plugin(header["transfer_syntax_uid"])))
         except Exception as error:                            # decoders fail with nearly anything
             raise ValueError(f"{path}: frame {frame} cannot be decoded: {type(error).__name__}: {error}") from error
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)

@@ -10,6 +10,7 @@ __all__ = ['DETECTION', 'LOCALISATION', 'SUBTYPE', 'STYLE', 'table_html', 'count
 
 # %% ../nbs/appendix/report.ipynb #1e07a70b
 import html
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -365,8 +366,20 @@ def _chapters(run_dir: Path) -> str:
 
 
 def _chapter(run_dir: Path, path: Path) -> str:
-    # where the run lies on this machine is nobody's business
-    return chapter_html(path).replace(html.escape(str(run_dir)), html.escape(run_dir.name))
+    # where the run and its images lie on this machine is nobody's business
+    page = chapter_html(path).replace(html.escape(str(run_dir)), html.escape(run_dir.name))
+    for place, name in _inputs(run_dir):
+        page = page.replace(html.escape(place), html.escape(f"<{name}>"))
+    return page
+
+
+def _inputs(run_dir: Path) -> list[tuple[str, str]]:
+    """Folders and files that the run was given, as they may be spelled, and what they are; longer ones first."""
+    manifests = [runs.load_manifest(run_dir, chapter) or {} for chapter in runs.CHAPTERS]
+    given = [(told["path"], name) for manifest in manifests for name, told in manifest.get("inputs", {}).items()]
+    found = {(spelling, name) for path, name in given if path and os.path.isabs(path)
+             for spelling in (path, os.path.realpath(path))}
+    return sorted(found, key=lambda pair: -len(pair[0]))
 
 # %% ../nbs/appendix/report.ipynb #aacc3a5b
 def build_crossval(run_dir: str | Path) -> Path:

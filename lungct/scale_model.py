@@ -18,7 +18,7 @@ import pandas as pd
 from . import phantom
 from .annotations import Outcome, compare_rules
 from .phantom import named_rng, named_uid
-from .runs import InputError
+from .runs import InputError, alone
 from .workers import worker_pool
 
 # %% auto #0
@@ -606,9 +606,10 @@ def make_scale_model(out: str | os.PathLike, fraction: float = 1.0, seed: int = 
     """
     out, model = Path(out), plan_model(fraction, seed)
     asked = {"version": _VERSION, "scale_model": True, "fraction": float(fraction), "seed": int(seed)}
-    if not phantom.prepare_folder(out, asked):
-        _write_model(out, model, workers)
-        (out / "phantom.partial.json").rename(out / "phantom.json")
+    with alone(out):
+        if not phantom.prepare_folder(out, asked):
+            _write_model(out, model, workers)
+            phantom.finish_folder(out)
     return out
 
 # %% ../nbs/appendix/scale_model.ipynb #96f6b77f

@@ -2131,6 +2131,8 @@ def _hash_of(facts: Mapping) -> str:
 
 def _side_car(path: Path) -> dict:
     beside = path.with_suffix(".json")
+    if not beside.exists():
+        raise runs.InputError(f"side-car {beside} is missing: a model needs it beside itself, under its own name")
     try:
         facts = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -2144,6 +2146,8 @@ def _side_car(path: Path) -> dict:
     lacks += [f"a list of {name}" for name in ("classes", "inputs") if not isinstance(facts.get(name, []), list)]
     if lacks:
         raise runs.InputError(f"side-car {beside} lacks {', '.join(lacks)}: {TOGETHER}")
+    if odd := [name for name in facts["classes"] if not re.fullmatch(r"\w[\w +/-]{0,31}", str(name))]:
+        raise runs.InputError(f"side-car {beside} has a class {odd[0]!r}, expected letters and numbers: {TOGETHER}")
     return facts
 
 # %% ../nbs/05_train_3d_cnn.ipynb #0994800d

@@ -802,6 +802,22 @@ def test_a_file_that_is_no_clinical_table_is_one_line(tmp_path):
         an.read_clinical(tmp_path / "nowhere.xlsx")
 
 
+@pytest.mark.parametrize("corner", ["A1048576", "XFD1", "GS2"])
+def test_a_clinical_table_with_a_cell_in_a_far_corner_is_one_line(tmp_path, corner):
+    book = openpyxl.Workbook()
+    book.active["A1"], book.active[corner] = "NewPatientID", 1
+    book.save(tmp_path / "t.xlsx")
+    with pytest.raises(runs.InputError, match=r"t\.xlsx cannot be read .* more than 20,000 rows or 200 columns"):
+        an.read_clinical(tmp_path / "t.xlsx")
+
+
+def test_a_clinical_table_that_unpacks_to_much_is_one_line(tmp_path, monkeypatch):
+    openpyxl.Workbook().save(tmp_path / "t.xlsx")
+    monkeypatch.setattr(an, "MOST_SHEET_BYTES", 1000)
+    with pytest.raises(runs.InputError, match=r"t\.xlsx cannot be read .* allowed are 1,000"):
+        an.read_clinical(tmp_path / "t.xlsx")
+
+
 def test_the_clinical_table_is_found_in_the_folder_or_beside_it(tmp_path):
     folder = tmp_path / "Annotation"
     folder.mkdir()

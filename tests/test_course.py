@@ -474,23 +474,42 @@ def test_a_second_run_on_a_folder_is_turned_away(chapters, tmp_path):
     with runs.alone(folder):
         with pytest.raises(runs.InputError, match=f"another lungct is at work in {folder}"):
             run(chapters, folder)
-        assert [path.name for path in folder.iterdir()] == [".lock"]
+        assert [path.name for path in folder.iterdir()] == [runs.LOCK]
         run(chapters, tmp_path / "other")
     assert not folder.exists()
     run(chapters, folder)
-    assert total(folder) == total(tmp_path / "other") and not (folder / ".lock").exists()
+    assert total(folder) == total(tmp_path / "other") and not (folder / runs.LOCK).exists()
 
 
 def test_a_run_that_was_killed_leaves_no_lock(chapters, tmp_path):
     code = (f"import os, signal, sys\nfrom pathlib import Path\nfrom lungct import runs\n"
             f"with runs.alone(Path({str(tmp_path / 'run')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)\n")
     subprocess.run([sys.executable, "-c", code], check=False)
-    assert (tmp_path / "run" / ".lock").exists()
+    assert (tmp_path / "run" / runs.LOCK).exists()
     assert run(chapters, tmp_path / "run").count("done in") == len(runs.CHAPTERS)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_lock_neither_holds_a_run_nor_is_written_through(tmp_path, kind):
+    target = tmp_path / "target"
+    os.mkfifo(tmp_path / runs.LOCK) if kind == "pipe" else (tmp_path / runs.LOCK).symlink_to(target)
+    with pytest.raises(runs.InputError, match="could not be written"), runs.alone(tmp_path):
+        pass
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_programs_in_the_working_folder_are_not_run(tmp_path):
+    for name in ("pyarrow", "nbformat", "defusedxml", "pandas"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run.txt')!r}, 'w')\nraise ImportError('pwned')\n")
+    code = ("import sys\nsys.argv = ['lungct']\nfrom lungct import course\n"
+            "try:\n    course.main()\nexcept SystemExit:\n    pass\n"
+            "import subprocess\nsubprocess.run([sys.executable, '-c', 'import pandas'], check=True)\n")
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not (tmp_path / "run.txt").exists(), done.stderr
+
+
 def test_the_lock_of_a_run_that_just_ended_counts_for_nobody(tmp_path):
-    path = tmp_path / ".lock"
+    path = tmp_path / runs.LOCK
     with path.open("a") as old:
         path.unlink()
         path.touch()

@@ -1137,6 +1137,9 @@ def test_stack_id_is_a_safe_file_name(tmp_path):
     assert only(stacks)["stack_id"].startswith("a_b_c_") and only(stacks)["patient_id"] == "a/b c"
     stacks, _ = stacks_of(write_series(tmp_path / "t", EVEN, PatientID=None))
     assert only(stacks)["stack_id"].startswith("unknown_")
+    long = ["L" * 300, "L" * 299 + "M"]
+    ids = {dicom._stack_id(name, "1.2", 1) for name in long}
+    assert len(ids) == 2 and all(len(name) < 80 for name in ids)      # a file is named after it
 
 
 # ---- voxels and millimetres ------------------------------------------------------------------------------------------

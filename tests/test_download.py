@@ -24,7 +24,7 @@ def server(uid, folder, slices=2):
     archive = folder / f"{uid}.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         for number in range(slices):
-            packed.writestr(f"1-{number}.dcm", f"slice {number}")
+            packed.writestr(f"1-{number}.dcm", bytes(128) + f"DICM slice {number}".encode())
     return archive
 
 
@@ -51,6 +51,45 @@ def test_damaged_archive_is_refused(collection):
     with pytest.raises(OSError, match="arrived damaged"):
         download.download_series("1.2.3", collection, 2, broken)
     assert not (collection / "1.2.3").exists()
+
+
+def sending(files):
+    """A server whose archives hold these files, name -> content."""
+    def fetch(uid, folder):
+        with zipfile.ZipFile(folder / f"{uid}.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+        return folder / f"{uid}.zip"
+    return fetch
+
+
+IMAGE = bytes(128) + b"DICM and more"
+
+
+def test_only_images_and_the_licence_are_unpacked(tmp_path):
+    sent = {"1-1.dcm": IMAGE, "sub/2.dcm": IMAGE, "../../out.dcm": IMAGE, "LICENSE": "CC BY", "pandas.py": "print(1)"}
+    download.download_series("1.2.3", tmp_path, None, sending(sent))
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"1.2.3/1-1.dcm", "1.2.3/LICENSE", "1.2.3/out.dcm", "1.2.3/sub/2.dcm"}
+
+
+def test_what_is_no_image_is_no_series(tmp_path):
+    with pytest.raises(OSError, match="arrived damaged: 1-1.dcm is no DICOM file"):
+        download.download_series("1.2.3", tmp_path, 1, sending({"1-1.dcm": "<html>not today</html>"}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_series_cannot_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MOST_BYTES", 1_000_000)
+    with pytest.raises(OSError, match="it unpacks to 1,000,139 bytes, allowed are 1,000,000"):
+        download.download_series("1.2.3", tmp_path, 1, sending({"1-1.dcm": IMAGE + bytes(1_000_000 - 2)}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_images_do_not_go_among_phantoms(collection):
+    (collection / "phantom.json").write_text("{}")
+    with pytest.raises(runs.InputError, match="holds phantoms: choose another folder"):
+        download.download_collection("", str(collection), fetch=server)
 
 
 def test_leftovers_of_an_interrupted_download_are_forgotten(collection):
@@ -127,8 +166,8 @@ def test_members_that_point_outside_stay_inside(collection):
     def hostile(uid, folder):
         archive = folder / f"{uid}.zip"
         with zipfile.ZipFile(archive, "w") as packed:
-            packed.writestr("../../../escaped.dcm", "x")
-            packed.writestr("1-1.dcm", "x")
+            packed.writestr("../../../escaped.dcm", IMAGE)
+            packed.writestr("1-1.dcm", IMAGE)
         return archive
 
     download.download_series("1.2.3", collection, None, hostile)
@@ -168,7 +207,7 @@ def test_a_damaged_member_costs_its_series_only(collection):
         archive = folder / f"{uid}.zip"
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
             for number in range(2):
-                packed.writestr(f"1-{number}.dcm", bytes(1000))
+                packed.writestr(f"1-{number}.dcm", IMAGE + bytes(1000))
         raw = bytearray(archive.read_bytes())
         if uid == "1.2.3":
             raw[30 + len("1-0.dcm")] = 0xFF                # no deflated block begins so

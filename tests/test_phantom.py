@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lungct import phantom
+from lungct import phantom, runs
 from lungct.runs import InputError
 
 TYPE_1 = {
@@ -133,6 +133,35 @@ def test_a_complete_cohort_is_returned_at_once_and_a_broken_one_made_again(tmp_p
     assert tree_digest(phantom.make_cohort(out, **ask)) == before
     assert tree_digest(phantom.make_cohort(out, **{**ask, "seed": 2})) != before
     assert json.loads((out / "phantom.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("place", ["Lung-PET-CT-Dx/1.3.6/1.dcm", "Annotation/A0001/mine.xml", "notes.txt"])
+def test_what_others_put_among_phantoms_is_not_lost(tmp_path, place):
+    ask = {"patients": 1, "seed": 1, "quirks": (), "matrix": 32}
+    out = phantom.make_cohort(tmp_path / "c", **ask)
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / place).write_text("mine")
+    before = tree_digest(out)
+    assert phantom.make_cohort(out, **ask) == out
+    with pytest.raises(InputError, match="something else may be among them"):
+        phantom.make_cohort(out, **{**ask, "seed": 2})
+    assert tree_digest(out) == before
+
+
+def test_phantoms_are_not_written_through_a_link(tmp_path):
+    ask = {"patients": 1, "seed": 1, "quirks": (), "matrix": 32}
+    out = phantom.make_cohort(tmp_path / "c", **ask)
+    (out / "Lung-PET-CT-Dx").rename(tmp_path / "store")
+    (out / "Lung-PET-CT-Dx").symlink_to(tmp_path / "store")
+    before = tree_digest(tmp_path / "store")
+    with pytest.raises(InputError, match="something else may be among them"):
+        phantom.make_cohort(out, **{**ask, "seed": 2})
+    assert tree_digest(tmp_path / "store") == before
+
+
+def test_two_at_once_do_not_share_a_folder(tmp_path):
+    with runs.alone(tmp_path / "c"), pytest.raises(InputError, match="another lungct is at work"):
+        phantom.make_cohort(tmp_path / "c", patients=1)
 
 
 def test_requests_that_cannot_be_met_are_refused(tmp_path):

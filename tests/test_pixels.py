@@ -423,6 +423,19 @@ def test_run_lengths_that_cannot_fill_the_image(tmp_path):
         pixels.read_stored(path, header_of(path))
 
 
+@pytest.mark.parametrize("depth", [0xFF, 0x7F, 0x14])
+def test_a_stream_of_more_bits_than_its_header_is_not_decoded(tmp_path, depth):
+    """One decoder, asked for 128 bits, ends the process; so a process of its own is asked."""
+    path = write(tmp_path / "a.dcm", values_of(12, False), JPEG2000Lossless, 12)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = depth
+    path.write_bytes(content)
+    code = (f"from lungct import pixels\ntry:\n    pixels.read_stored({str(path)!r}, {dict(header_of(path))!r})\n"
+            "except ValueError as error:\n    print(error)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"holds numbers of {(depth & 127) + 1} bits, its header says 16" in done.stdout
+
+
 @pytest.mark.parametrize("front", [b"junk", b"\xff\xd8\xff"])
 def test_a_stream_without_a_size_is_not_decoded(tmp_path, front):
     path = write(tmp_path / "a.dcm", values_of(12, False), JPEG2000Lossless, 12)

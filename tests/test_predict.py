@@ -252,6 +252,8 @@ def test_a_side_car_without_ranges_is_noted_and_one_with_odd_ranges_refused(made
     ({"schema": 99}, "schema = 99"), ({"model_hash": "0"}, "model_hash = 0"), ({"stride": 4}, "stride = 4"),
     ({"windows_hu": [[0, 1]]}, "windows_hu"), ({"classes": ["A"]}, "4 subtypes apart"),
     ({"classes": None}, "lacks classes"),
+    ({"classes": ["A", "=HYPERLINK(1)", "E", "G"]}, "has a class '=HYPERLINK(1)'"),
+    ({"classes": ["A", "B\x1b[2J", "E", "G"]}, "has a class 'B"),
     ({"training_hash": None}, "lacks training_hash"), ({"packages": None}, "lacks packages"),
     ({"grid": {"size": 64, "spacing_mm": 12.0}}, "takes 32 voxels a side, its side-car says 64"),
     ({"grid": {"size": 32}}, "lacks grid spacing_mm")])
@@ -413,16 +415,17 @@ def test_results_of_an_earlier_call_go_and_nothing_else_does(patient, model, tmp
     stale = ["stack_07_box_1.png", "stack_07_seg.dcm", "stack_07_sr.dcm", "stack_07_boxes.nii.gz", "predictions.csv"]
     kept = ["letter.txt", "stack_1.png", "stack_07_seg.dcm.bak", "my_predictions.csv"]
     for name in (*stale, *kept):
-        (tmp_path / name).write_text("old")
+        (tmp_path / name).write_text("stack,series,rank,score\nold\n")
     predict.predict_folder(patient, model, tmp_path, pictures=1, dicom_files=False, workers=1)
     there = {path.name for path in tmp_path.iterdir()}
     assert set(kept) <= there and not {name for name in stale if name.startswith("stack_07")} & there
-    assert (tmp_path / "predictions.csv").read_text() != "old"
+    assert "old" not in (tmp_path / "predictions.csv").read_text()
 
 
 def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model, tmp_path, monkeypatch):
     folder = shutil.copytree(patient, tmp_path / "in")
-    earlier = {"predictions.json": "old", "stack_01_box_1.png": "old", "letter.txt": "old"}
+    earlier = {"predictions.json": '{"note": "Not for clinical use."}',
+               "stack_01_box_1.png": "old", "letter.txt": "old"}
     for name, text in earlier.items():
         (folder / name).write_text(text)
 
@@ -450,11 +453,34 @@ def test_an_interrupted_call_leaves_the_results_of_an_earlier_one(patient, model
     assert runs.load_json(folder / "predictions.json")["stacks"] == done.stacks
 
 
+@pytest.mark.parametrize(("name", "text"), [("predictions.csv", "patient,fate\n1,2\n"),
+                                            ("predictions.json", '{"mine": 1}')])
+def test_tables_of_others_are_not_replaced(patient, model, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(runs.InputError, match=rf"{name} was not written by lungct predict and would be lost"):
+        predict.predict_folder(patient, model, tmp_path, pictures=0, workers=1)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
+
+
+def test_words_of_a_header_neither_steer_the_terminal_nor_tell_who_it_is(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    for path in sorted((tmp_path / "in").rglob("*.dcm")):
+        image = pydicom.dcmread(path)
+        image.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER", "Muster^Hans 1950\x1b[2J"]
+        image.save_as(path)
+    ask = {"pictures": 0, "workers": 1}
+    done = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", **ask)
+    said = str(done) + (tmp_path / "out" / "predictions.json").read_text()
+    assert "LOCALIZER" in said and "<image_type>" in said and "Muster" not in said and "\x1b" not in said
+    named = str(predict.predict_folder(tmp_path / "in", model, tmp_path / "out", show_identity=True, **ask))
+    assert r"Muster^Hans 1950\x1b[2J" in named and "\x1b" not in named
+
+
 def test_a_second_call_into_the_same_folder_is_turned_away(patient, model, tmp_path):
     with runs.alone(tmp_path / "out"), pytest.raises(runs.InputError, match="another lungct is at work in"):
         predict.predict_folder(patient, model, tmp_path / "out", pictures=0, workers=1)
     done = predict.predict_folder(patient, model, tmp_path / "out", pictures=0, workers=1)
-    assert done.answered and not (tmp_path / "out" / ".lock").exists()
+    assert done.answered and not (tmp_path / "out" / runs.LOCK).exists()
 
 
 def test_a_stack_whose_images_tell_no_thickness_is_answered_with_objects(patient, model, tmp_path):

@@ -1,6 +1,7 @@
 """The report: self-contained, escaped, with alternative texts."""
 
 import base64
+import json
 import re
 
 import nbformat
@@ -164,3 +165,17 @@ def test_printed_text_and_comments_in_code_are_left_as_they_are(tmp_path):
     assert "&lt;div id=&quot;q&quot;&gt;" in page or '&lt;div id="q"&gt;' in page
     assert ' id="Head"' not in page
     assert report.tagged_figures(notebook) == [("Head", "AA==")]
+
+
+def test_where_images_lie_is_nobodys_business(tmp_path):
+    images = tmp_path / "ward 7" / "Muster & Hans"
+    images.mkdir(parents=True)
+    run = tmp_path / "run"
+    (run / "01_explore_dicom").mkdir(parents=True)
+    told = {"inputs": {"dicom_path": {"path": str(images), "fingerprint": "x"}}, "schema": runs.SCHEMA_VERSION}
+    (run / "01_explore_dicom" / "manifest.json").write_text(json.dumps(told))
+    cell = nbformat.v4.new_code_cell(f"dicom_path = {str(images)!r}", outputs=[nbformat.v4.new_output(
+        "stream", text=f"read {images}/1.dcm for {run}\n")])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01.ipynb")
+    page = report._chapter(run, tmp_path / "01.ipynb")
+    assert "Muster" not in page and "ward" not in page and page.count("&lt;dicom_path&gt;") == 2 and "for run" in page
