@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBTYPE_COLOURS', 'LINE_COLOURS', 'BOX_COLOUR', 'FOUND_COLOUR', 'PLAIN_COLOUR', 'WINDOWS', 'TISSUE_BANDS_HU', 'HEAT',
-           'window_limits', 'show_slice', 'is_lps', 'show_planes', 'plane_figure', 'heat_bar', 'montage', 'is_headless',
+           'window_limits', 'is_lps', 'show_slice', 'show_planes', 'plane_figure', 'heat_bar', 'montage', 'is_headless',
            'slice_png', 'browse', 'planes_png', 'show_counts', 'show_spread', 'show_positions', 'show_histogram_hu',
            'show_curves', 'show_intervals']
 
@@ -91,6 +91,32 @@ def _tint(ax, mask_yx, colour, lower=False):
     layer[np.asarray(mask_yx) > 0] = (red, green, blue, 0.35)
     ax.imshow(layer, extent=ax.images[-1].get_extent(), origin="lower" if lower else "upper", interpolation="nearest")
 
+# %% ../nbs/appendix/plots.ipynb #b624c28c
+_ENDS = (("I", "S"), ("A", "P"), ("R", "L"))  # index 0 end and last end of z, y, x
+
+
+def _orientation_marks(ax, down, across):
+    """Letters of the patient's sides at the four edges of a plane of an LPS-ordered array."""
+    bottom, top = _ENDS[down] if down == 0 else _ENDS[down][::-1]
+    style = {"transform": ax.transAxes, "color": "white", "fontsize": 9, "fontweight": "bold", "ha": "center",
+             "va": "center", "family": "monospace",            # whose I has serifs and is no stroke
+             "bbox": {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1}}
+    ax.text(0.03, 0.5, _ENDS[across][0], **style)
+    ax.text(0.97, 0.5, _ENDS[across][1], **style)
+    ax.text(0.5, 0.05, bottom, **style)
+    ax.text(0.5, 0.95, top, **style)
+
+
+def is_lps(affine: np.ndarray) -> bool:
+    """Whether columns run to the patient's left and rows to the back, give or take 25 degrees, so that marks are right.
+
+    Parameters
+    ----------
+    affine : 4x4, (x, y, z) voxel index to LPS mm.
+    """
+    steps = np.asarray(affine)[:3, :2]
+    return bool((np.diag(steps) > 0.9 * np.linalg.norm(steps, axis=0)).all())
+
 # %% ../nbs/appendix/plots.ipynb #b624c28b
 def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = (1.0, 1.0),
                window: str | tuple[float, float] = "lung", boxes: Sequence[Sequence[float]] | None = None,
@@ -124,30 +150,6 @@ def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = 
 
 # %% ../nbs/appendix/plots.ipynb #501c1e2b
 _PLANES = (("axial", 0, 1, 2), ("coronal", 1, 0, 2), ("sagittal", 2, 0, 1))   # name, axis cut, axis down, axis across
-_ENDS = (("I", "S"), ("A", "P"), ("R", "L"))                                   # index 0 end and last end of z, y, x
-
-
-def _orientation_marks(ax, down, across):
-    """Letters of the patient's sides at the four edges of a plane of an LPS-ordered array."""
-    bottom, top = _ENDS[down] if down == 0 else _ENDS[down][::-1]
-    style = {"transform": ax.transAxes, "color": "white", "fontsize": 9, "fontweight": "bold", "ha": "center",
-             "va": "center", "family": "monospace",            # whose I has serifs and is no stroke
-             "bbox": {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1}}
-    ax.text(0.03, 0.5, _ENDS[across][0], **style)
-    ax.text(0.97, 0.5, _ENDS[across][1], **style)
-    ax.text(0.5, 0.05, bottom, **style)
-    ax.text(0.5, 0.95, top, **style)
-
-
-def is_lps(affine: np.ndarray) -> bool:
-    """Whether columns run to the patient's left and rows to the back, give or take 25 degrees, so that marks are right.
-
-    Parameters
-    ----------
-    affine : 4x4, (x, y, z) voxel index to LPS mm.
-    """
-    steps = np.asarray(affine)[:3, :2]
-    return bool((np.diag(steps) > 0.9 * np.linalg.norm(steps, axis=0)).all())
 
 # %% ../nbs/appendix/plots.ipynb #553b6cf9
 def _overlays(ax, heat_zyx, heat_limits, mask, place):
