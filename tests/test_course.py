@@ -390,6 +390,7 @@ LONG = "x" * 300
 def test_bad_input_is_one_line_and_status_2_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lungct", *arguments])
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")                    # as `main` does, but here it is taken back
     with pytest.raises(SystemExit) as ended:
         course.main()
     said = capfd.readouterr().err

@@ -462,6 +462,7 @@ def test_tables_of_others_are_not_replaced(patient, model, tmp_path, name, text)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
 
 
+@pytest.mark.filterwarnings("ignore:The value length")
 def test_words_of_a_header_neither_steer_the_terminal_nor_tell_who_it_is(patient, model, tmp_path):
     shutil.copytree(patient, tmp_path / "in")
     for path in sorted((tmp_path / "in").rglob("*.dcm")):
