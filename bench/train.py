@@ -49,11 +49,12 @@ def examples(size: int, count: int):
     return training.Examples(ct_hu, boxes, rng.integers(0, len(CLASSES), count), names, names)
 
 
-def keras_step(batch: dict, half: bool) -> Callable[[], float]:
-    """One bare `train_on_batch` of chapter 5's network."""
+def keras_step(batch: dict, half: bool, held: bool = False) -> Callable[[], float]:
+    """One bare `train_on_batch` of chapter 5's network; `held`: the batch is made tensors once, not at each step."""
     from lungct import training
 
     keras = training.keras  # imported there, with the settings that training has
+    batch = {name: keras.ops.convert_to_tensor(values) for name, values in batch.items()} if held else batch
     training.reproducible(0)
     network = training.build_network(batch["seen"].shape[1], CLASSES, FILTERS,
                                      precision="mixed_bfloat16" if half else "float32")
@@ -76,7 +77,8 @@ def work(name: str, precision: str, file: str) -> None:
     """A contender's process: warm up, then answer each line of standard input, a number of steps, with seconds."""
     with np.load(file, allow_pickle=False) as stored:
         batch = dict(stored)
-    step = keras_step(batch, precision == HALF) if name == KERAS else torch_step(name, batch, precision == HALF)
+    half = precision == HALF
+    step = keras_step(batch, half, held=True) if name == KERAS else torch_step(name, batch, half)
     for _ in range(3):
         step()
     print("ready", flush=True)
@@ -187,8 +189,9 @@ def step_table(size: int, batch: int, found: dict) -> str:
         said = f"{speed:.1f}" if speed else "not installed" if speed is None else "died"
         rows.append((name, CONTENDERS[name, precision][0], precision, said,
                      f"{speed / base:.2f}" if speed and base else ""))
-    note = (f"Batch {batch} of noise that lies in memory, forward, backward and AdamW with clipping; medians of "
-            f"{ROUNDS} interleaved rounds, each framework with its own threads. {HALF} is Keras' mixed_bfloat16 and "
+    note = (f"Batch {batch} of noise that lies in memory as the framework's tensors, forward, backward and AdamW with "
+            f"clipping; medians of {ROUNDS} interleaved rounds, each framework with its own threads. {HALF} is Keras' "
+            "mixed_bfloat16 and "
             "torch's autocast. MONAI's networks are other networks, with a cross-entropy alone: they say what such a "
             "step costs, not which framework is faster.")
     columns = "what | network | precision | samples/s | times torch float32"

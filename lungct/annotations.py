@@ -592,6 +592,7 @@ def join_lesions(boxes: pd.DataFrame, stacks: pd.DataFrame, max_gap: int = 1,
         `x y z` the axis-aligned hull in LPS mm, `bridged_slices` counts the slices within that have no box.
     boxes : a copy with `lesion_id` filled in.
     """
+    labels, boxes = boxes.index, boxes.reset_index(drop=True)          # one that two rows share names neither
     placed = boxes[boxes["stack_id"].notna()].sort_values(["stack_id", "slice_index", *EDGES, "file", "object_index"])
     facts = stacks.set_index("stack_id")
     rows, lesion_of = [], pd.Series(index=boxes.index, dtype=object)
@@ -599,7 +600,7 @@ def join_lesions(boxes: pd.DataFrame, stacks: pd.DataFrame, max_gap: int = 1,
         for lesion_id, row, index in _lesions_of_stack(stack_id, in_stack, facts.loc[stack_id], max_gap, min_overlap):
             rows.append({"lesion_id": lesion_id, "stack_id": stack_id, **row})
             lesion_of.loc[index] = lesion_id
-    return _table(rows, LESION_COLUMNS), boxes.assign(lesion_id=lesion_of).astype(BOX_COLUMNS)
+    return _table(rows, LESION_COLUMNS), boxes.assign(lesion_id=lesion_of).astype(BOX_COLUMNS).set_axis(labels)
 
 # %% ../nbs/02_parse_annotations.ipynb #759f51c3
 def _lesions_of_stack(stack_id, in_stack, stack, max_gap, min_overlap):

@@ -117,7 +117,19 @@ def read_overrides(texts: Mapping[str, str], defaults: Mapping[str, Mapping]) ->
         raise runs.InputError(f"unknown parameter {', '.join(unknown)}: the chapters know {', '.join(sorted(known))}")
     chosen = {name: parse_parameter(name, text, known[name]) for name, text in texts.items()}
     runs.check_parameters(chosen)
+    _check_labelling(known | chosen)
     return chosen
+
+# %% ../nbs/appendix/course.ipynb #7c9f9c56
+def _check_labelling(parameters: Mapping) -> None:
+    # chapter 4 refuses both, after chapter 3 has built all volumes
+    shares = parameters.get("validation_fraction", 0) + parameters.get("test_fraction", 0)
+    if shares >= 1:
+        raise runs.InputError(f"validation_fraction and test_fraction are {shares:g} together: nobody would train")
+    if parameters.get("override"):
+        from lungct import labels    # sklearn is slow to import
+
+        labels.verdict([], parameters["override"])
 
 # %% ../nbs/appendix/course.ipynb #05a3c6a4
 def check_folder(option: str, path: str) -> str:
@@ -781,8 +793,10 @@ def run_fold(notebooks: Path, place: Path, parameters: Mapping[str, Mapping], th
 # %% ../nbs/appendix/course.ipynb #2e5cdf8c
 def run_folds(course: Course, places: list[Path], workers: int, scheduler: str, say=print) -> None:
     """Run all folds, `workers` at a time in processes, or on a dask scheduler; stops at the first that fails."""
+    from lungct.workers import processes
+
     began = time.monotonic()
-    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 and not scheduler else 0
+    threads = max(1, processes() // workers) if workers > 1 and not scheduler else 0
     jobs = [(course.notebooks, place, fold_parameters(course, place), threads) for place in places]
     with _executor(workers, scheduler) as submit:
         for done in submit(jobs):

@@ -24,7 +24,7 @@ def fold_labels(labelled: pd.DataFrame, folds: int, seed: int = 0, locked: Seque
     labelled
         Chapter 4's labels.parquet.
     locked
-        Patients of an external test set; they get the role "unused" in every fold.
+        Patients of a locked test set; they get the role "unused" in every fold.
 
     Raises
     ------

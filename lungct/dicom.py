@@ -37,7 +37,7 @@ from . import headers, pixels, runs
 from .headers import HEADER_DTYPES, INDEX_SCHEMA, BadFile, FileProblem, read_header, tag_name, uid_name
 from .pixels import AIR_HU
 from .suv import FIRST_ACQUIRED, SuvError, earliest, suv_factor, suv_factors
-from .workers import worker_pool
+from .workers import processes, worker_pool
 
 _all_ = ["BadFile", "FileProblem", "read_header", "tag_name"]      # this chapter's, too
 
@@ -127,7 +127,7 @@ def _read_all(root: str, files: list[tuple], workers: int | None,
               progress: Callable[[int, int], None] | None) -> list[pa.Table]:
     """`headers.read_headers` of all files in batches, shared among this process and others."""
     read = partial(headers.read_headers, root)
-    others = min(workers or os.cpu_count() or 1, len(files) // FILES_A_WORKER) - 1
+    others = min(processes(workers), len(files) // FILES_A_WORKER) - 1
     batches = [files[i : i + FILES_A_BATCH] for i in range(0, len(files), FILES_A_BATCH)]
     tables, done = [INDEX_SCHEMA.empty_table()], 0
     for table in _shared(read, batches, others) if others > 0 else map(read, batches):
@@ -542,7 +542,7 @@ def _projection(part: _Part) -> str | None:
 
 # %% ../nbs/01_explore_dicom.ipynb #8c5e0f12
 def _is_localizer(rows: pd.DataFrame) -> np.ndarray:
-    thick = (rows["slice_thickness_mm"] >= LOCALIZER_THICKNESS_MM).to_numpy(bool)
+    thick = rows["slice_thickness_mm"].to_numpy(float, na_value=np.nan) >= LOCALIZER_THICKNESS_MM
     return _of_type(rows, "LOCALIZER|SCOUT") | thick
 
 

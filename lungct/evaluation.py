@@ -114,20 +114,22 @@ def score_scans(detections: pd.DataFrame, lesions: pd.DataFrame, scans: pd.DataF
 
     Raises
     ------
-    InputError : a stack is twice in `scans` or has no patient, or a score or a corner of theirs is not finite.
+    InputError : a stack is twice in `scans` or has no patient, or a box of theirs has a number that is not finite, or
+        no extent.
     """
     counted = detections[detections["stack_id"].isin(scans["stack_id"])]
-    _check_scans(counted, scans)
-    truth, nothing = dict(list(lesions.groupby("stack_id"))), lesions.iloc[:0]
+    known = lesions[lesions["stack_id"].isin(scans["stack_id"])]
+    _check_scans(counted, known, scans)
+    truth, nothing = dict(list(known.groupby("stack_id"))), lesions.iloc[:0]
     parts = [_match_scan(found, truth.get(stack_id, nothing), min_iou)
              for stack_id, found in counted.groupby("stack_id")]
     table = pd.concat(parts) if parts else _match_scan(detections.iloc[:0], nothing, min_iou)
     table = table.assign(patient_id=table["stack_id"].map(scans.set_index("stack_id")["patient_id"]))
-    return _scored(table, lesions[lesions["stack_id"].isin(scans["stack_id"])], scans)
+    return _scored(table, known, scans)
 
 # %% ../nbs/06_evaluate.ipynb #83a1f9ae
-def _check_scans(counted, scans):
-    """Refuse a scan that is there twice, and what is no number: sorted, a NaN would stand anywhere, and hit nothing."""
+def _check_scans(counted, truth, scans):
+    """Refuse a scan that is there twice, and what is no number or no box: it would hit nothing, and count as missed."""
     if scans["patient_id"].isna().any():
         raise runs.InputError("a scan has no patient_id: give each a name, its own where it is not known")
     twice = scans.loc[scans["stack_id"].duplicated(), "stack_id"]
@@ -138,6 +140,11 @@ def _check_scans(counted, scans):
     if len(wrong):
         named = labels.some_of(sorted(wrong))
         raise runs.InputError(f"a score or a corner is not finite in stack {named}: leave these boxes out")
+    for what, boxes, fits in (("a detection", counted, np.greater_equal), ("a lesion", truth, np.greater)):
+        low, high = boxes[CORNERS_MM[:3]].to_numpy(float), boxes[CORNERS_MM[3:]].to_numpy(float)
+        if len(odd := boxes.loc[~fits(high, low).all(axis=1), "stack_id"]):
+            raise runs.InputError(f"{what} in stack {labels.some_of(sorted(odd))} is no box, x0 y0 z0 below x1 y1 z1: "
+                                  "mend it, or leave its scan out")
 
 # %% ../nbs/06_evaluate.ipynb #e40f9a05
 def _match_scan(found, truth, min_iou):
@@ -316,8 +323,8 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     ----------
     values : (resamples + 1,) in `unit`, NaN where the statistic is undefined.
     n : number of independent units behind the statistic: patients, or the smaller class of an AUC.
-    bounds : smallest and greatest possible value; an interval that is collapsed or reaches one is widened within them.
-        None: it is left as it is.
+    bounds : smallest and greatest possible value, else InputError; an interval that is collapsed or reaches one is
+        widened within them. None: it is left as it is.
     unit : of the values; "" for a share.
     margin : by how much it is widened; None: by what a perfect result on `n` units leaves open.
     counted_on : for a rate without bounds: the number of scans. Its interval is at least the exact one of such a count.
@@ -327,7 +334,7 @@ def summarise(values: np.ndarray, n: int, bounds: tuple[float, float] | None = (
     -------
     Value and interval; not estimable without units or resamples, or undefined on over `MAX_UNDEFINED` of these.
     """
-    values = np.asarray(values, float)
+    values = _checked_values(values, bounds)
     if reason := _undefined(values, n):
         return not_estimable(reason, n, unit)
     value, low, high = values[0], _end(values, 2.5), _end(values if upper is None else upper, 97.5)
@@ -355,6 +362,14 @@ def _end(values, percent):
     """A percentile of the resamples on which a statistic is defined; the first of `values` is the sample."""
     drawn = values[1:]
     return np.percentile(drawn[np.isfinite(drawn)], percent)
+
+
+def _checked_values(values, bounds):
+    """As an array; refused beyond the bounds: an interval that is cut there would lie."""
+    values, (low, high) = np.asarray(values, float), (-np.inf, np.inf) if bounds is None else bounds
+    if ((values < low - 1e-6) | (values > high + 1e-6)).any():
+        raise runs.InputError(f"a value lies beyond the bounds {low:g} to {high:g}: give this statistic's own, or None")
+    return values
 
 # %% ../nbs/06_evaluate.ipynb #87d9b1a1
 def perfect_margin(n: int) -> float:
@@ -435,7 +450,8 @@ def detection_table(stacks: pd.DataFrame, found: Sequence[tuple[np.ndarray, np.n
 
     Parameters
     ----------
-    stacks : columns stack_id, patient_id, role and affine (16 numbers), one row a stack.
+    stacks : columns stack_id, patient_id, role and affine (16 numbers, of the *grid*: from chapter 3's cohort, not from
+        chapter 1's stacks), one row a stack.
     found : for each of these stacks its boxes (n, 6), grid voxel edges as in chapter 3, and their scores (n,).
 
     Returns
@@ -1604,7 +1620,8 @@ CARD = """# Model card: lungct
 
 ## Intended use
 Proposes 3D boxes for lung tumours on chest CT, with a score, and probabilities of the subtype. For teaching how such a
-model is built and measured. Not for diagnosis, triage, treatment, or any decision about a person.
+model is built and measured. Not for diagnosis, triage, treatment, or any decision about a person. In the clinic
+the subtype is a tissue diagnosis, which no guess from an image replaces.
 
 ## Model
 - Input: {inputs} on a grid of {size} x {size} x {size} voxels of {spacing} mm, centred on the lungs.
@@ -1612,7 +1629,8 @@ model is built and measured. Not for diagnosis, triage, treatment, or any decisi
 - Model hash {model_hash}, training data hash {training_hash}.
 
 ## Data
-Source: {source}. Split by patient; no patient is in two roles.
+Source: {source}. Split by patient; no patient is in two roles. The reference standard is the annotated boxes, and
+for the subtype the diagnosis that came with the patient. A lesion on two reconstructions of a scan counts twice.
 
 | role | patients | annotated scans | lesions |
 |---|---|---|---|

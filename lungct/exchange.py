@@ -298,14 +298,14 @@ def to_detection_list(lesions: pd.DataFrame, roles: Mapping[str, str] | None = N
     InputError : a lesion without extent or of no subtype, a stack without a usable role, another mode, world or file
         name.
     """
-    values, name_of = _extents(lesions), _namer(file_name)
+    lesions = lesions.reset_index(drop=True)
+    converted, name_of = corners_to_mode(_extents(lesions), mode, world), _namer(file_name)
     document = {"description": "lesions exported by lungct; not for clinical use", "box_mode": mode,
                 "world": f"{world} mm", "labels": {str(number): letter for letter, number in LABELS.items()},
                 "training": [], "validation": []}
-    converted = pd.DataFrame(corners_to_mode(values, mode, world), lesions.index)
     for stack_id, mine in lesions.sort_values(["stack_id", "lesion_id"]).groupby("stack_id"):
         document.setdefault(_role(stack_id, roles), []).append({
-            "image": name_of(stack_id), "box": converted.loc[mine.index].to_numpy().tolist(),
+            "image": name_of(stack_id), "box": converted[mine.index].tolist(),
             "label": [LABELS[letter] for letter in mine["subtype"]]})
     return document
 
@@ -850,7 +850,7 @@ def _write_cases(cohort_folder: Path, out: Path, table: pd.DataFrame, dataset: d
 # %% ../nbs/appendix/exchange.ipynb #5e6f0002
 @dataclass(frozen=True)
 class Findings:
-    """What a model says of one stack.
+    """What a model says of one stack; InputError for blocks and scores that cannot be.
 
     Attributes
     ----------
@@ -867,16 +867,29 @@ class Findings:
     subtypes: Mapping[str, float] = field(default_factory=dict)
     part: str = ""
 
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", _checked_blocks(self.blocks, self.scores))
+
     def uid(self, *words: str) -> str:
         """A UID that is the same for the same findings and words: an archive stores what is sent twice once."""
         shares = sorted((name, float(share)) for name, share in self.subtypes.items())
         facts = [np.asarray(self.blocks).tolist(), list(map(float, self.scores)), self.model, shares]
         return _uid(*map(repr, facts), *words)
 
-
+# %% ../nbs/appendix/exchange.ipynb #5e6f00f2
 def _uid(*words: str) -> str:
     digest = hashlib.blake2b("\0".join(words).encode(), digest_size=15).digest()
     return f"2.25.{int.from_bytes(digest)}"                # the standard's root for numbers that nobody registered
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f00f3
+def _checked_blocks(blocks, scores) -> np.ndarray:
+    blocks, scores = np.asarray(blocks).reshape(-1, 6), np.asarray(scores, float)
+    whole = blocks.astype(int)
+    if (blocks != whole).any() or (whole < 0).any() or (whole[:, ::2] >= whole[:, 1::2]).any():
+        raise InputError("a block is not i0 i1 j0 j1 k0 k1: whole numbers from 0 on, each first below its last")
+    if scores.shape != (len(whole),) or not ((scores >= 0) & (scores <= 1)).all():
+        raise InputError(f"scores are {scores.tolist()}, expected one from 0 to 1 for each of {len(whole)} blocks")
+    return whole
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0004
 def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray:
@@ -887,6 +900,8 @@ def blocks_to_labels(blocks: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray
     blocks : (n, 6) half-open voxels i0 i1 j0 j1 k0 k1, best first.
     shape_zyx : of the result, in voxels.
     """
+    if len(blocks) > 255:
+        raise InputError(f"{len(blocks)} blocks, but a byte numbers at most 255: give the best of them")
     labels = np.zeros(tuple(shape_zyx), np.uint8)
     for rank, (i0, i1, j0, j1, k0, k1) in reversed(list(enumerate(np.asarray(blocks).reshape(-1, 6).tolist(), 1))):
         labels[k0:k1, j0:j1, i0:i1] = rank
@@ -1059,6 +1074,11 @@ def _whose(source: pydicom.Dataset) -> list[str]:
     return [lungct.__version__, *(str(source.get(name, "")) for name in names)]
 
 
+def _check_within(blocks: np.ndarray, size: tuple) -> None:
+    if not len(blocks) or (blocks[:, 1::2] > size).any():
+        raise InputError(f"{len(blocks)} blocks, expected one or more within {size} columns, rows and slices")
+
+# %% ../nbs/appendix/exchange.ipynb #5e6f00f4
 def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
     """Boxes as a DICOM segmentation of the source images: `highdicom.seg.Segmentation`, to `save_as` where you like.
 
@@ -1066,10 +1086,15 @@ def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
     ----------
     sources : from `source_headers`.
     findings : at least one block, within the stack.
+
+    Raises
+    ------
+    InputError : no block, or one that leaves the stack.
     """
     import highdicom
 
     slices = _slices_of_frames(sources)
+    _check_within(findings.blocks, (int(sources[0].Columns), int(sources[0].Rows), len(slices)))
     low, high = findings.blocks[:, 4].min(), findings.blocks[:, 5].max()
     first, last = (0, len(slices)) if len(sources) < len(slices) else (int(low), int(high))   # a file is all or nothing
     mask = np.zeros((last - first, sources[0].Rows, sources[0].Columns, len(findings.blocks)), np.uint8)
@@ -1079,7 +1104,7 @@ def to_seg(sources: Sequence[pydicom.Dataset], findings: Findings):
     who = _whose(sources[0])
     return highdicom.seg.Segmentation(
         sources[first:last], mask, "BINARY", _segments(findings), findings.uid("SEG series", *who), 901,
-        findings.uid("SEG", *who), 1, "lungct", "lungct", lungct.__version__, "0", content_label="LESIONS",
+        findings.uid("SEG", *who), 1, "lungct", "lungct", lungct.__version__, "0", content_label="BOXES",
         content_description=NOT_CLINICAL, series_description=_title("boxes", findings))
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f0015
@@ -1117,11 +1142,13 @@ def to_sr(sources: Sequence[pydicom.Dataset], seg, findings: Findings):
     ----------
     sources : from `source_headers`.
     seg : from `to_seg`.
-    findings : the same that it was made of.
+    findings : the same that it was made of; InputError for another number of them.
     """
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
+    if (made := len(seg.SegmentSequence)) != len(findings.blocks):
+        raise InputError(f"the segmentation has {made} segments for {len(findings.blocks)} blocks")
     device = sr.DeviceObserverIdentifyingAttributes(_uid("lungct", findings.model), name="lungct",
                                                     model_name=findings.model)
     groups = [_box_group(rank, score, seg, findings) for rank, score in enumerate(findings.scores, 1)]

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset, read_partial
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
+
+from . import runs
 
 # %% ../nbs/appendix/headers.ipynb #fd73ec62
 @dataclass(frozen=True)
@@ -983,8 +984,7 @@ def read_headers(root: str | os.PathLike, files: Iterable[tuple[str, int, int]])
     A row for each file, in no particular order, with the columns of `INDEX_SCHEMA`.
     """
     root = os.fspath(root)
-    with warnings.catch_warnings():                        # odd values are judged by the converters, not by pydicom
-        warnings.simplefilter("ignore")
+    with runs.without_warnings():                          # odd values are judged by the converters, not by pydicom
         common, others = _read_common(root, files)
         rows = [_read_one(root, *file) for file in others]
     careful = [as_batch({name: [row.get(name) for row in rows] for name in INDEX_SCHEMA.names})] if rows else []

@@ -30,7 +30,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from .runs import LOCK, InputError, alone
-from .workers import worker_pool
+from .workers import processes, worker_pool
 
 # %% auto #0
 __all__ = ['ROOTS', 'BLEED', 'CHAMBERS', 'HABITS', 'KERNELS', 'QUIRKS', 'ALL', 'MIX', 'VENDORS', 'SOP_CLASSES', 'KERNEL_NAMES',
@@ -1697,11 +1697,12 @@ def prepare_folder(out: Path, asked: dict) -> bool:
     known = json.loads(done.read_text()) if done.exists() else {}
     if known | {"files": 0} == asked | {"files": 0}:
         return True
-    if not (done.exists() or begun.exists()) and _count_files(out):
+    held = _count_files(out)
+    if held and not (done.exists() or begun.exists()):
         raise InputError(f"{out} is not empty and holds no phantoms; give an empty or a new folder")
-    if "files" in known and _count_files(out) != known["files"]:
-        raise InputError(f"{out} holds {_count_files(out)} files, the phantoms there were {known['files']}: something "
-                         "else may be among them; remove what is not needed, or give another folder")
+    if held != known.get("files", held):
+        raise InputError(f"{out} holds {held} files, the phantoms there were {known['files']}: something else may be "
+                         "among them; remove what is not needed, or give another folder")
     for name in ("Lung-PET-CT-Dx", "Annotation", "truth"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in (done.name, "metadata.csv", "Lung-PET-CT-Dx-phantom.tcia", "statistics-clinical-phantom.xlsx"):
@@ -1735,7 +1736,7 @@ def _run(out: Path, plans: list[Plan], workers: int | None) -> list[dict]:
     """Write all patients, in this process or in several; results in the order of the plans."""
     from lungct import phantom as module
     small = sum(plan.matrix**2 for plan in plans) < 12 * 128**2
-    workers = (1 if small else os.cpu_count() or 1) if workers is None else workers
+    workers = processes(1 if small and workers is None else workers)
     if workers <= 1 or len(plans) == 1:
         return [module.write_patient(str(out), plan) for plan in _counted(plans)]
     with worker_pool(min(workers, len(plans)), [module.__name__]) as pool:

@@ -13,7 +13,6 @@ import math
 import os
 import struct
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -372,17 +371,16 @@ def _read_decoded(path: str, header: Mapping, opened: dict[str, pydicom.Dataset]
     _check_unchanged(path, header, os.stat(path).st_size)
     words = header["transfer_syntax_uid"] == RLELossless or not UID(header["transfer_syntax_uid"]).is_compressed
     frame = int(_told(header, "frame") or 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)          # remarks on padding bytes behind the pixels
+    with runs.without_warnings():                             # remarks on padding bytes behind the pixels
         try:
-            if path not in opened:
+            if (held := opened.get(path)) is None:
                 opened.clear()
-                opened[path] = _open(path, header)
-            if header.get("sop_uid") not in (None, opened[path].get("SOPInstanceUID")):
+                held = opened[path] = _open(path, header)
+            if header.get("sop_uid") not in (None, held.get("SOPInstanceUID")):
                 raise ValueError(f"it changed since it was indexed: another image than {header['sop_uid']}")
             if UID(header["transfer_syntax_uid"]).is_compressed:
-                _check_promise(opened[path], header, frame)
-            stored = next(iter_pixels(opened[path], indices=[frame], correct_unused_bits=not words,
+                _check_promise(held, header, frame)
+            stored = next(iter_pixels(held, indices=[frame], correct_unused_bits=not words,
                                       decoding_plugin=_plugin(header["transfer_syntax_uid"])))
         except Exception as error:                            # decoders fail with nearly anything
             raise ValueError(f"{path}: frame {frame} cannot be decoded: {type(error).__name__}: {error}") from error

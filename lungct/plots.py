@@ -107,14 +107,15 @@ def _orientation_marks(ax, down, across):
     ax.text(0.5, 0.95, top, **style)
 
 
-def is_lps(affine: np.ndarray) -> bool:
+def is_lps(affine: np.ndarray, axes: int = 2) -> bool:
     """Whether columns run to the patient's left and rows to the back, give or take 25 degrees, so that marks are right.
 
     Parameters
     ----------
     affine : 4x4, (x, y, z) voxel index to LPS mm.
+    axes : 3 to ask as well whether slices run to the head.
     """
-    steps = np.asarray(affine)[:3, :2]
+    steps = np.asarray(affine)[:3, :axes]
     return bool((np.diag(steps) > 0.9 * np.linalg.norm(steps, axis=0)).all())
 
 # %% ../nbs/appendix/plots.ipynb #b624c28b
@@ -134,8 +135,7 @@ def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = 
     colours, styles : one colour and one style of line, such as "--", for all boxes, or one for each.
     lps : rows run to the patient's back and columns to the left (see `is_lps`): mark the sides.
     """
-    if np.ndim(image_yx) != 2:
-        raise ValueError(f"show_slice draws a 2D image, got shape {np.shape(image_yx)}")
+    _check_slice(image_yx, mask)
     _mm_image(np.asarray(image_yx), ax, spacing_yx_mm, window)
     if mask is not None:
         _tint(ax, np.asarray(mask), BOX_COLOUR)
@@ -160,8 +160,21 @@ def _overlays(ax, heat_zyx, heat_limits, mask, place):
     if mask is not None:
         _tint(ax, np.take(mask, index, axis=cut), BOX_COLOUR, lower)
 
+# %% ../nbs/appendix/plots.ipynb #b624c2a1
+def _check_alike(shape, **layers):
+    for name, values in layers.items():
+        if values is not None and np.shape(values) != shape:
+            raise ValueError(f"{name} has shape {np.shape(values)}, expected {shape} as what it lies on")
 
-def _check_planes(volume_zyx, axes):
+
+def _check_slice(image_yx, mask):
+    if np.ndim(image_yx) != 2:
+        raise ValueError(f"show_slice draws a 2D image, got shape {np.shape(image_yx)}")
+    _check_alike(np.shape(image_yx), mask=mask)
+
+
+def _check_planes(volume_zyx, axes, **layers):
+    _check_alike(volume_zyx.shape, **layers)
     if volume_zyx.ndim != 3 or len(axes) != 3:
         raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
 
@@ -182,7 +195,7 @@ def show_planes(volume_zyx: np.ndarray, axes: Sequence[Axes], spacing_zyx_mm: Se
     lps : the array's axes point up, back and left in the patient: mark the sides.
     """
     volume_zyx = np.asarray(volume_zyx)
-    _check_planes(volume_zyx, axes)
+    _check_planes(volume_zyx, axes, mask=mask, heat_zyx=heat_zyx)
     at = [n // 2 for n in volume_zyx.shape] if at_zyx is None else [int(i) for i in at_zyx]
     for ax, (name, cut, down, across) in zip(axes, _PLANES, strict=True):
         spacing = (spacing_zyx_mm[down], spacing_zyx_mm[across])

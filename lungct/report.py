@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 
@@ -160,8 +161,21 @@ def chapter_html(path: Path) -> str:
     exporter = HTMLExporter(template_name="basic", filters={"highlight_code": _plain_code})
     body, _ = exporter.from_notebook_node(notebook)
     body = _without_outside(body)
-    body = re.sub(r'(<[a-zA-Z][^<>]*?)\sid="[^"]*"', r"\1", body)  # six notebooks on one page would repeat their ids
-    return _alternative_texts(body)
+    return _alternative_texts(_own_links(body, path.stem))
+
+# %% ../nbs/appendix/report.ipynb #7ea3c52e
+def _own_links(body: str, name: str) -> str:
+    # six notebooks on one page would repeat their ids, and what is beside a notebook is not beside the page
+    ids = set(re.findall(r'<[a-zA-Z][^<>]*?\sid="([^"]*)"', body))
+    body = re.sub(r'(<[a-zA-Z][^<>]*?\sid=")([^"]*")', rf"\g<1>{name}-\2", body)
+
+    def led(link):
+        before, place, after, text = link.groups()
+        if place[:1] == "#" and unquote(place[1:]) in ids:
+            return f'<a{before}href="#{name}-{unquote(place[1:])}"{after}>{text}</a>'
+        return link[0] if re.match(r"[a-z]+:", place) else text
+
+    return re.sub(r'<a\b([^<>]*?)href="([^"]*)"([^<>]*)>(.*?)</a>', led, body, flags=re.DOTALL)
 
 
 def _plain_code(source: str, metadata: Mapping | None = None) -> str:
@@ -317,7 +331,7 @@ def _compared(metrics: Mapping) -> str:
     plain = {name: e for name, e in estimates.items() if "_minus_" not in name}
     minus = {name: e for name, e in estimates.items() if "_minus_" in name}
     return (compare_html(plain, "detection", DETECTION, "Finding lesions: test patients, 95 % intervals over patients")
-            + compare_html(boxes, "boxes", LOCALISATION, "Two boxes of one tumour; two annotators as the yardstick")
+            + compare_html(boxes, "boxes", LOCALISATION, "Two boxes of one tumour; yardstick: two of the annotation")
             + compare_html(plain, "subtype", SUBTYPE, "Naming the subtype: test patients, 95 % intervals over patients")
             + compare_html(minus, "detection", DETECTION, "Finding lesions: paired differences")
             + compare_html(minus, "subtype", SUBTYPE, "Naming the subtype: paired differences")
@@ -333,13 +347,19 @@ def _failures(run_dir: Path, metrics: Mapping) -> str:
 
 # %% ../nbs/appendix/report.ipynb #9787003c
 def _left_out(run_dir: Path, labels: pd.DataFrame) -> str:
-    stacks = runs.load_table(run_dir / "01_explore_dicom" / "stacks.parquet")
-    ledger = runs.load_table(run_dir / "02_parse_annotations" / "ledger.parquet")
+    explored, parsed = run_dir / "01_explore_dicom", run_dir / "02_parse_annotations"
+    stacks, ledger = runs.load_table(explored / "stacks.parquet"), runs.load_table(parsed / "ledger.parquet")
+    files, notes = (runs.load_table(chapter / "problems.parquet")["reason"] for chapter in (explored, parsed))
+    built = runs.load_table(run_dir / "03_build_volumes" / "cohort.parquet")
+    lost = built.loc[built["status"] == "excluded", "reason"]
     excluded, unused = stacks[stacks["status"] == "excluded"], labels[labels["role"] == "unused"]
     return (_roles(labels)
+            + count_table(files, "reason", f"{len(files)} files below the images were not read as an image")
             + count_table(excluded["reason"], "reason", f"{len(excluded)} of {len(stacks)} stacks were excluded")
+            + count_table(lost, "reason", f"{len(lost)} of {len(built)} CT stacks could not be built")
             + count_table(unused["reason"], "reason", f"{len(unused)} of {len(labels)} volumes have no role")
-            + count_table(ledger["outcome"], "outcome", f"Each of the {len(ledger)} annotation files has one outcome"))
+            + count_table(ledger["outcome"], "outcome", f"Each of the {len(ledger)} annotation files has one outcome")
+            + count_table(notes, "reason", f"{len(notes)} annotation files or folders had a problem"))
 
 # %% ../nbs/appendix/report.ipynb #bb3654d9
 def _roles(labels: pd.DataFrame) -> str:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'LOCK', 'PHANTOM_FOLDERS', 'InputError', 'printable',
-           'check_parameters', 'project_path', 'atomic', 'host_mark', 'own_mark', 'clear_dead', 'alone', 'save_table',
-           'load_table', 'save_json', 'load_json', 'as_json', 'hash_file', 'hash_value', 'fingerprint', 'Outputs',
-           'Chapter', 'begin', 'load_manifest', 'check_finished', 'check_undamaged', 'input_path', 'code_hash',
-           'package_versions', 'fast_convolutions', 'stale']
+           'check_parameters', 'project_path', 'atomic', 'without_warnings', 'host_mark', 'own_mark', 'clear_dead',
+           'alone', 'save_table', 'load_table', 'save_json', 'load_json', 'as_json', 'hash_file', 'hash_value',
+           'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'check_undamaged',
+           'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import errno
@@ -16,10 +16,12 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
-import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -138,24 +140,40 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))    # the user's umask takes its share
     try:
         yield temporary
         with temporary.open("rb+") as written:    # Windows flushes only what may be written
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/appendix/runs.ipynb #4a7f1b89
-def _umask() -> int:
-    # mkstemp makes files that only their owner reads; results on shared storage follow the user's own umask
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+_SILENCE, _silent = threading.Lock(), []
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """No warnings, in no thread, as long as any thread is in here; then those of before.
+
+    Two threads in `warnings.catch_warnings` give each other's filters back, and warnings may stay off for good.
+    """
+    with _SILENCE:
+        if not _silent:
+            before = warnings.catch_warnings()
+            before.__enter__()
+            warnings.simplefilter("ignore")
+            _silent.append(before)
+        _silent.append(None)
+    try:
+        yield
+    finally:
+        with _SILENCE:
+            _silent.pop()
+            if len(_silent) == 1:
+                _silent.pop().__exit__(None, None, None)
 
 # %% ../nbs/appendix/runs.ipynb #a70c11f2
 def host_mark() -> str:

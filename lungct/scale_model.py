@@ -19,7 +19,7 @@ from . import phantom
 from .annotations import Outcome, compare_rules
 from .phantom import named_rng, named_uid
 from .runs import InputError, alone
-from .workers import worker_pool
+from .workers import processes, worker_pool
 
 # %% auto #0
 __all__ = ['DOCUMENTED', 'PATIENTS', 'WITHOUT_IMAGES', 'NAMED', 'CT_SERIES', 'CAPTURE_SERIES', 'PET_PATIENTS', 'CT_STUDIES',
@@ -618,8 +618,7 @@ def _write_model(out: Path, model: Model, workers: int | None) -> None:
     plans = _plans(model)
     parts = [(str(out), plan, model.series[model.series["patient"] == plan.patient],
               model.files[model.files["folder"] == plan.patient]) for plan in plans]
-    if workers is None:
-        workers = os.cpu_count() or 1 if len(plans) > 40 else 1
+    workers = processes(1 if workers is None and len(plans) <= 40 else workers)
     if workers <= 1:
         results = [module.write_patient(*part) for part in parts]
     else:

@@ -1103,6 +1103,8 @@ class Settings:
 
     def __post_init__(self):
         _check_settings(self)
+        for name, usual in type(self).__dataclass_fields__.items():      # NumPy's 2 is another checkpoint than 2
+            object.__setattr__(self, name, type(usual.default)(getattr(self, name)))
 
     def steps(self, train: Examples) -> int:
         """Steps an epoch: together they use about as many volumes as there are patients."""
@@ -1572,12 +1574,14 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
         log_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     """Train `network` in place and leave it with the weights of its `best_epoch`.
 
-    Whatever ends it early leaves the network as it was given, so that the same call goes on from its checkpoint.
+    Whatever ends it early leaves the network as it was given, so that the same call goes on from its checkpoint. All
+    random numbers are seeded anew, see `reproducible`.
 
     Parameters
     ----------
     network : from `build_network` or `predecessor_cnn`, or any model with outputs of their names and shapes.
-    train, validation : volumes on the network's grid. Without validation nothing stops early, the last weights stay.
+    train, validation : volumes on the network's grid. Without validation nothing stops early, the last weights stay;
+        it looks at the first volume of each patient.
     settings : None: the defaults.
     folder : for checkpoints: a training from the same weights, on the same data goes on; others go, with a warning.
     report : called with each new row of the history, after its checkpoint is safe.
@@ -1586,10 +1590,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     Returns
     -------
     The history, one row an epoch: epoch, loss, heat_loss, ..., the same with `val_`; all before `refit_subtypes`.
-
-    Raises
-    ------
-    InputError : for what will not do. FloatingPointError : for a loss that is no number.
+    InputError for what will not do, FloatingPointError for a loss that is no number.
     """
     settings, train, validation = _checked(network, settings, train=train, validation=validation)
     reproducible(settings.seed, exact=not _compiled(settings))
@@ -2046,6 +2047,15 @@ def _check_classes(network: keras.Model, classes: Sequence[str]) -> None:
     told = _subtypes(network)
     if told not in (0, len(classes)):
         raise runs.InputError(f"the network tells {told} subtypes apart, classes names {len(classes)}: {list(classes)}")
+    if odd := _odd_class(classes):
+        raise runs.InputError(f"classes has {odd!r}, expected different names of 1 to 32 letters, numbers, _ + / and -")
+
+
+def _odd_class(classes: Sequence) -> str | None:
+    # one that is there before, or that a file or a table had better not hold
+    names = list(classes)
+    return next((name for at, name in enumerate(names)
+                 if name in names[:at] or not re.fullmatch(r"\w[\w +/-]{0,31}", str(name))), None)
 
 
 def _plain(facts: Mapping) -> dict:
@@ -2131,10 +2141,11 @@ def _hash_of(facts: Mapping) -> str:
 
 def _side_car(path: Path) -> dict:
     beside = path.with_suffix(".json")
-    if not beside.exists():
-        raise runs.InputError(f"side-car {beside} is missing: a model needs it beside itself, under its own name")
     try:
         facts = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise runs.InputError(f"side-car {beside} is missing: a model needs it beside itself, "
+                              "under its own name") from None
     except (OSError, ValueError) as error:
         raise runs.InputError(f"side-car {beside} cannot be read ({type(error).__name__}): {TOGETHER}") from None
     facts = facts if isinstance(facts, dict) else {}
@@ -2146,8 +2157,8 @@ def _side_car(path: Path) -> dict:
     lacks += [f"a list of {name}" for name in ("classes", "inputs") if not isinstance(facts.get(name, []), list)]
     if lacks:
         raise runs.InputError(f"side-car {beside} lacks {', '.join(lacks)}: {TOGETHER}")
-    if odd := [name for name in facts["classes"] if not re.fullmatch(r"\w[\w +/-]{0,31}", str(name))]:
-        raise runs.InputError(f"side-car {beside} has a class {odd[0]!r}, expected letters and numbers: {TOGETHER}")
+    if odd := _odd_class(facts["classes"]):
+        raise runs.InputError(f"side-car {beside} has a class {odd!r}, expected letters and numbers: {TOGETHER}")
     return facts
 
 # %% ../nbs/05_train_3d_cnn.ipynb #0994800d

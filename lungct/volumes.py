@@ -25,7 +25,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ import lungct
 from . import dicom, pixels, runs
 from .annotations import CORNERS_MM, stack_hull_mm
 from .pixels import AIR_HU
-from .workers import connect, worker_pool
+from .workers import connect, processes, worker_pool
 
 # %% ../nbs/03_build_volumes.ipynb #49b168ab
 @dataclass(frozen=True)
@@ -206,6 +205,8 @@ def resample_area(values_zyx: np.ndarray | dicom.OpenStack, affine: np.ndarray, 
     Parallel axes (any order, any direction): exact area means, linear where the target is finer than the source.
     Other directions: averaged to half the target's spacing, then eight linear samples a voxel.
     """
+    if not np.isfinite(outside):
+        raise ValueError(f"outside is {outside}, expected a finite number: it takes part in the averages")
     to_source = np.linalg.inv(affine) @ target_affine
     parallel = _aligned_spans(values_zyx.shape, affine, to_source, shape_zyx)
     if parallel is None:
@@ -242,7 +243,7 @@ VOXEL_LITRES = COARSE_MM**3 / 1e6
 TISSUE_HU = -400.0  # above: tissue, below: lung or air
 ROOM_HU = -950.0  # below: nothing but air
 LUNG_LITRES = (0.1, 10.0)  # plausible size of one connected piece of lung
-GAS_HU = -960.0  # emptier than this in its core: gas; lung holds tissue and blood, even with emphysema
+GAS_HU = -960.0  # emptier than this in its core: gas; lung holds tissue and blood, but for bullae
 LUNG_DEPTH_MM = 24.0  # thinner than this from front to back, on average: a gap between back and table
 
 # %% ../nbs/03_build_volumes.ipynb #9a7c48fb
@@ -300,9 +301,13 @@ def _looks_like_lung(piece: np.ndarray, core: np.ndarray, hu_zyx: np.ndarray) ->
     return depth_mm >= LUNG_DEPTH_MM and np.median(hu_zyx[piece & core]) > GAS_HU
 
 
-def _lung_pieces(hu_zyx: np.ndarray, body_zyx: np.ndarray) -> np.ndarray:
-    """Mask of what the rule calls lung in voxels of `COARSE_MM`; empty when nothing qualifies."""
-    air = (hu_zyx < TISSUE_HU) & _enclosed(body_zyx) & ~_room_air(hu_zyx)
+def _inner_air(hu_zyx: np.ndarray, body_zyx: np.ndarray) -> np.ndarray:
+    """Mask of air with body around it: lung, gas, and some of what lies between the body and the table."""
+    return (hu_zyx < TISSUE_HU) & _enclosed(body_zyx) & ~_room_air(hu_zyx)
+
+
+def _lung_pieces(hu_zyx: np.ndarray, air: np.ndarray) -> np.ndarray:
+    """Mask of what the rule calls lung of `_inner_air` in voxels of `COARSE_MM`; empty when nothing qualifies."""
     core = ~_grow(~air, range(3))
     thick = _grow(core, range(3))
     if not thick.any():
@@ -355,7 +360,7 @@ def find_lungs(stack: dicom.Stack | dicom.OpenStack) -> Lungs:
     Returns
     -------
     Lungs, whose `centred_on` says which of the three it was. x comes from the body around the lungs, so that
-    a missing lung does not move it; y and z come from the lungs.
+    a lung which is missing or full of gas does not move it; y and z come from the lungs.
 
     Raises
     ------
@@ -366,9 +371,10 @@ def find_lungs(stack: dicom.Stack | dicom.OpenStack) -> Lungs:
     coarse = to_lattice(stack, COARSE_MM)
     hu, affine = coarse.hu_zyx, coarse.affine
     body = _largest_piece(hu > TISSUE_HU)
-    lungs = _lung_pieces(hu, body)
+    air = _inner_air(hu, body)
+    lungs = _lung_pieces(hu, air)
     if lungs.any():
-        around = (body | lungs) & lungs.any(axis=(1, 2), keepdims=True)
+        around = (body | air) & lungs.any(axis=(1, 2), keepdims=True)
         centre = (_place_mm(around, affine, 0, MIDDLE), *(_place_mm(lungs, affine, axis, ENDS) for axis in (1, 2)))
         return Lungs(centre, "lungs", round(float(np.count_nonzero(lungs) * VOXEL_LITRES), 3))
     if body.any():
@@ -494,7 +500,10 @@ def place_lesions(lesions: pd.DataFrame, boxes: pd.DataFrame, affine: np.ndarray
     to_source, parts, lesion_ids = np.linalg.inv(affine) @ grid_affine, [], lesions["lesion_id"].to_numpy(str)[kept]
     for lesion_id, box in zip(lesion_ids, clipped[kept], strict=True):
         low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
-        parts.append((low, _coverage(_outline(boxes[boxes.lesion_id == lesion_id]), to_source, low, high)))
+        drawn = boxes[boxes.lesion_id == lesion_id]
+        if drawn.empty:
+            raise ValueError(f"lesion {lesion_id} has no boxes: the table of boxes needs its rectangle on every slice")
+        parts.append((low, _coverage(_outline(drawn), to_source, low, high)))
     cut = kept & (abs(whole - clipped) > 1e-3).any(axis=1)
     return {"boxes_zyx": clipped[kept].astype(np.float32), "lesion_ids": lesion_ids,
             "mask": _paint(parts, (size,) * 3), "lesions_cut": int(cut.sum()), "lesions_outside": int((~kept).sum())}
@@ -919,7 +928,7 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
     _sweep(folder)
     count = np.count_nonzero((stacks["modality"] == "CT") & (stacks["status"] == "accepted"))
     jobs, rows = _jobs(dicom_root, instances, stacks, lesions, boxes, folder, grid), []
-    for row, outcome in _results(jobs, min(workers or os.cpu_count() or 1, count), scheduler):
+    for row, outcome in _results(jobs, min(processes(workers), count), scheduler):
         rows.append(row)
         if on_done:
             on_done(row["stack_id"], outcome)
@@ -931,7 +940,7 @@ def build_cohort(dicom_root: str | os.PathLike, instances: pd.DataFrame, stacks:
 # %% ../nbs/03_build_volumes.ipynb #f625175e
 @dataclass(frozen=True)
 class Entries(Sequence):
-    """One array of each entry of a store, read from disk and checked when it is asked for: ``entries[i]``.
+    """One array of each entry of a store, read from disk and checked when it is asked for: ``entries[i]``, a copy.
 
     Where an entry has no such array (a stack without PET) it is NaN.
     """
@@ -948,7 +957,7 @@ class Entries(Sequence):
             return [self[i] for i in range(*which.indices(self.count))]
         volume = self.load(range(self.count)[which])
         values = getattr(volume, self.field)
-        return np.full(volume.ct_hu.shape, np.nan, np.float32) if values is None else values
+        return np.full(volume.ct_hu.shape, np.nan, np.float32) if values is None else values.copy()
 
 # %% ../nbs/03_build_volumes.ipynb #cf0ba03b
 @dataclass(frozen=True)
@@ -998,16 +1007,28 @@ def load_cohort(folder: str | os.PathLike, stack_ids: Sequence[str] | None = Non
     return _in_memory(opened) if in_memory else opened
 
 # %% ../nbs/03_build_volumes.ipynb #b350f642
-def _open_cohort(folder: Path, table: pd.DataFrame, pet: bool) -> Cohort:
-    """A cohort whose arrays stay on disk; the volume read last is remembered."""
-    @lru_cache(1)
-    def load(i: int) -> Volume:
-        path = folder / table.file[i]
+class _Reader:
+    """Loads the volumes of a cohort by their row, and remembers the one read last; other processes may have it."""
+
+    def __init__(self, folder: Path, table: pd.DataFrame):
+        self.folder, self.table, self.last = folder, table, (None, None)
+
+    def __call__(self, i: int) -> Volume:
+        last = self.last
+        if last[0] != i:
+            self.last = last = i, self._read(self.folder / self.table.file[i], self.table.content_hash[i])
+        return last[1]
+
+    def _read(self, path: Path, content_hash: str) -> Volume:
         volume = load_volume(path)
-        if volume.meta["content_hash"] != table.content_hash[i]:
+        if volume.meta["content_hash"] != content_hash:
             raise CorruptVolume(f"{path} is not the volume that cohort.parquet tells of: run chapter 3 to its end")
         return volume
 
+
+def _open_cohort(folder: Path, table: pd.DataFrame, pet: bool) -> Cohort:
+    """A cohort whose arrays stay on disk."""
+    load = _Reader(folder, table)
     arrays = {name: Entries(load, name, len(table)) for name in ("ct_hu", "mask", "boxes_zyx", "lesion_ids")}
     affines = np.array(table.affine.tolist(), float).reshape(-1, 4, 4)
     return Cohort(**arrays, affines=affines, table=table, pet_suv=Entries(load, "pet_suv", len(table)) if pet else None)

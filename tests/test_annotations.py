@@ -610,6 +610,15 @@ def test_boxes_without_a_stack_take_no_part():
     assert lesions["boxes"].tolist() == [1] and named["lesion_id"].isna().tolist() == [False, True]
 
 
+def test_rows_that_share_a_name_are_still_two_rows():
+    rows = [placed((5, 10, 10, 30, 30)), placed((15, 50, 50, 70, 70)), placed((25, 10, 10, 30, 30))]
+    boxes = pd.concat([part.set_axis([7] * len(part)) for part in rows]).astype(an.BOX_COLUMNS)
+    lesions, named = an.join_lesions(boxes, STACK)
+    apart, _ = an.join_lesions(boxes.reset_index(drop=True), STACK)
+    pd.testing.assert_frame_equal(lesions, apart)
+    assert named.index.tolist() == [7, 7, 7] and named["lesion_id"].nunique() == 3
+
+
 def test_no_box_gives_empty_tables_with_all_columns():
     lesions, boxes = an.join_lesions(placed(), STACK)
     assert lesions.dtypes.astype(str).to_dict() == an.LESION_COLUMNS

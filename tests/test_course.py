@@ -278,6 +278,16 @@ def test_unknown_parameter_lists_the_known_ones(chapters, tmp_path):
         make_course(chapters, tmp_path, [("amuont", "3")])
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"override": "nonsense"}, "override names nonsense, which is no finding"),
+    ({"test_fraction": "0.85"}, "validation_fraction and test_fraction are 1.05 together: nobody would train")])
+def test_what_chapter_4_would_refuse_is_refused_before_anything_starts(given, message):
+    known = {"04_check_labels": {"override": "", "validation_fraction": 0.2, "test_fraction": 0.2}}
+    with pytest.raises(runs.InputError, match=message):
+        course.read_overrides(given, known)
+    assert course.read_overrides({"override": "twins-in-two-roles", "test_fraction": "0.5"}, known)
+
+
 def test_what_the_runner_fills_in_is_refused_by_name_and_not_offered():
     known = {"05_train_3d_cnn": {"run_dir": "runs/x", "epochs": 25, "crashes": []}}
     with pytest.raises(runs.InputError, match="parameter crashes is not for -p: the runner fills it in"):

@@ -18,7 +18,7 @@ from lungct import runs
 LUNGCT = [sys.executable, "-c", "from lungct.course import main; main()"]
 SMALL = ["-p", "phantom_patients", "10", "-p", "epochs", "2", "-p", "filters", "8 16 16", "-p", "grid_size", "32",
          "-p", "grid_spacing_mm", "12", "-p", "bootstrap_samples", "100",
-         "-p", "pet", "True", "-p", "predecessor_epochs", "1"]  # both off in `make run`
+         "-p", "pet", "True", "-p", "predecessor_epochs", "1"]  # off, and five, in `make run`
 CURVE = ["-p", "learning_curve_epochs", "1"]  # a picture, no file: three more trainings that nothing else needs
 COLUMNS = {
     "01_explore_dicom/instances.parquet": "path patient_id study_uid series_uid sop_uid modality",
@@ -121,6 +121,9 @@ def test_the_report_is_self_contained(small_run):
     assert "<script" not in page and "say nothing about patients" in page and "Not for clinical use" in page
     images = re.findall(r"<img[^>]*>", page)
     assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
+    assert "files below the images were not read" in page and "annotation files or folders had a problem" in page
+    metrics = runs.load_json(small_run[0] / "06_evaluate" / "metrics.json")["metrics"]
+    assert "subtype/predecessor/balanced_accuracy" in metrics and ">predecessor<" in page
 
 
 def test_a_run_killed_in_chapter_3_goes_on_there(small_run):

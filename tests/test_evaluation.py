@@ -77,6 +77,31 @@ def hand():
     return ev.score_scans(found.drop(columns="lesion_id"), truth, scans(("one", "P1"), ("two", "P2")))
 
 
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda found, truth: (found, truth.assign(x0_mm=truth["x1_mm"], x1_mm=truth["x0_mm"])), "a lesion in stack one"),
+    (lambda found, truth: (found, truth.assign(z1_mm=truth["z0_mm"])), "a lesion in stack one"),
+    (lambda found, truth: (found, truth.assign(y1_mm=[np.nan, 10])), "a lesion in stack one"),
+    (lambda found, truth: (found.assign(x0_mm=found["x1_mm"], x1_mm=found["x0_mm"]), truth),
+     "a detection in stack one"),
+])
+def test_what_is_no_box_is_refused_and_not_counted_as_missed(spoil, message):
+    found, truth = spoil(boxes([("one", 1, 0.9)]).drop(columns="lesion_id"), boxes([("one", 0, 1), ("two", 0, 1)]))
+    with pytest.raises(runs.InputError, match=message):
+        ev.score_scans(found, truth, scans(("one", "P1"), ("two", "P2")))
+
+
+def test_values_beyond_their_bounds_are_refused():
+    mm, names = np.arange(12.0) + 1, [f"p{i}" for i in range(12)]
+
+    def mean(weights):
+        return weights @ mm / weights.sum()
+
+    with pytest.raises(runs.InputError, match="beyond the bounds"):
+        ev.bootstrap_interval(mean, names, unit="mm")
+    free = ev.bootstrap_interval(mean, names, unit="mm", bounds=None)
+    assert free.low > 4 and free.high < 9
+
+
 def test_froc_by_hand(hand):
     false, found, threshold = ev.froc(hand)
     assert np.allclose(false, [0, 0, 0.5, 0.5, 0.5, 1])

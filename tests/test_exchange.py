@@ -1112,8 +1112,23 @@ def test_a_label_that_no_number_or_no_name_stands_for_is_no_subtype(label):
     assert ex.from_detection_list(document)["subtype"].isin(["G"] if label != label else [None]).all()
 
 
+@pytest.mark.parametrize(("blocks", "scores", "message"), [
+    ([[5, 2, 0, 4, 0, 2]], [0.5], "a block is not"), ([[-1, 2, 0, 4, 0, 2]], [0.5], "a block is not"),
+    ([[0, 2.5, 0, 4, 0, 2]], [0.5], "a block is not"), ([[0, 2, 0, 4, 0, 2]], [50], "scores are"),
+    ([[0, 2, 0, 4, 0, 2]], [0.5, 0.4], "scores are"), ([[0, 2, 0, 4, 0, 2]], [np.nan], "scores are")])
+def test_findings_that_cannot_be_are_refused(blocks, scores, message):
+    with pytest.raises(runs.InputError, match=message):
+        ex.Findings(blocks, scores, "model")
+    assert ex.Findings([[0.0, 2.0, 0, 4, 0, 2]], [1], "model").blocks.dtype.kind == "i"
+
+
+def test_more_blocks_than_a_byte_can_number_are_refused():
+    with pytest.raises(runs.InputError, match="300 blocks"):
+        ex.blocks_to_labels(np.tile([0, 1, 0, 1, 0, 1], (300, 1)), (4, 4, 4))
+
+
 def test_the_uid_of_findings_does_not_depend_on_how_they_are_written():
     def uid(subtypes):
-        return ex.Findings(np.zeros((1, 6), int), [0.5], "model", subtypes).uid("seg")
+        return ex.Findings([[0, 1, 0, 1, 0, 1]], [0.5], "model", subtypes).uid("seg")
 
     assert uid({"A": 0.5, "G": 0.5}) == uid({"G": np.float32(0.5), "A": np.float64(0.5)}) != uid({"A": 1.0})

@@ -276,7 +276,7 @@ def test_a_registry_with_a_role_that_does_not_exist_is_refused(tmp_path):
 @pytest.mark.parametrize(("fractions", "seed", "locked", "message"), [
     (SHARES, 1, (), "frozen with seed 0, this run has 1: give back the old value, or name another registry"),
     ((0.7, 0.1, 0.2), 0, (), r"frozen with fractions \[0.6, 0.2, 0.2\], this run has \[0.7, 0.1, 0.2\]"),
-    (SHARES, 0, ("P03",), r"frozen with external test set \(its hash\) \w+, this run has \w+")])
+    (SHARES, 0, ("P03",), r"frozen with locked test set \(its hash\) \w+, this run has \w+")])
 def test_a_registry_of_another_split_is_refused(tmp_path, fractions, seed, locked, message):
     frozen_forty(tmp_path / "roles.json")
     with pytest.raises(runs.InputError, match=message):
@@ -290,7 +290,7 @@ def test_locked_patients_always_test_and_fill_the_share_first(tmp_path):
     split = frozen_forty(tmp_path / "roles.json", locked).set_index("patient_id")
     assert (split.loc[locked, "role"] == "test").all()
     assert split[split["subtype"] == "A"]["role"].value_counts()[list(lab.ROLES)].tolist() == [12, 4, 4]
-    with pytest.raises(runs.InputError, match="external test set"):
+    with pytest.raises(runs.InputError, match="locked test set"):
         lab.read_registry(tmp_path / "roles.json", SHARES, 0, locked[:2])  # one patient was taken off
     (tmp_path / "empty.txt").write_text("# nobody\n")
     with pytest.raises(runs.InputError, match="names no patient: write one a line"):
@@ -482,6 +482,14 @@ def raw_numbers(t):
     t["cohort"][["hu_min", "hu_mean"]] = [0.0, 624.0]
 
 
+def scaled(t):
+    t["cohort"].loc[4, ["hu_min", "hu_mean", "hu_max"]] = [0.0, 0.3, 1.0]
+
+
+def overflown(t):
+    t["cohort"].loc[4, "hu_max"] = 32767.0
+
+
 def padding(t):
     t["cohort"].loc[4, "hu_min"] = -3024.0
 
@@ -506,6 +514,7 @@ FAULTS = [("constant-label", constant), ("missing-label", missing), ("class-miss
           ("locked-test", unlocked), ("statistics-from-test", fitted_on_test),
           ("shuffled-labels-learned", learned_coins), ("acquisition-predicts-label", scanner),
           ("outside-hu-range", raw_numbers), ("outside-hu-range", padding),
+          ("outside-hu-range", scaled), ("outside-hu-range", overflown),
           ("not-a-number", nan_table), ("not-a-number", nan_voxels)]
 
 
@@ -657,7 +666,7 @@ def test_a_lesion_without_voxels_and_one_hidden_by_another():
     assert lab.inspect_volume(volume)["face_gap"] == 0
 
 
-def test_an_external_test_set_is_no_cut_in_the_reading_order():
+def test_a_locked_test_set_is_no_cut_in_the_reading_order():
     """Its patients, of another hospital, stand together in every list; nobody dealt them their role."""
     ours, theirs = (lab.example_cohort(seed=seed) for seed in (1, 2))
     names = {"patient_id": "Z" + theirs["labels"]["patient_id"], "stack_id": "Z" + theirs["labels"]["stack_id"]}
@@ -692,6 +701,27 @@ def test_a_mask_that_is_a_sliver_of_its_box_is_noticed():
     volume = boxed()
     volume.mask[:, :, 5:] = 0                              # three of seven voxels
     assert lab.inspect_volume(volume)["face_gap"] == 4
+
+
+@pytest.mark.parametrize("fill", ["corners", "an eighth"])
+def test_a_mask_that_is_next_to_nothing_of_its_box_is_noticed(fill):
+    mask = np.zeros((32,) * 3, np.uint8)
+    if fill == "corners":
+        mask[2, 2, 2] = mask[21, 21, 21] = 1
+    else:
+        mask[2:12, 2:12, 2:12] = 1
+    volume = SimpleNamespace(ct_hu=mask, mask=mask, boxes_zyx=[[2.0] * 3 + [22.0] * 3])
+    assert lab.inspect_volume(volume)["face_gap"] > lab.FACE_VOXELS
+
+
+def test_masks_beside_boxes_that_meet_are_noticed():
+    mask = np.zeros((40,) * 3, np.uint8)
+    mask[2:10, 2:10, 2:10], mask[10:19, 10:19, 10:19] = 1, 2
+    boxes = [[2.0] * 3 + [11.0] * 3, [10.0] * 3 + [19.0] * 3]
+    right = SimpleNamespace(ct_hu=mask, mask=mask, boxes_zyx=boxes)
+    assert lab.inspect_volume(right)["face_gap"] <= lab.FACE_VOXELS
+    wrong = SimpleNamespace(ct_hu=mask, mask=np.roll(mask, 15, axis=0), boxes_zyx=boxes)
+    assert lab.inspect_volume(wrong)["face_gap"] > lab.FACE_VOXELS
 
 
 def test_no_lesion_of_the_collection_is_beside_its_box(real_data):
@@ -1149,3 +1179,27 @@ def test_the_promised_interval_is_that_of_the_test_patients():
     count = table.loc[table["role"] == "test", "patient_id"].nunique()
     report = lab.audit_report([], table)
     assert report["expected_interval_width"] == round(float(lab.interval_width(count)), 3)
+
+
+@pytest.mark.parametrize("seed", [3.0, np.float64(3), np.int32(3)])
+def test_a_seed_is_a_number_and_not_how_it_is_written(clean, seed):
+    wanted = lab.split_patients(clean["labels"], (0.6, 0.2, 0.2), seed=3)["role"]
+    assert lab.split_patients(clean["labels"], (0.6, 0.2, 0.2), seed=seed)["role"].tolist() == wanted.tolist()
+    for odd in (3.5, "3"):
+        with pytest.raises(runs.InputError, match="expected a whole number"):
+            lab.split_patients(clean["labels"], (0.6, 0.2, 0.2), seed=odd)
+
+
+def test_roles_may_be_a_category(clean):
+    labels = clean["labels"].assign(role=pd.Categorical(["unused"] * len(clean["labels"])))
+    assert set(lab.split_patients(labels, (0.6, 0.2, 0.2), seed=0)["role"]) >= set(lab.ROLES)
+
+
+def test_folds_are_put_into_the_order_of_the_features():
+    rng = np.random.default_rng(0)
+    names = [f"P{i:02}" for i in range(24)]
+    features = pd.DataFrame({"subtype": ["A", "G"] * 12, "x": rng.normal(size=24)}, index=names)
+    fold = pd.Series(np.arange(24) // 6, index=names)
+    wanted = lab.out_of_fold(features, ["x"], fold)
+    assert np.array_equal(lab.out_of_fold(features, ["x"], fold.iloc[::-1]), wanted)
+    assert np.array_equal(lab.out_of_fold(features, ["x"], fold.to_numpy()), wanted)

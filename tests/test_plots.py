@@ -90,16 +90,18 @@ def test_slice_marks_sides_only_when_told(ax):
     assert at == {"R": (0.03, 0.5), "L": (0.97, 0.5), "A": (0.5, 0.95), "P": (0.5, 0.05)}
 
 
-@pytest.mark.parametrize(("turn", "expected"), [
-    (np.eye(3), True), (np.diag([1, 1, -1]), True), (np.diag([-1, 1, 1]), False), (np.diag([1, -1, 1]), False),
-    (np.eye(3)[[1, 0, 2]], False), (np.eye(3)[[0, 2, 1]], False)])
-def test_marks_are_right_where_columns_run_left_and_rows_back(turn, expected):
+@pytest.mark.parametrize(("turn", "slice_is", "stack_is"), [
+    (np.eye(3), True, True), (np.diag([1, 1, -1]), True, False), (np.diag([-1, 1, 1]), False, False),
+    (np.diag([1, -1, 1]), False, False), (np.eye(3)[[1, 0, 2]], False, False), (np.eye(3)[[0, 2, 1]], False, False)])
+def test_marks_are_right_where_columns_run_left_and_rows_back(turn, slice_is, stack_is):
     affine = np.eye(4)
     affine[:3, :3] = turn * (0.7, 0.7, 5)
-    assert plots.is_lps(affine) is expected
+    assert plots.is_lps(affine) is slice_is
+    assert plots.is_lps(affine, axes=3) is stack_is
     lean = np.deg2rad(20)                                    # a head that is turned a little
     affine[:3, :3] = np.array([[np.cos(lean), -np.sin(lean), 0], [np.sin(lean), np.cos(lean), 0], [0, 0, 1]]) @ turn
-    assert plots.is_lps(affine) is expected
+    assert plots.is_lps(affine) is slice_is
+    assert plots.is_lps(affine, axes=3) is stack_is
 
 
 def test_planes_mark_sides_where_they_are(three):
@@ -389,3 +391,10 @@ def test_headless_in_a_real_kernel(monkeypatch, answers, kind):
         client.kc.allow_stdin = answers                    # a runner says False, a front end with a person says True
         client.execute_cell(notebook.cells[0], 0)
     assert notebook.cells[0].outputs[0]["text"].strip() == kind
+
+
+def test_what_lies_over_an_image_has_its_shape(ax, three):
+    with pytest.raises(ValueError, match=r"mask has shape \(5, 5\)"):
+        plots.show_slice(np.zeros((20, 30)), ax, mask=np.ones((5, 5)))
+    with pytest.raises(ValueError, match="heat_zyx has shape"):
+        plots.show_planes(np.zeros((4, 5, 6)), three, (1, 1, 1), heat_zyx=np.zeros((4, 5, 5)))

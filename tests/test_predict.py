@@ -530,8 +530,26 @@ def test_a_stack_says_where_its_voxels_lie_and_which_images_it_is(made, patient,
             assert np.allclose(first[:3], of_stack["position_mm"].iloc[0], atol=1e-3)
         if "seg" in told["files"]:
             seg = pydicom.dcmread(tmp_path / told["files"]["seg"])
-            assert seg.SeriesDescription == f"lungct boxes, phase {row['phase']}. Not for clinical use"
+            of_series = sum(other["series_uid"] == row["series_uid"] for other in rows)
+            told_part = f", phase {row['phase']} of {of_series}" if of_series > 1 else ""
+            assert seg.SeriesDescription == f"lungct boxes{told_part}. Not for clinical use"
     assert json.loads((tmp_path / "predictions.json").read_text())["stacks"] == shown.stacks
+
+
+def test_objects_of_a_series_of_two_phases_say_which_one_they_mean(patient, model, tmp_path):
+    shutil.copytree(patient, tmp_path / "in")
+    stacks, instances = dicom.build_stacks(dicom.index_dicom(patient, workers=1)[0], root=patient)
+    stack = stacks[(stacks["modality"] == "CT") & (stacks["status"] == "accepted")].iloc[0]
+    for path in instances.loc[instances["stack_id"] == stack["stack_id"], "path"]:
+        again = pydicom.dcmread(tmp_path / "in" / path)
+        again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        again.InstanceNumber += int(stack["slices"])
+        again.AcquisitionNumber = 2
+        again.save_as(tmp_path / "in" / f"{path}-again.dcm")
+    done = predict.predict_folder(tmp_path / "in", model, tmp_path / "out", pictures=0, workers=1)
+    both = [told for told in done.stacks if told["phases"] == 2]
+    said = {told["phase"]: pydicom.dcmread(tmp_path / "out" / told["files"]["seg"]).SeriesDescription for told in both}
+    assert said == {phase: f"lungct boxes, phase {phase} of 2. Not for clinical use" for phase in (1, 2)}
 
 
 def test_results_among_the_scans_are_no_scans_the_next_time(patient, model, tmp_path):
@@ -780,3 +798,9 @@ def test_real_series(real_data, model, tmp_path):
         done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, timeout=60)
         told = done.stdout + done.stderr
         assert not [line for line in told.splitlines() if line.startswith("Error")], told
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5])
+def test_a_batch_holds_stacks(batch_size):
+    with pytest.raises(runs.InputError, match="batch_size is"):
+        predict.predict_stacks([], None, {}, batch_size=batch_size)

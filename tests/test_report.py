@@ -163,8 +163,16 @@ def test_printed_text_and_comments_in_code_are_left_as_they_are(tmp_path):
     nbformat.write(notebook, tmp_path / "n.ipynb")
     page = report.chapter_html(tmp_path / "n.ipynb")
     assert "&lt;div id=&quot;q&quot;&gt;" in page or '&lt;div id="q"&gt;' in page
-    assert ' id="Head"' not in page
+    assert ' id="Head"' not in page and ' id="n-Head"' in page
     assert report.tagged_figures(notebook) == [("Head", "AA==")]
+
+
+def test_links_of_a_chapter_lead_somewhere_on_the_page_or_are_none(tmp_path):
+    text = "# Head\n\n[up](#Head) [other](04_check_labels.ipynb) [gone](#nowhere) [far](https://example.org/x)"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), tmp_path / "n.ipynb")
+    page = report.chapter_html(tmp_path / "n.ipynb")
+    assert sorted(set(re.findall(r'href="([^"]+)"', page))) == ["#n-Head", "https://example.org/x"]
+    assert all(word in page for word in ("up", "other", "gone", "far"))
 
 
 def test_where_images_lie_is_nobodys_business(tmp_path):

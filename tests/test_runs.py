@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,40 @@ def test_atomic_file_follows_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_atomic_files_leave_the_umask_alone(tmp_path, monkeypatch):
+    def forbidden(mask):
+        raise AssertionError("the umask belongs to all threads")
+
+    monkeypatch.setattr(os, "umask", forbidden)
+    with runs.atomic(tmp_path / "a.txt") as part:
+        part.write_text("x")
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_warnings_are_back_when_the_last_thread_is_out():
+    before = list(warnings.filters)
+    first_in, first_out = threading.Event(), threading.Event()
+
+    def long():
+        with runs.without_warnings():
+            first_in.set()
+            first_out.wait(10)
+            warnings.warn("not seen", stacklevel=1)
+
+    thread = threading.Thread(target=long)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        thread.start()
+        first_in.wait(10)
+        with runs.without_warnings():
+            warnings.warn("nor this", stacklevel=1)
+        first_out.set()
+        thread.join()
+        warnings.warn("seen", stacklevel=1)
+    assert [str(one.message) for one in seen] == ["seen"]
+    assert warnings.filters == before
 
 
 def test_atomic_flushes_through_a_handle_that_may_write(tmp_path, monkeypatch):

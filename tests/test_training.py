@@ -1928,3 +1928,18 @@ def test_a_model_is_not_saved_with_names_that_it_does_not_tell_apart(tmp_path):
         training.save_model(net, tmp_path, classes=list("ABCDE"), **rest)
     training.save_model(net, tmp_path, classes=list("AG"), **rest)
     assert training.load_model(tmp_path, spacing_mm=2.1)[1]["grid"]["spacing_mm"] == 2.1
+
+
+def test_settings_are_the_same_whatever_kind_of_number_they_were():
+    plain = training.Settings(epochs=2, clip_norm=1.0, seed=3)
+    odd = training.Settings(epochs=np.int64(2), clip_norm=1, seed=np.int32(3))
+    assert repr(odd) == repr(plain) and odd == plain
+
+
+@pytest.mark.parametrize("names", [["adeno (invasive)", "G"], ["A", "A"], ["A", "G" * 33]])
+def test_a_model_is_not_saved_with_names_that_loading_refuses(tmp_path, names):
+    network = training.build_network(16, names, (8, 16))
+    with pytest.raises(runs.InputError, match="classes has"):
+        training.save_model(network, tmp_path, classes=names, spacing_mm=6.0, settings=training.Settings(),
+                            training_hash="", validation={})
+    assert not list(tmp_path.iterdir())

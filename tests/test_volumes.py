@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -561,6 +562,16 @@ def test_the_gap_between_back_and_table_is_no_lung():
     assert found.litres == pytest.approx(find_lungs(stack).litres, rel=0.05)
 
 
+@pytest.mark.parametrize("hu", [-965, -985])
+def test_a_lung_that_is_all_gas_does_not_move_the_middle_of_the_chest(hu):
+    plain = thorax()
+    x = dicom.to_mm(plain.affine, [[column, 0, 0] for column in range(plain.hu_zyx.shape[2])])[:, 0]
+    emptied = stack_of(np.where((plain.hu_zyx == -850) & (x > 0), hu, plain.hu_zyx), plain.affine)
+    found, whole = find_lungs(emptied), find_lungs(plain)
+    assert found.litres == pytest.approx(whole.litres / 2, rel=0.05)
+    assert np.allclose(found.centre_mm, whole.centre_mm, atol=1)
+
+
 def test_lungs_are_not_looked_for_on_pet():
     pet = dicom.Stack("pet", None, np.eye(4), "PT", (), 0, np.zeros((4, 4, 4), np.float32))
     with pytest.raises(ValueError, match="stack pet is PT"):
@@ -829,6 +840,29 @@ def test_an_open_cohort_is_read_when_asked_and_checked(source, tmp_path):
     assert np.array_equal(opened.ct_hu[2], whole.ct_hu[2])
     with pytest.raises(volumes.CorruptVolume, match=damaged.name):
         opened.ct_hu[3]
+
+
+def test_what_an_open_cohort_gives_is_the_callers_own_and_travels(source, tmp_path):
+    cohort, _ = build(source, tmp_path)
+    runs.save_table(cohort, tmp_path / "cohort.parquet")
+    opened = load_cohort(tmp_path, in_memory=False)
+    mine = opened.ct_hu[0]
+    before = mine.copy()
+    mine += 1000
+    assert np.array_equal(opened.ct_hu[0], before)
+    assert np.array_equal(pickle.loads(pickle.dumps(opened)).ct_hu[1], opened.ct_hu[1])
+
+
+@pytest.mark.parametrize("outside", [np.nan, np.inf])
+def test_what_lies_outside_is_a_number(outside):
+    with pytest.raises(ValueError, match="expected a finite number"):
+        resample_area(np.zeros((4, 4, 4), np.int16), np.eye(4), np.eye(4), (4, 4, 4), outside)
+
+
+def test_a_lesion_without_its_boxes_is_named(source, tmp_path):
+    root, instances, stacks, lesions, boxes = source
+    with pytest.raises(runs.InputError, match="has no boxes: the table of boxes needs its rectangle on every slice"):
+        build_cohort(root, instances, stacks, lesions, boxes.iloc[:0], tmp_path, GRID, workers=1)
 
 
 def test_a_missing_pet_is_no_number(source, tmp_path):

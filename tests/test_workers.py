@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from lungct import runs
+from lungct import runs, workers
 from lungct.workers import connect, worker_pool
 
 
@@ -50,6 +51,30 @@ def test_workers_leave_with_their_parent(how):
     parent.send_signal(how)
     parent.wait()
     assert psutil.wait_procs([worker], timeout=20)[1] == []
+
+
+def test_the_main_module_is_back_after_starts_in_many_threads():
+    before = sys.modules["__main__"]
+
+    def start(times):
+        for _ in range(times):
+            with workers._nameless_main():
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=start, args=(20,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.modules["__main__"] is before
+
+
+def test_as_many_processes_as_this_one_may_use_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 9}, raising=False)
+    assert (workers.processes(), workers.processes(7)) == (3, 7)
+    monkeypatch.setattr(workers, "current_process", lambda: SimpleNamespace(daemon=True))
+    assert workers.processes(7) == 1                          # it may start none
 
 
 def test_the_main_module_is_back_after_a_start():
