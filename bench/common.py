@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 REPEATS = 5
-PARTS = ("ingest", "build", "memory", "store", "train", "calibration")
+PARTS = ("start", "ingest", "build", "memory", "store", "train", "calibration")
 RESULTS = Path(__file__).with_name("results.md")
 TITLE = "# Benchmark results\n"
 

@@ -118,6 +118,24 @@ def is_lps(affine: np.ndarray, axes: int = 2) -> bool:
     steps = np.asarray(affine)[:3, :axes]
     return bool((np.diag(steps) > 0.9 * np.linalg.norm(steps, axis=0)).all())
 
+# %% ../nbs/appendix/plots.ipynb #b624c2a1
+def _check_alike(shape, **layers):
+    for name, values in layers.items():
+        if values is not None and np.shape(values) != shape:
+            raise ValueError(f"{name} has shape {np.shape(values)}, expected {shape} as what it lies on")
+
+
+def _check_slice(image_yx, mask):
+    if np.ndim(image_yx) != 2:
+        raise ValueError(f"show_slice draws a 2D image, got shape {np.shape(image_yx)}")
+    _check_alike(np.shape(image_yx), mask=mask)
+
+
+def _check_planes(volume_zyx, axes, **layers):
+    _check_alike(volume_zyx.shape, **layers)
+    if volume_zyx.ndim != 3 or len(axes) != 3:
+        raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
+
 # %% ../nbs/appendix/plots.ipynb #b624c28b
 def show_slice(image_yx: np.ndarray, ax: Axes, spacing_yx_mm: Sequence[float] = (1.0, 1.0),
                window: str | tuple[float, float] = "lung", boxes: Sequence[Sequence[float]] | None = None,
@@ -159,24 +177,6 @@ def _overlays(ax, heat_zyx, heat_limits, mask, place):
         _heat(ax, np.take(heat_zyx, index, axis=cut), heat_limits, lower)
     if mask is not None:
         _tint(ax, np.take(mask, index, axis=cut), BOX_COLOUR, lower)
-
-# %% ../nbs/appendix/plots.ipynb #b624c2a1
-def _check_alike(shape, **layers):
-    for name, values in layers.items():
-        if values is not None and np.shape(values) != shape:
-            raise ValueError(f"{name} has shape {np.shape(values)}, expected {shape} as what it lies on")
-
-
-def _check_slice(image_yx, mask):
-    if np.ndim(image_yx) != 2:
-        raise ValueError(f"show_slice draws a 2D image, got shape {np.shape(image_yx)}")
-    _check_alike(np.shape(image_yx), mask=mask)
-
-
-def _check_planes(volume_zyx, axes, **layers):
-    _check_alike(volume_zyx.shape, **layers)
-    if volume_zyx.ndim != 3 or len(axes) != 3:
-        raise ValueError(f"show_planes needs a 3D volume and 3 axes, got {volume_zyx.shape} and {len(axes)} axes")
 
 # %% ../nbs/appendix/plots.ipynb #1c86ff6e
 def show_planes(volume_zyx: np.ndarray, axes: Sequence[Axes], spacing_zyx_mm: Sequence[float],
