@@ -191,9 +191,8 @@ def step_table(size: int, batch: int, found: dict) -> str:
                      f"{speed / base:.2f}" if speed and base else ""))
     note = (f"Batch {batch} of noise that lies in memory as the framework's tensors, forward, backward and AdamW with "
             f"clipping; medians of {ROUNDS} interleaved rounds, each framework with its own threads. {HALF} is Keras' "
-            "mixed_bfloat16 and "
-            "torch's autocast. MONAI's networks are other networks, with a cross-entropy alone: they say what such a "
-            "step costs, not which framework is faster.")
+            "mixed_bfloat16 and torch's autocast. MONAI's networks are other networks, with a cross-entropy alone: "
+            "they say what such a step costs, not which framework is faster.")
     columns = "what | network | precision | samples/s | times torch float32"
     return table(f"Training step at {size}^3", columns, rows, note)
 
