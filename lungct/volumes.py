@@ -124,13 +124,12 @@ def _weigh(slices: Sequence[np.ndarray] | dicom.OpenStack, spans_zyx: Sequence[S
     along_z, along_y, along_x = spans_zyx
     rows, columns = slices.shape[1:]
     planes = np.zeros((len(slices), len(along_y.first), len(along_x.first)), np.float32)
-    memory, narrow = np.empty((rows, columns), np.int16), np.empty((len(along_y.first), columns), np.float32)
+    memory = np.empty((rows, columns), np.int16)
     for k in _used(along_z, len(slices)):
         numbers, floor, shift = _numbers(slices, k, memory)
         if numbers.shape != (rows, columns):
             raise ValueError(f"slice {k} has {numbers.shape} voxels, expected {(rows, columns)}")
-        loops.sum_rows(numbers, *along_y, narrow, floor, shift - outside)
-        loops.sum_columns(narrow, *along_x, planes[k])
+        loops.sum_plane(numbers, along_y, along_x, planes[k], floor, shift - outside)
     volume = np.empty((len(along_z.first), planes[0].size), np.float32)
     loops.sum_rows(planes.reshape(len(planes), -1), *along_z, volume)
     return (volume + np.float32(outside)).reshape(-1, *planes.shape[1:])

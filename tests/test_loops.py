@@ -45,6 +45,22 @@ def test_sums_of_columns_are_those_of_the_matrix(n, high, step, first, backwards
     assert abs(out - rows @ spans.matrix(n).T.astype(float)).max() <= 1e-6 * abs(rows).max() + 1e-6
 
 
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(KINDS), high=st.integers(1, 90), wide=st.integers(1, 30), step=st.floats(0.3, 9),
+       first=st.floats(-9, 20), shape=st.tuples(st.integers(1, 40), st.integers(1, 9)), backwards=st.booleans(),
+       floor=st.sampled_from([-np.inf, -1000, 23.5]), seed=st.integers(0, 2**32 - 1))
+def test_a_slice_in_one_go_has_the_bits_of_rows_then_columns(kind, high, wide, step, first, shape, backwards, floor,
+                                                             seed):
+    plane = numbers(np.random.default_rng(seed), kind, (high, wide))
+    rows = axis_spans(high, first, -step if backwards else step, shape[0])
+    columns = axis_spans(wide, first, step, shape[1])
+    half, want, out = (np.full(size, np.nan, np.float32) for size in ((shape[0], wide), shape, shape))
+    loops.sum_rows(plane, *rows, half, floor, -7)
+    loops.sum_columns(half, *columns, want)
+    loops.sum_plane(plane, rows, columns, out, floor, -7)
+    assert np.array_equal(out, want)
+
+
 @pytest.mark.parametrize("rows", [2**14, 2**15, 2**16])
 @pytest.mark.parametrize("kind, value", [(np.uint16, 2**16 - 1), (np.int16, -(2**15))])
 @pytest.mark.parametrize("shift", [0, 2**15 - 1, -(2**15) + 1])
