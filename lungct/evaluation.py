@@ -296,7 +296,7 @@ class Estimate:
     def __str__(self) -> str:
         if not self.estimable:
             return f"not estimable ({self.reason})"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]" + (f" {self.unit}" if self.unit else "")
+        return f"{self.value:z.2f} [{self.low:z.2f}, {self.high:z.2f}]" + (f" {self.unit}" if self.unit else "")
 
 # %% ../nbs/06_evaluate.ipynb #7af8e611
 def not_estimable(reason: str, n: int = 0, unit: str = "") -> Estimate:

@@ -133,6 +133,7 @@ def _sum_plane(plane, rows, columns, floor, shift, sums, some, out):
         sum_columns(some[: end - t], *columns, out[t:end])
 
 
+# %% ../nbs/appendix/loops.ipynb #10095034
 def sum_plane(plane: np.ndarray, rows: Sequence[np.ndarray], columns: Sequence[np.ndarray], out: np.ndarray,
               floor: float = -np.inf, shift: float = 0) -> None:
     """Weighted sums of a slice along both axes: `sum_columns` of `sum_rows`.

@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -151,7 +151,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/appendix/runs.ipynb #4a7f1b89
-_SILENCE, _silent = threading.Lock(), []
+_SILENCE, _FILTERS, _inside = threading.Lock(), ExitStack(), []
 
 
 @contextmanager
@@ -161,19 +161,17 @@ def without_warnings() -> Iterator[None]:
     Two threads in `warnings.catch_warnings` give each other's filters back, and warnings may stay off for good.
     """
     with _SILENCE:
-        if not _silent:
-            before = warnings.catch_warnings()
-            before.__enter__()
-            warnings.simplefilter("ignore")
-            _silent.append(before)
-        _silent.append(None)
+        if not _inside:
+            _FILTERS.enter_context(warnings.catch_warnings(action="ignore"))
+        _inside.append(threading.get_ident())
     try:
         yield
     finally:
         with _SILENCE:
-            _silent.pop()
-            if len(_silent) == 1:
-                _silent.pop().__exit__(None, None, None)
+            _inside.pop()
+            if not _inside:
+                _FILTERS.close()
+
 
 # %% ../nbs/appendix/runs.ipynb #a70c11f2
 def host_mark() -> str:
@@ -573,7 +571,7 @@ def fast_convolutions() -> None:
 
 # %% ../nbs/appendix/runs.ipynb #0c4a0931
 def stale(run_dir: str | os.PathLike, name: str, parameters: Mapping) -> list[str]:
-    """Reasons in words why a chapter must run (again); empty when its artifacts are still good.
+    """Reasons in words why a chapter must run (again); empty when its artefacts are still good.
 
     Parameters
     ----------

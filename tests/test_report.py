@@ -46,6 +46,28 @@ def test_chapter_has_alternative_texts_and_no_scripts(tmp_path):
     assert 'alt="Slices &quot;in&quot; mm"' in body
 
 
+def test_a_chapter_keeps_to_its_place_on_the_page(tmp_path):
+    """Its headings stand below those of the page, its tables bring no style along, its images say what they show."""
+    frame = pd.DataFrame({"mm": [1.0]}, index=["row"])
+    outputs = [nbformat.v4.new_output("display_data", {"text/html": frame.style.to_html() + frame._repr_html_()})]
+    shows = figure_cell()
+    shows.source = "# figure: one slice\nplot()"
+    cells = [nbformat.v4.new_markdown_cell("# A chapter\n## Slices"), nbformat.v4.new_code_cell("#| default_exp a"),
+             nbformat.v4.new_code_cell("#| export\nx = 1", outputs=outputs), shows]
+    body = report.chapter_html(notebook(tmp_path, cells))
+    assert re.findall(r"<(h\d)", body) == ["h3", "h4"] and report._title(body) == "A chapter"
+    assert "<style" not in body and "border=" not in body and "#|" not in body and body.count("<pre") == 2
+    assert '<th scope="col">mm</th>' in body and '<th scope="row">row</th>' in body and 'alt="one slice"' in body
+
+
+def test_a_difference_is_told_by_the_names_of_the_figures():
+    assert report._in_words("network_minus_tabular_position_size") == "network minus table: position + size"
+    assert report._in_words("network_calibrated") == "network calibrated"
+    assert report.estimate_text(estimate(-0.001)) == "0.00 [0.10, 0.90]"
+    words = report.words_html()
+    assert "adenocarcinoma" in words and "<dt>AUC</dt>" in words and "<dt>wrong scans</dt>" in words
+
+
 def test_page_asks_nobody():
     page = report.page_html("t", "<p>x</p>")
     assert "default-src 'none'" in page
@@ -58,8 +80,8 @@ def test_hostile_text_stays_text():
 
 
 def test_empty_counts_are_said():
-    html = report.count_table(pd.Series([], dtype=object), "reason", "Excluded stacks")
-    assert html == "<p>Excluded stacks: none.</p>"
+    html = report.count_table(pd.Series([], dtype=object), "reason", "Excluded stacks", "No stack was <excluded>.")
+    assert html == "<p>No stack was &lt;excluded&gt;.</p>"
 
 
 def test_findings_are_ordered_worst_first():
@@ -89,11 +111,11 @@ def estimate(value, reason=None):
 
 
 def test_models_stand_side_by_side_and_missing_numbers_say_so():
-    metrics = {"subtype/majority/auc": estimate(0.5), "subtype/tabular/auc": estimate(0.7),
+    metrics = {"subtype/majority/auc": estimate(0.5), "subtype/tabular_size_age/auc": estimate(0.7),
                "subtype/shuffled_labels/auc": estimate(None, "too few"), "subtype/network/auc": estimate(0.8),
                "other/network/auc": estimate(0.3)}
     html = report.compare_html(metrics, "subtype", {"auc": "AUC", "brier": "Brier score"}, "All")
-    order = [html.index(word) for word in ("<td>network", "<td>tabular", "<td>majority", "<td>shuffled labels")]
+    order = [html.index(word) for word in (">network<", ">table: size + age<", ">majority<", ">shuffled labels<")]
     assert order == sorted(order) and "0.80 [0.10, 0.90]" in html and "Brier" not in html and "0.30" not in html
     assert html.count("not estimable") == 1 and report.compare_html({}, "subtype", {"auc": "AUC"}, "All") == ""
     assert "1 of 5 numbers are withheld" in report.reasons_html(metrics) and "too few" in report.reasons_html(metrics)
@@ -112,7 +134,7 @@ def test_errors_are_listed_with_what_can_be_checked():
                            "size_mm": 12.5, "slice_thickness_mm": 5.0, "place": "left upper",
                            "score": [0.1, None, 0.3, 0.4], "reason": "<b>near</b>"})
     html = report.errors_html(errors, first=2)
-    assert html.count("<tr>") == 1 + 2 + 1 and "in all: 3 missed, 1 false alarm" in html
+    assert html.count("<tr>") == 1 + 2 + 1 and "in all: 3 missed lesions, 1 false alarm<" in html
     assert "nan" not in html and "<b>" not in html and "left upper" in html
     assert report.errors_html(errors.iloc[:0]) == "<p>No errors.</p>"
 
@@ -126,8 +148,10 @@ def test_groups_keep_facts_beside_what_cannot_be_estimated():
 def test_the_model_card_becomes_a_page_and_stays_text():
     table = "| a | b |\n|---|---|\n| <script>x</script> | 2 |\n"
     body = report.card_html(f"# Model card\n\n**Not for clinical use.**\n\n{table}")
-    assert "<h2>Model card" in body and "<strong>Not for clinical use.</strong>" in body
-    assert "<script" not in body and '<th scope="col">' in body and 'role="region"' in body
+    assert "<h1>Model card" in body and "<strong>Not for clinical use.</strong>" in body
+    assert "<script" not in body and '<th scope="col">' in body and 'role="group"' in body
+    assert "<h3>Model card" in report.card_html("# Model card", down=2)
+    assert '<td class="number">0.5 [0.1, 0.9] mm</td>' in report.card_html("|a|b|\n|---|---|\n|x|0.5 [0.1, 0.9] mm|\n")
 
 
 def test_nothing_from_outside_stays_in_a_chapter(tmp_path):
