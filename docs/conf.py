@@ -9,6 +9,7 @@ copyright = "2026, the lungct authors; text and code under Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 nb_merge_streams = True
+myst_heading_anchors = 4
 myst_enable_extensions = []  # no formulas in the book, so no MathJax and no request to anywhere
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "ref.python"]  # BadFile is at home in two modules
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]

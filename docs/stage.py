@@ -9,6 +9,7 @@ import nbformat
 DOCS = Path(__file__).resolve().parent
 NBS, PACKAGE, STAGING = DOCS.parent / "nbs", DOCS.parent / "lungct", DOCS / "_staging"
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
+LINK = re.compile(r"\]\(([^()#\s]*)(#[^()\s]*)?\)")
 
 TOC = """```{toctree}
 :hidden:
@@ -44,6 +45,12 @@ appendix/download
 
 ```{toctree}
 :hidden:
+:caption: More
+docs/larger_run
+```
+
+```{toctree}
+:hidden:
 :caption: Reference
 :glob:
 reference/*
@@ -58,6 +65,17 @@ REFERENCE = """# lungct.{name}
 """
 
 
+def linked(text: str) -> str:
+    """Links between notebooks, and between them and docs, as they hold in the book, whose headings are in lower case."""
+    def moved(link):
+        place, heading = link[1], link[2] or ""
+        if re.match(r"[a-z]+:", place):
+            return link[0]
+        return f"]({place.replace('../docs/', 'docs/').replace('../nbs/', '../')}{heading.lower()})"
+
+    return LINK.sub(moved, text)
+
+
 def readable(notebook):
     """The notebook without nbdev's directives, without cells that hold nothing else, and without hidden ones."""
     kept = []
@@ -68,6 +86,10 @@ def readable(notebook):
             cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
             if not cell.source and not cell.outputs:
                 continue
+            if shows := re.match(r"# figure: (.+)", cell.source):
+                cell.metadata["mystnb"] = {"image": {"alt": shows[1]}}
+        else:
+            cell.source = linked(cell.source)
         kept.append(cell)
     notebook.cells = kept
     return notebook
@@ -87,6 +109,11 @@ def stage() -> int:
     (STAGING / "reference").mkdir()
     for module in PACKAGE.glob("[a-z]*.py"):
         (STAGING / "reference" / f"{module.stem}.md").write_text(REFERENCE.format(name=module.stem), encoding="utf-8")
+    (STAGING / "docs").mkdir()
+    for page in DOCS.glob("*.md"):
+        (STAGING / "docs" / page.name).write_text(linked(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for picture in DOCS.glob("*.png"):
+        shutil.copy(picture, STAGING / "docs")
     shutil.copy(DOCS / "conf.py", STAGING / "conf.py")
     return len(sources)
 

@@ -69,9 +69,11 @@ class Grid:
 class Spans(NamedTuple):
     """What the voxels along a target axis are made of: each a span of neighbours along the source's axis.
 
-    `first`, `last` : (n_target,) source voxels, both included; `first` > `last` where there is none.
-    `shares` : (n_target, 3) float32; what the first, each in between, and the last count. The last counts 0 where it
-        is the first.
+    Parameters
+    ----------
+    first, last : (n_target,) source voxels, both included; `first` > `last` where there is none.
+    shares : (n_target, 3) float32; what the first, each in between, and the last count. The last counts 0 where it is
+        the first.
     """
 
     first: np.ndarray
