@@ -66,7 +66,7 @@ REFERENCE = """# lungct.{name}
 
 
 def linked(text: str) -> str:
-    """Links between notebooks, and between them and docs, as they hold in the book, whose headings are in lower case."""
+    """Links between notebooks, and between them and docs, as they hold in the book: its headings are in lower case."""
     def moved(link):
         place, heading = link[1], link[2] or ""
         if re.match(r"[a-z]+:", place):
