@@ -251,7 +251,7 @@ def _own_links(body: str, name: str) -> str:
 
 def _plain_code(source: str, metadata: Mapping | None = None) -> str:
     # no colours: a mark around each word would be most of the page, and most of the time that it takes
-    return f'<pre tabindex="0">{html.escape(_without_directives(source), quote=False)}</pre>'
+    return f"<pre>{html.escape(_without_directives(source), quote=False)}</pre>"
 
 
 def _without_directives(source: str) -> str:
@@ -296,6 +296,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2, h3, h4 { line-height: 1.25; overflow-wrap: break-word; } h1 { font-size: 1.7rem; } h2 { margin-top: 2.2rem; }
+h5, h6 { font-size: 1rem; margin: 1.6rem 0 .6rem; }
 a { color: var(--mark); } nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: .8rem 0; }
 .note { border-left: 4px solid var(--mark); padding: .4rem .9rem; background: var(--card); }
 .headline { display: grid; gap: .8rem; margin: 1rem 0;
