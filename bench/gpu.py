@@ -102,11 +102,13 @@ def share_of_peak(rate: float, device: str, precision: str) -> str:
 
 
 def rows(training, device: str, wanted: argparse.Namespace) -> list[str]:
-    lines = []
+    lines, ways = [], (False, True) if wanted.jit else (False,)
+    if training.keras.backend.backend() == "jax":           # lungct has no other way with JAX
+        ways = (True,)
     for size in wanted.sizes:
         work = flop_a_volume(training, size)
         for precision in wanted.precisions:
-            for jit in (False, True) if wanted.jit else (False,):
+            for jit in ways:
                 try:
                     seconds = seconds_a_step(training, size, wanted.batch, precision, jit, wanted.steps)
                 except Exception as error:  # Conv3D fails on some pairs of driver and cuDNN: say how

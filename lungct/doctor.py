@@ -28,7 +28,8 @@ def machine_facts(folder: str = ".") -> dict[str, str]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     facts = {"lungct": __version__,
              "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
-    facts |= runs.package_versions((*runs.PACKAGES, "papermill", "jupyterlab"))
+    facts["backend"] = f"{(backend := runs.backend())} (KERAS_BACKEND)"
+    facts |= runs.package_versions((*runs.PACKAGES, *runs.backend_packages(backend), "papermill", "jupyterlab"))
     facts["cores"] = str(os.cpu_count())
     facts["memory"] = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"
     facts["disk here"] = f"{disk.free / GIB:.0f} GiB free of {disk.total / GIB:.0f} GiB"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALSE_POSITIVE', 'REPEAT', 'FP_PER_SCAN', 'MIN_PATIENTS', 'MIN_PER_CLASS', 'MIN_EACH_CLASS', 'MAX_UNDEFINED',
-           'CORNERS_GRID', 'RULES', 'CARD_REST', 'CARD', 'match_detections', 'Scored', 'score_scans', 'froc',
+           'CORNERS_GRID', 'RULES', 'SLOPES', 'CARD_REST', 'CARD', 'match_detections', 'Scored', 'score_scans', 'froc',
            'sensitivity_at', 'average_precision', 'resamples', 'Estimate', 'not_estimable', 'summarise',
            'perfect_margin', 'bootstrap_interval', 'resampled', 'detection_table', 'prediction_table', 'position_prior',
            'wrong_scans', 'score_rules', 'detection_scores', 'estimate_all', 'paired_difference',
@@ -1384,7 +1384,7 @@ def activation_map(network, inputs, score: Callable, layer: str) -> np.ndarray:
 
     Parameters
     ----------
-    network : a Keras model on the TensorFlow backend.
+    network : a Keras model on the backend TensorFlow or PyTorch.
     inputs : one volume as the network takes it, (1, z, y, x, channels).
     score : takes the network's outputs and returns one number to be explained.
     layer : name of a layer with output (1, s, s, s, channels).
@@ -1392,18 +1392,46 @@ def activation_map(network, inputs, score: Callable, layer: str) -> np.ndarray:
     Returns
     -------
     (s, s, s), not negative; the unit is that of the score.
+
+    Raises
+    ------
+    InputError : another backend, which does not tell the slope at a layer in the middle.
     """
     import keras
-    import tensorflow
 
     inner = keras.Model(network.inputs, [network.get_layer(layer).output, network.output])
+    backend = keras.backend.backend()
+    if backend not in SLOPES:
+        raise runs.InputError(f"the backend is {backend}, and activation maps need {' or '.join(SLOPES)}")
+    features, slope = SLOPES[backend](inner, inputs, score)
+    return np.maximum(keras.ops.convert_to_numpy(slope * features).astype("float32")[0].sum(-1), 0)
+
+
+# %% ../nbs/06_evaluate.ipynb #6a60168d
+def _slope_tensorflow(inner, inputs, score: Callable) -> tuple:
+    import tensorflow
+
     inputs = tensorflow.convert_to_tensor(inputs)
     with tensorflow.GradientTape() as tape:
         tape.watch(inputs)                       # or a network without weights would leave no trace
         features, outputs = inner(inputs, training=False)
         value = score(outputs)
-    slope = tape.gradient(value, features)
-    return np.maximum(np.asarray(slope * features, "float32")[0].sum(-1), 0)
+    return features, tape.gradient(value, features)
+
+
+def _slope_torch(inner, inputs, score: Callable) -> tuple:
+    import keras
+    import torch
+
+    inputs = keras.ops.convert_to_tensor(inputs).detach().requires_grad_()
+    with torch.enable_grad():
+        features, outputs = inner(inputs, training=False)
+        (slope,) = torch.autograd.grad(score(outputs), features)
+    return features, slope
+
+
+SLOPES = {"tensorflow": _slope_tensorflow, "torch": _slope_torch}      # (features, slope of the score at them)
+
 
 # %% ../nbs/06_evaluate.ipynb #8c3d3d88
 def place_in_chest(corners_mm: np.ndarray, centre_mm: np.ndarray, level_mm: float = 40.0) -> list[str]:

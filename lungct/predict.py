@@ -225,7 +225,7 @@ def open_model(path: str | os.PathLike) -> tuple:
     if size != info["grid"]["size"]:
         raise runs.InputError(f"model {path} takes {size} voxels a side, its side-car says {info['grid']['size']}: "
                               f"{training.TOGETHER}")
-    now = runs.package_versions()
+    now = runs.package_versions((*runs.PACKAGES, *training.CALCULATE))
     changed = [f"{name} {then} (here {now.get(name, 'none')})" for name, then in info["packages"].items()
                if now.get(name) != then]
     remarks = [runs.printable(f"the model was made with {', '.join(changed)}")] if changed else []

@@ -7,7 +7,7 @@ __all__ = ['CHAPTERS', 'MANIFEST', 'SCHEMA_VERSION', 'PACKAGES', 'ALLOWED', 'LOC
            'check_parameters', 'project_path', 'atomic', 'without_warnings', 'host_mark', 'own_mark', 'clear_dead',
            'alone', 'save_table', 'load_table', 'save_json', 'load_json', 'as_json', 'hash_file', 'hash_value',
            'fingerprint', 'Outputs', 'Chapter', 'begin', 'load_manifest', 'check_finished', 'check_undamaged',
-           'input_path', 'code_hash', 'package_versions', 'fast_convolutions', 'stale']
+           'input_path', 'code_hash', 'package_versions', 'backend', 'backend_packages', 'fast_convolutions', 'stale']
 
 # %% ../nbs/appendix/runs.ipynb #d2baa971
 import errno
@@ -423,7 +423,8 @@ class Chapter(Outputs):
         """Hash the outputs and write the manifest, last of all; from now on the chapter counts as done."""
         outputs = {name: hash_file(self.folder / name) for name in sorted(self.outputs)}
         closing = {"outputs": outputs, "outputs_hash": hash_value(outputs),
-                   "packages": package_versions(), "python": platform.python_version(),
+                   "packages": package_versions((*PACKAGES, *backend_packages(backend()))),
+                   "python": platform.python_version(),
                    "seconds": round(time.monotonic() - self.started, 3)}
         return save_json(self.facts | closing, self.folder / MANIFEST)
 
@@ -452,7 +453,7 @@ def begin(name: str, run_dir: str | os.PathLike, parameters: Mapping, seed: int,
     seen = {needed: _outputs_hash(run_dir, needed, name) for needed in needs}
     facts = {"schema": SCHEMA_VERSION, "chapter": name, "parameters": dict(parameters), "seed": seed,
              "inputs": {key: _input(path) for key, path in (inputs or {}).items()}, "needs": seen,
-             "code": code_hash()}  # what is loaded now; it may be another by the time the chapter ends
+             "backend": backend(), "code": code_hash()}  # what is loaded now; on the disk it may change
     chapter = Chapter(run_dir / name, name, facts, time.monotonic())
     chapter.folder.mkdir(parents=True, exist_ok=True)
     (chapter.folder / MANIFEST).unlink(missing_ok=True)
@@ -560,6 +561,18 @@ def _version(name: str) -> str:
     except PackageNotFoundError:
         return "absent"
 
+
+# %% ../nbs/appendix/runs.ipynb #d3c63338
+def backend() -> str:
+    """Keras' backend as `KERAS_BACKEND` asks for it."""
+    return os.environ.get("KERAS_BACKEND") or "tensorflow"
+
+
+def backend_packages(name: str) -> tuple[str, ...]:
+    """What a backend calculates with, where that is not among `PACKAGES`."""
+    return {"jax": ("jax",), "torch": ("torch",)}.get(name, ())
+
+
 # %% ../nbs/appendix/runs.ipynb #d3c63337
 def fast_convolutions() -> None:
     """Switch on oneDNN's convolutions for TensorFlow, which asks once, when it is imported.
@@ -590,6 +603,8 @@ def stale(run_dir: str | os.PathLike, name: str, parameters: Mapping) -> list[st
         earlier = load_manifest(run_dir, needed)
         if earlier is None or earlier["outputs_hash"] != was:
             reasons.append(f"{needed} has changed")
+    if name in CHAPTERS[4:] and (was := manifest.get("backend")) != backend():         # these two ask a network
+        reasons.append(f"the backend is now {backend()}, was {was}")
     if manifest["code"] != code_hash():
         reasons.append("the code of lungct has changed")
     return reasons + _damaged(project_path(run_dir) / name, manifest)

@@ -292,7 +292,7 @@ def normalise(ct_hu, pet_suv=None):
     """
     parts = [(ct_hu, *window) for window in WINDOWS_HU]
     if pet_suv is not None:
-        suv, known = _known(pet_suv)
+        suv, known = _known(pet_suv if isinstance(pet_suv, np.ndarray) else ops.convert_to_tensor(pet_suv, "float32"))
         parts += [(suv, 0.0, WINDOW_SUV), (known, 0.0, 1.0)]
     if isinstance(ct_hu, np.ndarray):
         return _windowed(parts)
@@ -638,7 +638,8 @@ def reproducible(seed: int, exact: bool = True) -> None:
 
     TensorFlow has no XLA with such operations: `exact=False` lets it use both again.
     """
-    keras.utils.set_random_seed(int(seed))
+    with _remarks_to_log():                                # Keras loads TensorFlow to seed it, whatever the backend
+        keras.utils.set_random_seed(int(seed))
     if keras.backend.backend() == "tensorflow":
         from tensorflow.python.framework import config  # the way back has no public name
         config.enable_op_determinism() if exact else config.disable_op_determinism()
@@ -783,6 +784,7 @@ def heat_loss(true, predicted):
 # %% ../nbs/05_train_3d_cnn.ipynb #9c538d51
 def box_loss(true, predicted):
     """Mean absolute error of offsets and log extents for each volume (n,), weighted by channel 6 of `true`."""
+    true, predicted = ops.convert_to_tensor(true), ops.convert_to_tensor(predicted)
     weight = true[..., 6:]
     error = ops.sum(weight * ops.abs(true[..., :6] - predicted), axis=(1, 2, 3, 4))
     return error / (6 * ops.maximum(ops.sum(weight, axis=(1, 2, 3, 4)), 1e-6))
@@ -790,6 +792,7 @@ def box_loss(true, predicted):
 # %% ../nbs/05_train_3d_cnn.ipynb #ee07762d
 def subtype_loss(true, predicted):
     """Cross-entropy for each volume (n,); rows of zeros (no subtype) give 0."""
+    true, predicted = ops.convert_to_tensor(true), ops.convert_to_tensor(predicted)
     return -ops.sum(true * ops.log(ops.clip(predicted, 1e-7, 1.0)), axis=-1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #ef851d59
@@ -2034,9 +2037,9 @@ def save_model(network: keras.Model, folder: str | os.PathLike, *, classes: Sequ
         "schema": MODEL_SCHEMA, "file": path.name, "model_hash": runs.hash_file(path), "classes": list(classes),
         "grid": {"size": network.input.shape[1], "spacing_mm": round(float(spacing_mm), 6)}, "stride": STRIDE,
         "windows_hu": [list(w) for w in WINDOWS_HU], "training_hash": training_hash, "settings": asdict(settings),
-        "inputs": ["ct", "pet"] if takes_pet(network) else ["ct"], "window_suv": WINDOW_SUV,
-        "packages": runs.package_versions(), "backend": keras.backend.backend(), "precision": _precision(network),
-        "validation": validation, "crashes": list(crashes),
+        "inputs": ["ct", "pet"] if takes_pet(network) else ["ct"], "window_suv": WINDOW_SUV, "validation": validation,
+        "packages": runs.package_versions((*runs.PACKAGES, *runs.backend_packages(keras.backend.backend()))),
+        "backend": keras.backend.backend(), "precision": _precision(network), "crashes": list(crashes),
     }
     facts["side_car_hash"] = _hash_of(facts)
     runs.save_json(facts, path.with_suffix(".json"))

@@ -84,6 +84,27 @@ gone = weakref.ref(unit)
 del unit
 print("said", json.dumps(gone() is None))
 """
+# what a reader does with plain lists and NumPy arrays, and a map of activations that can be told by hand
+BY_HAND = PRELUDE + """
+import keras
+from lungct import evaluation
+seen = training.ops.convert_to_numpy(training.normalise([-1000, -300], [2.5, np.nan]))
+box = np.zeros((1, 2, 2, 2, 7), "float32")
+box[0, 0, 0, 0, 6] = 1
+losses = [float(training.box_loss(box, box[..., :6] + 0.25)[0]),
+          float(training.subtype_loss(np.eye(4, dtype="float32")[:1], np.full((1, 4), 0.25, "float32"))[0])]
+entrance = keras.Input((4, 4, 4, 1))
+network = keras.Model(entrance, {"out": keras.layers.Rescaling(2.0, name="doubled")(entrance)})
+ramp = np.arange(64, dtype="float32").reshape(1, 4, 4, 4, 1)
+try:
+    seen_by = evaluation.activation_map(network, ramp, lambda given: keras.ops.sum(given["out"][:, :2]), "doubled")
+    maps = seen_by.tolist()
+except training.runs.InputError as error:
+    maps = str(error)
+print("said", json.dumps({"seen": seen.tolist(), "losses": losses, "maps": maps}))
+"""
+TINY = {"phantom_patients": "14", "grid_size": "32", "grid_spacing_mm": "12", "epochs": "2", "predecessor_epochs": "1",
+        "filters": "8 16", "bootstrap_samples": "100"}
 LOGICAL = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -130,6 +151,32 @@ def test_another_backend_takes_the_same_step(backend, reference, tmp_path):
     assert said["val_loss"] == pytest.approx(row.val_loss, rel=1e-3) and abs(row.val_loss - row.loss) > 1e-3
     back, _ = training.load_model(tmp_path)  # and a model of the other backend here
     assert np.allclose(said["later"], [p.heat.max() for p in training.predict(back, toys.toys(4).ct_hu)], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", installed("jax", "jax"), installed("torch", "bench")])
+def test_lists_and_arrays_are_taken_on_every_backend(backend):
+    said = child(backend, BY_HAND)
+    assert np.allclose(said["seen"], [[0, 0, 0.25, 1], [0.5, 0, 0, 0]])
+    assert np.allclose(said["losses"], [0.25, np.log(4)])
+    if backend == "jax":
+        assert said["maps"] == "the backend is jax, and activation maps need tensorflow or torch"
+    else:
+        wanted = 2 * np.arange(64.0).reshape(4, 4, 4)
+        wanted[2:] = 0
+        assert np.allclose(said["maps"], wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [installed("jax", "jax"), installed("torch", "bench")])
+def test_the_whole_course_runs_on_another_backend(backend, tmp_path):
+    command = [sys.executable, "-m", "lungct", "run", "--run-dir", str(tmp_path / "run")]
+    command += [word for name, value in TINY.items() for word in ("-p", name, value)]
+    quiet = {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ | quiet, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    _, facts = training.load_model(tmp_path / "run" / "05_train_3d_cnn")
+    assert facts["backend"] == backend and facts["packages"][backend] != "absent"
 
 
 @pytest.mark.slow

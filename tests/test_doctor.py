@@ -10,6 +10,12 @@ def test_facts_name_versions_and_room():
     assert facts["numpy"][0].isdigit() and "GiB free of" in facts["memory"] and "GiB free of" in facts["disk here"]
 
 
+def test_facts_name_the_backend_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    facts = doctor.machine_facts()
+    assert facts["backend"] == "jax (KERAS_BACKEND)" and "jax" in facts and "torch" not in facts
+
+
 def test_a_training_step_works_in_its_own_process():
     trial = doctor.try_step(False, "float32")
     assert trial.ok and "loss" in trial.detail

@@ -117,6 +117,17 @@ def test_changed_parameter_is_told(tmp_path, asked, expected):
     assert runs.stale(tmp_path, "01_explore_dicom", asked) == [expected]
 
 
+@pytest.mark.parametrize(("name", "reasons"), [
+    ("04_check_labels", []), ("05_train_3d_cnn", ["the backend is now jax, was torch"])])
+def test_another_backend_trains_anew(tmp_path, monkeypatch, name, reasons):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    chapter = finished(tmp_path, name)
+    assert runs.stale(tmp_path, name, {}) == []
+    assert "torch" in runs.load_json(chapter.folder / runs.MANIFEST)["packages"]
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert runs.stale(tmp_path, name, {}) == reasons
+
+
 def test_unfinished_chapter_is_stale(tmp_path):
     runs.begin("01_explore_dicom", tmp_path, {}, 0).save_json({}, "x.json")
     assert runs.stale(tmp_path, "01_explore_dicom", {}) == ["it has not finished yet"]
