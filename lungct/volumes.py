@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import socket
+import tempfile
 import time
 import zipfile
 from collections import defaultdict
@@ -733,14 +734,21 @@ def _excluded(job: dict, problem: BuildProblem, detail: str) -> dict:
 
 # %% ../nbs/03_build_volumes.ipynb #8836f418
 def _changed_since(moment_ns: int, stacks: Sequence[dicom.OpenStack | None]) -> bool:
-    """Whether an image of these stacks was written after a moment; one that is gone was not."""
+    """Whether an image of these stacks was written at a moment or later; one that is gone was not."""
     names = {os.path.join(stack.root, header["path"]) for stack in stacks if stack for header in stack.slices}
     for name in names:
         with suppress(OSError):
             facts = os.stat(name)
-            if max(facts.st_mtime_ns, facts.st_ctime_ns) > moment_ns:
+            if max(facts.st_mtime_ns, facts.st_ctime_ns) >= moment_ns:
                 return True
     return False
+
+
+def _now_there(folder: Path) -> int:
+    """The time in ns by the clock that dates the files of a folder, which may be another machine's."""
+    with tempfile.TemporaryFile(dir=folder) as mark:
+        return os.fstat(mark.fileno()).st_mtime_ns
+
 
 # %% ../nbs/03_build_volumes.ipynb #8836f419
 def ensure_volume(job: dict) -> tuple[dict, str]:
@@ -755,6 +763,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
         return {**done, **meta["row"], "content_hash": meta["content_hash"]}, "kept"
     if job["ct"] is None:
         return _excluded(job, BuildProblem.FAILED, job["problem"]), "excluded"
+    began = _now_there(path.parent)
     try:
         arrays, row = _compute(job)
     except Exception as error:  # of whatever kind: it goes into the table, and the other stacks go on
@@ -763,6 +772,7 @@ def ensure_volume(job: dict) -> tuple[dict, str]:
     if UNREAD in row["pet"]:
         meta["key"] = ""  # a disk may come back: the next call tries again
     content_hash = _save_volume(path, arrays, {**meta, "row": row, "code": CODE_VERSION})
+    os.utime(path, ns=(began, began))  # so an image that changes while it is read is newer than its entry
     return {**done, **row, "content_hash": content_hash}, "built"
 
 # %% ../nbs/03_build_volumes.ipynb #5d29652b

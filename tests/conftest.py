@@ -4,8 +4,11 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("lungct", deadline=None)       # a busy machine is no fault
+hypothesis.settings.load_profile("lungct")
 REAL = os.environ.get("LUNGCT_REAL_DATA", "")
 LONGEST = [f"test_{name}.py" for name in ("end_to_end", "training", "course", "labels", "survival", "dicom", "predict")]
 

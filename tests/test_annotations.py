@@ -1237,3 +1237,10 @@ def test_two_frames_are_several():
 
 def test_the_finest_stages_are_kept():
     assert an._clean("m", "1c") == ("1c", "") and an._clean("t", "1mi") == ("1mi", "")
+
+
+def test_a_good_file_beside_a_broken_one_counts():
+    broken = an._table([{"file": "A0001/1.1.xml", "folder": "A0001", "patient_id": "Lung_Dx-A0001", "sop_uid": "1.1",
+                         "reason": "not well-formed XML", "detail": "x"}], an.PROBLEM_COLUMNS)
+    assert outcomes(one("Lung_Dx-A0001", "1.1"), problems=broken) == {
+        "A0001/1.1.xml": "unparseable", "Lung_Dx-A0001/1.1.xml": "matched"}

@@ -1846,3 +1846,111 @@ def test_pixels_for_another_frame_are_a_problem(tmp_path, more, problem):
     image.save_as(tmp_path / "s" / "1.dcm")
     problems = dicom.index_dicom(tmp_path / "s", workers=1)[1]
     assert problems["reason"].tolist() == ([problem] if problem else [])
+
+
+def test_a_slice_moved_in_its_plane_is_uneven(tmp_path):
+    row = only(stacks_of(write_series(tmp_path / "s", range(20), position=lambda i: (0, 10 * (i == 9), 5 * i)))[0])
+    assert row["reason"] == "uneven spacing" and "slice 9 is 10.00 mm off" in row["detail"]
+
+
+def test_many_larger_steps_are_no_gaps(tmp_path):
+    depths = np.cumsum([0, 5, 5, 8, 5, 8, 5, 8, 5, 8, 5, 5])
+    assert only(stacks_of(write_series(tmp_path / "s", depths))[0])["reason"] == "uneven spacing"
+
+
+def test_one_slice_that_cannot_be_decoded_is_found(tmp_path):
+    row = only(stacks_of(write_series(tmp_path / "s", EVEN, HighBit=lambda i: 16 if i == 3 else 15))[0])
+    assert row["reason"] == "unsupported syntax"
+
+
+def test_orientations_and_spaces_are_told_apart_together(tmp_path):
+    upright = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1], "position": lambda i: (0, i, 0)}
+    write_series(tmp_path / "a", range(6), FrameOfReferenceUID="1.2.9", number=lambda i: i, **upright)
+    write_series(tmp_path / "b", range(6), FrameOfReferenceUID="1.2.9", number=lambda i: 10 + i)
+    write_series(tmp_path / "c", range(6), FrameOfReferenceUID="1.2.10", number=lambda i: 20 + i, **upright)
+    write_series(tmp_path / "d", range(6, 12), FrameOfReferenceUID="1.2.10", number=lambda i: 30 + i)
+    stacks, _ = stacks_of(tmp_path)
+    assert stacks["slices"].tolist() == [6] * 4 and stacks["status"].eq("accepted").all()
+    assert stacks["frame_of_reference_uid"].notna().all()
+
+
+def test_turns_from_head_to_feet_are_turns_too(tmp_path):
+    stacks, _ = stacks_of(write_series(tmp_path / "s", sorted(EVEN * 2, reverse=True), pixels=different))
+    assert stacks["slices"].tolist() == [6, 6] and stacks["status"].eq("accepted").all()
+
+
+def test_a_subtraction_leaves_the_volume_of_its_kind(tmp_path):
+    plain, computed = ["DERIVED", "PRIMARY", "VOLUME", "NONE"], ["DERIVED", "PRIMARY", "VOLUME", "SUBTRACTION"]
+    write_series(tmp_path / "s", range(20), pixels=different, ImageType=lambda i: plain if i < 10 else computed)
+    assert sorted(stacks_of(tmp_path / "s")[0]["reason"].fillna("")) == ["", "not in Hounsfield units"]
+
+
+@pytest.mark.parametrize("other", [
+    {"RescaleIntercept": lambda i: -24 if i == 6 else -1024},
+    {"position": lambda i: (20 * (i == 6), 0, [*EVEN, 10][i])}])
+def test_equal_numbers_of_another_meaning_or_place_are_no_repeats(tmp_path, other):
+    folder = write_series(tmp_path / "s", [*EVEN, 10], pixels=lambda i: different(2 if i > 5 else i), **other)
+    assert stacks_of(folder)[0]["dropped_duplicates"].sum() == 0
+
+
+def test_a_repeat_belongs_to_its_phase_alone(tmp_path):
+    folder = write_series(tmp_path / "s", [*EVEN, 10, *EVEN], pixels=lambda i: different(2 if i == 6 else i),
+                          number=lambda i: i % 7 + 1, AcquisitionNumber=lambda i: 1 + (i >= 7))
+    stacks, instances = stacks_of(folder)
+    by_phase, again = stacks.set_index("phase"), instances[instances["slice_index"].isna()]
+    assert by_phase["dropped_duplicates"].to_dict() == {1: 1, 2: 0}
+    assert again["repeats_slice"].tolist() == [2] and set(again["stack_id"]) == {by_phase.loc[1, "stack_id"]}
+
+
+def test_phases_are_numbered_by_their_first_image(tmp_path):
+    write_series(tmp_path / "a", range(12), FrameOfReferenceUID="1.2.9", number=lambda i: 1 + 2 * i)
+    write_series(tmp_path / "b", range(6), FrameOfReferenceUID="1.2.10", number=lambda i: 2 + 2 * i)
+    assert stacks_of(tmp_path)[0].set_index("phase")["slices"].to_dict() == {1: 12, 2: 6}
+
+
+def test_phases_are_numbered_by_acquisition_before_instance(tmp_path):
+    folder = write_series(tmp_path / "s", EVEN * 2, pixels=different, number=lambda i: (i + 6) % 12 + 1,
+                          AcquisitionNumber=lambda i: 1 + i // 6)
+    stacks, instances = stacks_of(folder)
+    first = stacks.set_index("phase").loc[1, "stack_id"]
+    assert set(instances.loc[instances["stack_id"] == first, "acquisition_number"]) == {1}
+
+
+def test_a_straightened_pet_has_nothing_around_it(tmp_path):
+    folder, _ = write_pet(tmp_path / "pet", position=lambda i: (0, i, 5 * i))
+    stacks, instances = stacks_of(folder)
+    assert only(stacks)["reason"] == "tilted gantry"
+    assert dicom.read_stack(instances, folder, straighten=True).suv_zyx.min() == 0
+
+
+def test_factors_follow_their_slices_in_any_order_of_rows(tmp_path):
+    folder, _ = write_pet(tmp_path / "pet", DecayCorrection="NONE", CorrectedImage=["ATTN"], SeriesTime="100000",
+                          AcquisitionTime=lambda i: f"11{10 * i:02}00", ActualFrameDuration="180000")
+    stacks, instances = stacks_of(folder)
+    whole, mixed = dicom.read_stack(instances, folder).suv_zyx, instances.iloc[::-1]
+    assert np.array_equal(dicom.read_stack(mixed, folder).suv_zyx, whole)
+    opened = dicom.open_stack(only(stacks), mixed, folder)
+    assert all(np.allclose(opened[k], plane) for k, plane in enumerate(whole))
+
+
+def test_two_patients_of_one_series_uid_have_their_own_start(tmp_path):
+    write_pet(tmp_path / "a", PatientID="a")
+    write_pet(tmp_path / "b", PatientID="b", AcquisitionTime="130000")
+    _, instances = stacks_of(tmp_path)
+    begun = instances.groupby("patient_id")["first_acquisition_time"].unique().map(list).to_dict()
+    assert begun == {"a": ["115525"], "b": ["130000"]}
+
+
+def test_sizes_that_differ_have_no_affine(tmp_path):
+    row = only(stacks_of(write_series(tmp_path / "s", EVEN, PixelSpacing=lambda i: [0.8, 0.5 + (i == 2) / 10]))[0])
+    assert row["affine"] is None
+
+
+def test_a_pass_ends_where_a_place_is_nearly_repeated():
+    assert dicom._passes(np.array([0, 1, 2, 3, 3.004, 4, 5])).tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert dicom._passes(np.array([2.0, 0, 5, 2])).tolist() == [0, 0, 1, 1]
+
+
+def test_images_that_hardly_differ_in_place_are_no_volume(tmp_path):
+    folder = write_series(tmp_path / "s", [7 + 0.002 * i for i in range(6)], number=1, pixels=different)
+    assert only(stacks_of(folder)[0])["reason"] == "duplicate positions"

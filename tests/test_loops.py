@@ -175,3 +175,10 @@ print(out.item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["5.0"], done.stderr
+
+
+@pytest.mark.parametrize("high", [1, 3])
+def test_a_slice_goes_into_its_own_shape_alone(high):
+    rows, columns = axis_spans(8, 0, 4, 2), axis_spans(4, 0, 2, 2)
+    with pytest.raises(ValueError, match="another shape"):
+        loops.sum_plane(np.ones((8, 4), np.int16), rows, columns, np.empty((high, 2), np.float32))

@@ -247,7 +247,9 @@ def test_refused_with_the_tag(changes, words):
 
 
 @pytest.mark.parametrize("column, other", [("weight_kg", 71.0), ("radionuclide_dose_bq", 351e6), ("units", "GML"),
-                                           ("injection_time", "100100"), ("series_time", None)])
+                                           ("injection_time", "100100"), ("series_time", None),
+                                           ("half_life_s", 6500.0), ("injection_datetime", "20090101100030"),
+                                           ("decay_correction", "ADMIN"), ("corrected_image", "DECY\\ATTN\\SCAT")])
 def test_a_stack_tells_one_story(column, other):
     with pytest.raises(SuvError, match=re.escape(headers.tag_name(column)) + ".* differs within the stack"):
         suv_factors([PET, PET | {column: other}])
@@ -471,3 +473,34 @@ def test_midnight_sharp_is_no_injection(changes):
 def test_a_weight_that_is_no_number_is_not_called_missing_alone():
     with pytest.raises(SuvError, match=r"PatientWeight \(0010,1030\) is missing or no number"):
         suv_factor(PET | {"weight_kg": None})
+
+
+def test_a_philips_factor_that_one_slice_lacks_is_refused():
+    images = [PET | {"units": "CNTS", "philips_suv_factor": factor} for factor in (0.1, None)]
+    with pytest.raises(SuvError, match="positive number in all images"):
+        suv_factors(images)
+
+
+def test_a_start_of_ge_is_checked_against_the_decay():
+    began = {"series_time": "150000", "ge_scan_datetime": "20100101105446", "injection_time": "093000",
+             "decay_factor": 2 ** (90 / HALF_LIFE_S), "frame_reference_time_ms": 90_000.0}
+    with pytest.raises(SuvError, match=r"GE scan .* 55 min before .*DecayFactor"):
+        suv_factor(PET | CONFIRMED | began)
+
+
+def test_dates_before_that_of_the_injection_are_no_reason_to_refuse():
+    dates = {"series_date": "20000102", "acquisition_date": "20000102"}
+    times = {"series_time": "004946.2", "acquisition_time": "004946.2"}
+    assert suv_factor(PET | LATER | times | dates) == pytest.approx(ONE_HALF_LIFE)
+
+
+def test_a_long_frame_leaves_room():
+    told = {"series_time": clock(42586.2 - 1200), "injection_time": "093000",
+            "decay_factor": 2 ** (1450 / HALF_LIFE_S), "frame_reference_time_ms": 1_450_000.0}
+    assert suv_factor(PET | CONFIRMED | told) > 0
+
+
+def test_a_start_within_the_first_second_has_no_lead():
+    began = {"series_time": "150000", "ge_scan_datetime": "20100101114946.9", "decay_factor": 1.0,
+             "frame_reference_time_ms": 0.0}
+    assert suv_factor(PET | CONFIRMED | began) == pytest.approx(FRESH * 2 ** (6586.9 / HALF_LIFE_S))

@@ -1336,3 +1336,100 @@ def test_facts_are_compared_with_both_ends_of_their_range():
     trained, usual = {key: [1.0, 4.0] for key in volumes.FACT_FACTORS}, dict.fromkeys(volumes.FACT_FACTORS, 4.0)
     assert volumes.unlike_training(usual, trained) is None
     assert volumes.unlike_training(usual | {"lung_litres": 13.0}, trained)
+
+
+def test_half_a_degree_is_not_parallel():
+    turned, target = affine_of((0.8, 0.8, 5.0), (-100, -100, -100), rotation(0.5)), Grid(64, 6.0).affine((0, 0, 0))
+    assert volumes._aligned_spans((41, 256, 256), turned, np.linalg.inv(turned) @ target, (64,) * 3) is None
+
+
+def test_a_small_lesion_in_a_large_one_keeps_its_voxels():
+    rectangles = {"small": dict.fromkeys(range(19, 22), (116, 116, 140, 140)),
+                  "big": dict.fromkeys(range(15, 26), (90, 90, 170, 170))}
+    grid, (lesions, boxes) = Grid(40, 6.0).affine((0, 0, 0)), lesion_tables(rectangles, SOURCE)
+    both = volumes.place_lesions(lesions, boxes, SOURCE, grid, 40)["mask"]
+    alone = volumes.place_lesions(lesions[:1], boxes, SOURCE, grid, 40)["mask"]
+    assert np.array_equal(both == 1, alone == 1) and (alone == 1).sum() > 8
+
+
+def test_a_belly_to_one_side_does_not_move_the_cube():
+    plain = thorax(shape=(70, 80, 90))
+    hu, low = plain.hu_zyx.copy(), np.flatnonzero((plain.hu_zyx == -850).any(axis=(1, 2)))[0]
+    hu[:low - 1] = np.roll(hu[:low - 1], 12, axis=2)
+    assert np.allclose(find_lungs(stack_of(hu, plain.affine)).centre_mm, find_lungs(plain).centre_mm, atol=3)
+
+
+def test_without_lungs_the_middle_is_between_the_ends_of_the_body():
+    hu = np.full((30, 40, 60), -1000, np.int16)
+    hu[5:25, 5:35, 5:30] = hu[5:25, 15:25, 30:55] = 40
+    found = find_lungs(stack_of(hu, affine_of((6, 6, 6), (3, 3, 3))))
+    assert found.centred_on == "body" and found.centre_mm[0] == pytest.approx(180, abs=6)
+
+
+def test_a_lung_at_the_edge_of_the_image_counts():
+    plain = thorax()
+    cut = stack_of(plain.hu_zyx[:, :, :58], plain.affine)
+    assert find_lungs(cut).litres == pytest.approx(np.count_nonzero(cut.hu_zyx == -850) * 200 / 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("lies, lung", [((slice(None), slice(4, 7), slice(5, 25)), False),
+                                        ((slice(None), slice(5, 25), slice(4, 7)), True)])
+def test_depth_is_from_front_to_back(lies, lung):
+    piece = np.zeros((10, 30, 30), bool)
+    piece[lies] = True
+    assert volumes._looks_like_lung(piece, piece, np.full(piece.shape, -915.0)) == lung
+
+
+def test_gas_is_judged_without_its_rim():
+    piece, core = np.zeros((8, 8, 8), bool), np.zeros((8, 8, 8), bool)
+    piece[1:7, 1:7, 1:7] = core[2:6, 2:6, 2:6] = True
+    assert not volumes._looks_like_lung(piece, core, np.where(core, -995.0, -850.0))
+
+
+@pytest.mark.parametrize("deep, some", [(31, True), (33, False)])
+def test_more_than_ten_litres_are_no_lung(deep, some):
+    air = np.zeros((44, 44, 44), bool)
+    air[1:1 + deep, 1:39, 1:39] = True
+    assert (air.sum() * volumes.VOXEL_LITRES <= 10) == some
+    assert volumes._lung_pieces(np.where(air, -850.0, 40.0), air).any() == some
+
+
+def test_a_mended_pet_is_built_anew(source, tmp_path):
+    (tmp_path / "volumes").mkdir()
+    shutil.copytree(source[0], tmp_path / "pet")
+    job = next(volumes._jobs(*source, tmp_path / "volumes", GRID))
+    pet = dataclasses.replace(job["ct"], root=str(tmp_path / "pet"), modality="PT", suv_factors=np.ones(16))
+    job["pets"], job["pet_words"] = [pet], ""
+    assert [volumes.ensure_volume(job)[1] for _ in range(2)] == ["built", "kept"]
+    os.utime(tmp_path / "pet" / pet.slices[0]["path"])
+    assert volumes.ensure_volume(job)[1] == "built"
+
+
+def test_an_image_behind_a_link_that_changes_is_noticed(source, tmp_path):
+    (tmp_path / "volumes").mkdir()
+    shutil.copytree(source[0], tmp_path / "real")
+    for path in (tmp_path / "real").rglob("*.dcm"):
+        link = tmp_path / "linked" / path.relative_to(tmp_path / "real")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    job = next(volumes._jobs(tmp_path / "linked", *source[1:], tmp_path / "volumes", GRID))
+    assert [volumes.ensure_volume(job)[1] for _ in range(2)] == ["built", "kept"]
+    os.utime(tmp_path / "real" / job["ct"].slices[0]["path"])
+    assert volumes.ensure_volume(job)[1] == "built"
+
+
+def test_an_image_that_changes_while_it_is_read_is_read_again(source, tmp_path, monkeypatch):
+    (tmp_path / "volumes").mkdir()
+    shutil.copytree(source[0], tmp_path / "images")
+    job = next(volumes._jobs(tmp_path / "images", *source[1:], tmp_path / "volumes", GRID))
+    compute = volumes._compute
+
+    def slow(job):
+        answer, path = compute(job), tmp_path / "images" / job["ct"].slices[8]["path"]
+        path.write_bytes(path.read_bytes()[:-3000] + bytes(3000))          # read already, and not yet stored
+        return answer
+
+    monkeypatch.setattr(volumes, "_compute", slow)
+    assert volumes.ensure_volume(job)[1] == "built"
+    monkeypatch.undo()
+    assert [volumes.ensure_volume(job)[1] for _ in range(2)] == ["built", "kept"]
