@@ -121,7 +121,8 @@ def test_the_report_is_self_contained(small_run):
     assert "<script" not in page and "say nothing about patients" in page and "Not for clinical use" in page
     images = re.findall(r"<img[^>]*>", page)
     assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
-    assert "files below the images were not read" in page and "annotation files or folders had a problem" in page
+    assert "Every file below the images was read as an image." in page
+    assert "annotation files or folders had a problem" in page and "CT stacks each was built." in page
     metrics = runs.load_json(small_run[0] / "06_evaluate" / "metrics.json")["metrics"]
     assert "subtype/predecessor/balanced_accuracy" in metrics and ">predecessor<" in page
 
