@@ -6,9 +6,10 @@ from pathlib import Path
 
 import nbformat
 
+from lungct.report import _said, _without_directives
+
 DOCS = Path(__file__).resolve().parent
 NBS, PACKAGE, STAGING = DOCS.parent / "nbs", DOCS.parent / "lungct", DOCS / "_staging"
-DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 LINK = re.compile(r"\]\(([^()#\s]*)(#[^()\s]*)?\)")
 
 TOC = """```{toctree}
@@ -83,11 +84,11 @@ def readable(notebook):
         if cell.cell_type == "code":
             if re.match(r"#\|\s*hide", cell.source):
                 continue
-            cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+            cell.source = _without_directives(cell.source).strip("\n")
             if not cell.source and not cell.outputs:
                 continue
-            if shows := re.match(r"# figure: (.+)", cell.source):
-                cell.metadata["mystnb"] = {"image": {"alt": shows[1]}}
+            if shows := _said(cell):
+                cell.metadata["mystnb"] = {"image": {"alt": shows}}
         else:
             cell.source = linked(cell.source)
         kept.append(cell)

@@ -112,11 +112,17 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 """
 
 
-def child(backend, code, *arguments, **environment):
+def python(backend, *words, timeout=300, **environment):
+    """What another process says, on the CPU and with this backend."""
     quiet = {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | quiet | environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | quiet | environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def child(backend, code, *arguments, **environment):
+    done = python(backend, "-c", code, *arguments, **environment)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("said ")).removeprefix("said "))
 
 
@@ -170,11 +176,8 @@ def test_lists_and_arrays_are_taken_on_every_backend(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [installed("jax", "jax"), installed("torch", "bench")])
 def test_the_whole_course_runs_on_another_backend(backend, tmp_path):
-    command = [sys.executable, "-m", "lungct", "run", "--run-dir", str(tmp_path / "run")]
-    command += [word for name, value in TINY.items() for word in ("-p", name, value)]
-    quiet = {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ | quiet, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    asked = [word for name, value in TINY.items() for word in ("-p", name, value)]
+    python(backend, "-m", "lungct", "run", "--run-dir", tmp_path / "run", *asked, timeout=1200)
     _, facts = training.load_model(tmp_path / "run" / "05_train_3d_cnn")
     assert facts["backend"] == backend and facts["packages"][backend] != "absent"
 
