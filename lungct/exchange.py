@@ -873,7 +873,7 @@ class Findings:
     def uid(self, *words: str) -> str:
         """A UID that is the same for the same findings and words: an archive stores what is sent twice once."""
         shares = sorted((name, float(share)) for name, share in self.subtypes.items())
-        facts = [np.asarray(self.blocks).tolist(), list(map(float, self.scores)), self.model, shares]
+        facts = [self.blocks.tolist(), list(map(float, self.scores)), self.model, shares]
         return _uid(*map(repr, facts), *words)
 
 # %% ../nbs/appendix/exchange.ipynb #5e6f00f2

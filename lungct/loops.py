@@ -180,10 +180,10 @@ def move(volume, along_z, corners, weights, out):
                 for at in range(len(mixed)):
                     mixed[at] += share * values[at]
         target = out[z]
-        for at in range(len(target)):
-            four, share = corners[at], weights[at]
-            target[at] = (share[0] * mixed[four[0]] + share[1] * mixed[four[1]]
-                          + share[2] * mixed[four[2]] + share[3] * mixed[four[3]])
+        for at in range(len(target)):                          # a signed number might count from the end: uint32
+            share = weights[at]
+            target[at] = (share[0] * mixed[np.uint32(corners[at, 0])] + share[1] * mixed[np.uint32(corners[at, 1])]
+                          + share[2] * mixed[np.uint32(corners[at, 2])] + share[3] * mixed[np.uint32(corners[at, 3])])
 
 # %% ../nbs/appendix/loops.ipynb #10095024
 def _work() -> bool:

@@ -397,8 +397,13 @@ def folded(title: str, body: str) -> str:
 
 
 def _card(card: str) -> str:
-    printed = '<p class="printed">The model card is not printed here: print model_card.html, which lies beside.</p>'
-    return printed + folded("The model card", card)
+    return (_printed("The model card is not printed here: print model_card.html, which lies beside.")
+            + folded("The model card", card))
+
+
+def _printed(sentence: str) -> str:
+    # what paper says in place of a part that opens on a screen
+    return f'<p class="printed">{sentence}</p>'
 
 
 # %% ../nbs/appendix/report.ipynb #69a5756d
@@ -446,7 +451,7 @@ def _left_out(run_dir: Path, labels: pd.DataFrame) -> str:
             + count_table(excluded["reason"], "reason", f"{len(excluded)} of {len(stacks)} stacks were excluded",
                           "No stack was excluded.")
             + count_table(lost, "reason", f"{len(lost)} of {len(built)} CT stacks could not be built",
-                          f"Of {len(built)} CT stacks each was built.")
+                          f"Each of the {len(built)} CT stacks was built.")
             + count_table(unused["reason"], "reason", f"{len(unused)} of {len(labels)} volumes have no role",
                           "Every volume has a role.")
             + count_table(ledger["outcome"], "outcome", f"Each of the {len(ledger)} annotation files has one outcome",
@@ -473,9 +478,9 @@ def _figures(run_dir: Path) -> list[tuple[str, str]]:
 
 # %% ../nbs/appendix/report.ipynb #01c8f467
 def _chapters(run_dir: Path) -> str:
-    printed = '<p class="printed">The chapters are not printed: open the page on a screen.</p>'
-    return printed + "".join(folded(f"{path.stem[1]} {_title(page)}", page)
-                             for path in _notebooks(run_dir) for page in [_chapter(run_dir, path)])
+    pages = {path.stem[1]: _chapter(run_dir, path) for path in _notebooks(run_dir)}
+    return (_printed("The chapters are not printed: open the page on a screen.")
+            + "".join(folded(f"{number} {_title(page)}", page) for number, page in pages.items()))
 
 
 def _title(page: str) -> str:

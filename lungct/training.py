@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -300,15 +301,19 @@ def normalise(ct_hu, pet_suv=None):
     return ops.stack([ops.clip((part - low) / (high - low), 0.0, 1.0) for part, low, high in parts], axis=-1)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #4665d491
+_CACHED = 2**16                          # voxels
+
+
 def _windowed(parts: Sequence[tuple]) -> np.ndarray:
-    # one volume at a time and in place: what stays in the processor's cache is done sooner
-    shape = parts[0][0].shape
-    seen, place = np.empty((*shape, len(parts)), "float32"), np.empty(shape[-3:], "float32")
-    for at in np.ndindex(*shape[:-3]):
+    # some voxels at a time and in place: what stays in the processor's cache is done sooner
+    parts, shape = [(part.ravel(), np.float32(low), np.float32(high)) for part, low, high in parts], parts[0][0].shape
+    seen, place = np.empty((*shape, len(parts)), "float32"), np.empty(_CACHED, "float32")
+    for start in range(0, math.prod(shape), _CACHED):
+        some = slice(start, start + _CACHED)
         for channel, (part, low, high) in enumerate(parts):
-            np.clip(part[at], np.float32(low), np.float32(high), out=place, casting="unsafe")
-            place -= np.float32(low)
-            np.divide(place, np.float32(high - low), out=seen[(*at, ..., channel)])
+            here = np.clip(part[some], low, high, out=place[: len(part[some])], casting="unsafe")
+            here -= low
+            np.divide(here, high - low, out=seen.reshape(-1, len(parts))[some, channel])
     return seen
 
 
@@ -954,10 +959,11 @@ def _disturb(volumes, rng: np.random.Generator, gain: float, offset_hu: float, n
         noise = keras.random.normal(volumes.shape, seed=int(rng.integers(2**31)))
         return volumes * factor + offset + strength * noise
     grain = np.tile(_grain(volumes.shape[1:], rng).ravel(), 2)
-    for i, start in enumerate(rng.integers(0, volumes[0].size, len(volumes))):   # the same grains at different places
+    own = np.empty_like(volumes[0])
+    for i, start in enumerate(rng.integers(0, own.size, len(volumes))):   # the same grains at different places
         volumes[i] *= factor[i]
         volumes[i] += offset[i]
-        volumes[i] += strength[i] * grain[start:][: volumes[i].size].reshape(volumes[i].shape)
+        volumes[i] += np.multiply(strength[i], grain[start:][: own.size].reshape(own.shape), out=own)
     return volumes
 
 
@@ -1007,9 +1013,9 @@ def _sample(volume: np.ndarray, at_zyx: Sequence[np.ndarray]) -> np.ndarray:
     return volume
 
 # %% ../nbs/05_train_3d_cnn.ipynb #757cc9c5
-def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, share: float) -> Examples:
-    volumes, boxes = list(batch.ct_hu), list(batch.boxes_zyx)
-    suv = None if batch.pet_suv is None else list(batch.pet_suv)
+def _with_guests(train: Examples, rows: np.ndarray, rng: np.random.Generator, share: float) -> Examples:
+    batch = train.take(rows)  # copies, so that guests may move in
+    volumes, boxes, suv = batch.ct_hu, list(batch.boxes_zyx), batch.pet_suv
     some = np.array([len(b) > 0 for b in train.boxes_zyx])
     for i in np.flatnonzero(rng.random(len(batch)) < share):
         alike = (train.target == batch.target[i]) & (train.patient_id != batch.patient_id[i])
@@ -1017,10 +1023,10 @@ def _with_guests(batch: Examples, train: Examples, rng: np.random.Generator, sha
         if len(donors) and (place := _in_lung(volumes[i], rng)) is not None:
             donor, centre = rng.choice(donors), place + 0.5
             box, factor = rng.permutation(train.boxes_zyx[donor])[0], np.exp(rng.uniform(np.log(0.4), np.log(1.2)))
-            if suv and not np.isnan(suv[i]).all():
+            if suv is not None and not np.isnan(suv[i]).all():
                 suv[i], _ = transplant(suv[i], boxes[i], train.pet_suv[donor], box, centre, factor)
             volumes[i], boxes[i] = transplant(volumes[i], boxes[i], train.ct_hu[donor], box, centre, factor)
-    return Examples(np.stack(volumes), boxes, batch.target, batch.patient_id, batch.stack_id, suv and np.stack(suv))
+    return replace(batch, boxes_zyx=boxes)
 
 # %% ../nbs/05_train_3d_cnn.ipynb #75b66588
 LUNG_HU = (-950, -650)          # HU; emptier is air, fuller is tissue
@@ -1327,9 +1333,7 @@ def _batches(network: keras.Model, train: Examples, settings: Settings, epoch: i
 
 # %% ../nbs/05_train_3d_cnn.ipynb #261f1483
 def _batch(network: keras.Model, train: Examples, settings: Settings, rows: np.ndarray, rng, held) -> tuple:
-    batch = train.take(rows)
-    if settings.augmented:
-        batch = _with_guests(batch, train, rng, settings.transplants)
+    batch = _with_guests(train, rows, rng, settings.transplants) if settings.augmented else train.take(rows)
     hu, boxes, suv = _on_device(batch, train, rows, held), batch.boxes_zyx, batch.pet_suv
     if settings.augmented:
         hu, boxes, *moved = augment(hu, boxes, rng, pet_suv=suv if takes_pet(network) else None)
@@ -1593,7 +1597,11 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     Returns
     -------
     The history, one row an epoch: epoch, loss, heat_loss, ..., the same with `val_`; all before `refit_subtypes`.
-    InputError for what will not do, FloatingPointError for a loss that is no number.
+
+    Raises
+    ------
+    InputError : volumes, boxes, settings or a folder that will not do.
+    FloatingPointError : the loss is no number; the message names the volumes of the batch.
     """
     settings, train, validation = _checked(network, settings, train=train, validation=validation)
     reproducible(settings.seed, exact=not _compiled(settings))

@@ -122,7 +122,7 @@ def test_the_report_is_self_contained(small_run):
     images = re.findall(r"<img[^>]*>", page)
     assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
     assert "Every file below the images was read as an image." in page
-    assert "annotation files or folders had a problem" in page and "CT stacks each was built." in page
+    assert "annotation files or folders had a problem" in page and "CT stacks was built." in page
     metrics = runs.load_json(small_run[0] / "06_evaluate" / "metrics.json")["metrics"]
     assert "subtype/predecessor/balanced_accuracy" in metrics and ">predecessor<" in page
 

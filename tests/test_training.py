@@ -215,13 +215,13 @@ def test_pet_moves_with_the_voxels_and_is_not_disturbed():
 
 def test_a_guest_brings_its_uptake_along():
     train = walled(glowing(toys(4, targets=(0,)), without=[3]))
-    got = training._with_guests(train, train, np.random.default_rng(1), share=1.0)  # 0 puts one into a corner
+    got = training._with_guests(train, range(4), np.random.default_rng(1), share=1.0)  # 0 puts one into a corner
     for row in range(3):
         z, y, x = ((got.boxes_zyx[row][1, :3] + got.boxes_zyx[row][1, 3:]) / 2).astype(int)
         assert got.pet_suv[row, z, y, x] > 4
     assert np.isnan(got.pet_suv[3]).all() and len(got.boxes_zyx[3]) == 2
     dark = walled(glowing(toys(4, targets=(0,)), without=[1, 2, 3]))
-    lonely = training._with_guests(dark.take([0]), dark.take([1, 2, 3]), np.random.default_rng(0), share=1.0)
+    lonely = training._with_guests(dark, [0], np.random.default_rng(0), share=1.0)
     assert len(lonely.boxes_zyx[0]) == 1  # nobody with a PET to give
 
 
@@ -537,18 +537,18 @@ def test_a_transplanted_patch_has_the_same_bits_with_one_and_two_blas_threads():
 def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     train = walled(toys(4))
     train.ct_hu[:] = np.where(train.ct_hu > 0, 40 + 10 * np.arange(4)[:, None, None, None], train.ct_hu)
-    got = training._with_guests(train, train, np.random.default_rng(0), share=1.0)
+    got = training._with_guests(train, range(4), np.random.default_rng(0), share=1.0)
     assert [len(b) for b in got.boxes_zyx] == [2] * 4 and got.target.tolist() == train.target.tolist()
     for row in range(4):
         others = {40 + 10 * other for other in range(4) if train.target[other] != train.target[row]}
         assert not others & set(got.ct_hu[row].ravel().tolist())
-    alone = walled(toys(2, targets=(-1, 0))).take([0])
-    same = training._with_guests(alone, train, np.random.default_rng(0), share=1.0)
-    assert np.array_equal(same.ct_hu, alone.ct_hu)  # no donor of its kind
+    alone = replace(train, target=np.array([-1, *train.target[1:]]))
+    same = training._with_guests(alone, [0], np.random.default_rng(0), share=1.0)
+    assert np.array_equal(same.ct_hu, train.ct_hu[:1])  # no donor of its kind
     twice = replace(train, patient_id=np.array(["p0", "p1", "p0", "p1"]))       # 0 and 2 share a patient and a subtype
-    own = training._with_guests(twice, twice, np.random.default_rng(0), share=1.0)
+    own = training._with_guests(twice, range(4), np.random.default_rng(0), share=1.0)
     assert np.array_equal(own.ct_hu, twice.ct_hu)                               # a patient gives nothing to itself
-    calm = training._with_guests(train, train, np.random.default_rng(0), share=0.0)
+    calm = training._with_guests(train, range(4), np.random.default_rng(0), share=0.0)
     assert np.array_equal(calm.ct_hu, train.ct_hu)
 
 
@@ -1215,9 +1215,10 @@ def test_memory_is_bounded_by_ulimit():
     code = ("import resource, psutil\nfrom lungct import training\n"
             "training.free_memory()\nown = psutil.Process().memory_info().vms\n"
             "resource.setrlimit(resource.RLIMIT_AS, (own + 10**9, own + 10**9))\n"
-            "print(training.free_memory())")
+            "print(training.free_memory(), own + 10**9 - psutil.Process().memory_info().vms)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0.8e9 < int(done.stdout) <= 1e9
+    left, left_after = map(int, done.stdout.split())
+    assert 0 < left_after <= left <= 1e9  # threads of the frameworks may still be starting, and each takes its share
 
 
 def test_input_cost_leaves_the_network_alone():
