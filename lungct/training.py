@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -308,7 +307,7 @@ def _windowed(parts: Sequence[tuple]) -> np.ndarray:
     # some voxels at a time and in place: what stays in the processor's cache is done sooner
     parts, shape = [(part.ravel(), np.float32(low), np.float32(high)) for part, low, high in parts], parts[0][0].shape
     seen, place = np.empty((*shape, len(parts)), "float32"), np.empty(_CACHED, "float32")
-    for start in range(0, math.prod(shape), _CACHED):
+    for start in range(0, parts[0][0].size, _CACHED):
         some = slice(start, start + _CACHED)
         for channel, (part, low, high) in enumerate(parts):
             here = np.clip(part[some], low, high, out=place[: len(part[some])], casting="unsafe")
@@ -1597,11 +1596,7 @@ def fit(network: keras.Model, train: Examples, validation: Examples | None = Non
     Returns
     -------
     The history, one row an epoch: epoch, loss, heat_loss, ..., the same with `val_`; all before `refit_subtypes`.
-
-    Raises
-    ------
-    InputError : volumes, boxes, settings or a folder that will not do.
-    FloatingPointError : the loss is no number; the message names the volumes of the batch.
+    InputError for what will not do, FloatingPointError for a loss that is no number.
     """
     settings, train, validation = _checked(network, settings, train=train, validation=validation)
     reproducible(settings.seed, exact=not _compiled(settings))

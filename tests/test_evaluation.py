@@ -1164,3 +1164,110 @@ def test_seeds_reach_the_draws():
     one, other = (ev.share_by(np.arange(12) % 3 > 0, pd.Series(PATIENTS), groups, 50, seed)["estimate"][0]
                   for seed in (0, 5))
     assert one != other
+
+
+# ---------------------------------------------------------------- what the numbers rest on
+
+def test_a_box_that_touches_nothing_hits_nothing():
+    scored = ev.score_scans(boxes([("one", 50, 0.9)]).drop(columns="lesion_id"), boxes([("one", 0, 1)]),
+                            scans(("one", "P1")), min_iou=0)
+    assert scored.table["outcome"].tolist() == ["false positive"]
+
+
+def test_a_patient_with_two_lesions_is_one_patient(hand):
+    assert hand.lesions.tolist() == [2, 1] and hand.with_lesion == 2
+
+
+def test_a_hit_of_just_the_threshold_counts(hand):
+    assert hand.found_at(0.9).tolist() == [True, *[False] * 5] and not hand.found_at(0.91).any()
+
+
+def test_the_distance_of_a_hit_is_between_the_centres():
+    scored = matched([cube("a", 2, side=4)], [cube("a", 0, side=10, lesion_id="p")])
+    assert scored.table["outcome"].tolist() == ["hit"]
+    assert scored.table["distance_mm"].tolist() == [1.0]  # their corners are 2 mm apart
+
+
+def test_equal_scores_lie_in_one_order():
+    found = boxes([("two", 0, 0.5), ("one", 0, 0.5)]).drop(columns="lesion_id")
+    for rows in (found, found[::-1]):
+        scored = ev.score_scans(rows, boxes([]), scans(("one", "P1"), ("two", "P2")))
+        assert scored.table["stack_id"].tolist() == ["one", "two"]
+
+
+def test_ends_come_from_the_resamples_and_may_lack_one_in_twenty():
+    made = ev.summarise([0.5, 0.4, 0.45], 12, None)
+    assert (made.low, made.high) == (pytest.approx(np.percentile([0.4, 0.45], 2.5)), 0.5)
+    assert ev.summarise([0.5] + [0.4, 0.6] * 47 + [0.5] + [np.nan] * 5, 12).estimable
+    assert not ev.summarise([0.5] + [0.4, 0.6] * 47 + [np.nan] * 6, 12).estimable
+
+
+@pytest.mark.parametrize(("behind", "enough"), [(9, False), (10, True)])
+def test_shares_are_withheld_by_the_patients_behind_them(behind, enough):
+    made, drawn = ev.estimate_all(lambda w: {"share": 0.5}, PATIENTS, 20, behind=behind)
+    assert made["share"].estimable == enough == bool(len(drawn))
+    table = scans(*((f"s{i}", patient) for i, patient in enumerate(PATIENTS)))
+    truth = pd.DataFrame([cube(name, 0, 0.9, name) for name in table["stack_id"][:behind]])
+    scored = ev.score_scans(truth.drop(columns="lesion_id"), truth, table)
+    assert ev.at_threshold(scored, 0.5, n=20)["sensitivity_at_threshold"].estimable == enough
+
+
+def test_the_ends_of_a_difference_are_the_farthest_apart():
+    ours, theirs = ev.Estimate(0.6, 0.5, 0.7, 12, True, None), ev.Estimate(0.4, 0.3, 0.5, 12, True, None)
+    mine = pd.DataFrame({"m": [0.6] * 4, "m_upper": [0.7] * 4})
+    other = pd.DataFrame({"m": [0.3] * 4, "m_upper": [0.4] * 4})
+    made = ev.paired_difference(mine, other, "m", ours, theirs, margin=0.0)
+    assert (made.low, made.high) == pytest.approx((0.6 - 0.4, 0.7 - 0.3))
+
+
+def test_patients_probabilities_sum_to_one():
+    rows = pd.DataFrame({"patient_id": ["P"], "subtype": ["A"], "p_A": [0.333333], "p_G": [0.333333],
+                         "p_E": [0.333333]})
+    table = ev.patient_probabilities(rows, ["A", "G", "E"])
+    assert table[["p_A", "p_G", "p_E"]].to_numpy().sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_range_of_chance_is_the_middle_of_its_deals():
+    truth, called = np.repeat([0, 1], 10), np.random.default_rng(0).integers(0, 2, 20)
+    made = ev.chance_range(truth, np.eye(2)[called], n=400, seed=3)
+    rng = np.random.default_rng(3)
+    dealt = [balanced_accuracy_score(rng.permutation(truth), called) for _ in range(400)]
+    assert (made.low, made.high) == pytest.approx(np.percentile(dealt, [2.5, 97.5]), abs=1e-6)
+
+
+def test_shuffled_labels_are_those_of_the_training_patients(monkeypatch):
+    cohort, features = confounded_cohort()
+    cohort.loc[cohort["role"] != "train", "target"] = 0                        # what others have is dealt to nobody
+    dealt = []
+    monkeypatch.setattr(labels, "baseline_probabilities", lambda table, given, columns: dealt.append(given.copy()))
+    ev.shuffled_training(features, cohort, ["size"], lots=5)
+
+    def of_training(table):
+        return table[table["role"] == "train"].drop_duplicates("patient_id")["target"]
+
+    assert all(sorted(of_training(table)) == sorted(of_training(cohort)) for table in dealt)
+    assert any(of_training(table).tolist() != of_training(cohort).tolist() for table in dealt)
+
+
+def test_only_a_sure_box_excuses_a_missed_lesion_by_overlap():
+    truth = [cube("a", 0, lesion_id="p")]
+    missed = ev.missed_lesions(matched([cube("a", 6, 0.1), cube("a", 8, 0.9)], truth), pd.DataFrame(truth), 0.5)
+    assert missed["reason"].tolist() == ["a box overlaps it (IoU 0.11) but is centred elsewhere"]
+    assert missed["score"].tolist() == [0.9]
+
+
+def test_a_repeat_is_no_false_alarm():
+    truth = [cube("a", 0, lesion_id="p")]
+    scored = matched([cube("a", 0, 0.9), cube("a", 1, 0.8)], truth)
+    assert scored.table["outcome"].tolist() == ["hit", "repeat"]
+    assert ev.false_alarms(scored, pd.DataFrame(truth), 0.5).empty
+
+
+def test_the_verdict_hangs_on_the_worst_table():
+    def said(**ends):
+        minus = {f"subtype/network_minus_tabular_{name}/balanced_accuracy":
+                 ev.Estimate(value, low, high, 12, True, None) for name, (value, low, high) in ends.items()}
+        return ev.headline(minus, patients=12, phantoms=False)[-1]["text"]
+
+    assert said(wide=(-0.3, -0.9, 0.3), sure=(-0.2, -0.3, -0.1)).startswith("worse than the table of sure:")
+    assert said(wide=(0.4, -0.1, 0.9), near=(0.2, 0.1, 0.3)).startswith("not shown to beat the table of wide:")

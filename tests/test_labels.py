@@ -152,8 +152,8 @@ def test_tied_patients_share_a_role_through_any_link():
 
 
 def test_empty_and_missing_links_tie_nobody():
-    table = pd.DataFrame({"patient_id": ["P", "Q", "R"], "study_uid": ["", None, None]})
-    assert lab.patient_groups(table).tolist() == ["P", "Q", "R"]
+    table = pd.DataFrame({"patient_id": ["P", "Q", "R", "S"], "study_uid": ["", "", None, None]})
+    assert lab.patient_groups(table).tolist() == ["P", "Q", "R", "S"]
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.6, 0.6, -0.2), (0, 0.5, 0.5), (0.6, 0.2, 0.1)])
@@ -1203,3 +1203,71 @@ def test_folds_are_put_into_the_order_of_the_features():
     wanted = lab.out_of_fold(features, ["x"], fold)
     assert np.array_equal(lab.out_of_fold(features, ["x"], fold.iloc[::-1]), wanted)
     assert np.array_equal(lab.out_of_fold(features, ["x"], fold.to_numpy()), wanted)
+
+
+# ---------------------------------------------------------------- at the borders of the rules
+
+def test_a_group_is_named_after_its_first_patient():
+    table = pd.DataFrame({"patient_id": ["B", "A", "C"], "study_uid": ["1", "1", "2"]})
+    assert lab.patient_groups(table).to_dict() == {"A": "A", "B": "A", "C": "C"}
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (8, [5, 1, 2]),
+                                           (13, [8, 2, 3]), (100, [60, 20, 20])])
+def test_shares_are_rounded_and_the_second_patient_tests(n, wanted):
+    assert lab.role_counts(n, SHARES) == wanted
+
+
+def test_newcomers_go_where_most_is_missing():
+    train, validation, test = lab._still_short([0, 10, 0], 5, SHARES)   # validation holds more than its share
+    assert train + test == 5 and validation == 0 and min(train, test) > 0
+    assert lab._still_short([6, 2, 2], 10, SHARES) == [6, 2, 2]
+
+
+def test_a_locked_patient_tests_whatever_was_frozen(tmp_path):
+    path = tmp_path / "roles.json"
+    runs.save_json(content := lab._dealt_with(SHARES, 0, ["P1"]) | {"roles": {"P1": "train", "P2": "train"}}, path)
+    runs.save_json({**content, "hash": runs.hash_value(content)}, path)
+    assert lab.read_registry(path, SHARES, 0, ["P1"]) == {"P1": "test", "P2": "train"}
+
+
+def test_the_vendors_of_a_class_are_spread_over_the_folds():
+    cohort, lesions = cohort_of({f"P{i:02}": "A" for i in range(20)})
+    cohort["manufacturer"] = ["GE", "SIEMENS", "SIEMENS", "SIEMENS"] * 5
+    table = lab.make_labels(cohort, lesions)
+    for seed in range(5):
+        dealt = lab.patient_folds(table, 5, seed=seed)[0]
+        assert dealt[table.loc[table["vendor"] == "GE", "patient_id"]].value_counts().tolist() == [1] * 5
+
+
+def test_coins_are_thrown_only_where_some_train_and_some_do_not():
+    pictures = np.arange(8.0)[:, None]
+    for trains in (np.ones(8, bool), np.zeros(8, bool)):
+        assert lab.coin_scores(pictures, list("abcdefgh"), trains) == []
+    assert len(lab.coin_scores(pictures, list("abcdefgh"), np.arange(8) < 4, repeats=3)) == 3
+
+
+@pytest.mark.parametrize(("gap", "wrong"), [(1.0, False), (1.5, True)])
+def test_a_mask_may_miss_a_face_by_one_voxel(clean, gap, wrong):
+    voxels = clean["voxels"].assign(face_gap=gap)
+    assert ("mask-and-boxes-disagree" in found(clean | {"voxels": voxels})) == wrong
+
+
+@pytest.mark.parametrize(("patients", "severity"), [(4, "warning"), (5, "error")])
+def test_one_label_for_five_patients_is_an_error(patients, severity):
+    cohort, lesions = cohort_of({f"P{i}": "A" for i in range(patients)})
+    table = lab.split_patients(lab.make_labels(cohort, lesions))
+    told = {f.name: f.severity for f in lab.audit(table, cohort, only=["constant-label"])}
+    assert told == {"constant-label": severity}
+
+
+def test_a_letter_with_a_blank_beside_it_is_a_letter(clean):
+    boxes = clean["boxes"].assign(label=" g ", subtype=None)
+    assert "letters-lost" in found(clean | {"boxes": boxes})
+
+
+@pytest.mark.parametrize(("files", "severity"), [(1, "warning"), (2, "error")])
+def test_boxes_lost_in_more_than_one_file_in_a_hundred_are_an_error(clean, files, severity):
+    gone = clean["ledger"]["file"].unique()[:files]                     # of 195
+    boxes = clean["boxes"][~clean["boxes"]["file"].isin(gone)]
+    assert "boxes-lost" in found(clean | {"boxes": boxes}, severity)
