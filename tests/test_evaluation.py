@@ -1228,7 +1228,7 @@ def test_patients_probabilities_sum_to_one():
 
 
 def test_a_range_of_chance_is_the_middle_of_its_deals():
-    truth, called = np.repeat([0, 1], 10), np.random.default_rng(0).integers(0, 2, 20)
+    truth, called = np.repeat([0, 1], 50), np.random.default_rng(0).integers(0, 2, 100)
     made = ev.chance_range(truth, np.eye(2)[called], n=400, seed=3)
     rng = np.random.default_rng(3)
     dealt = [balanced_accuracy_score(rng.permutation(truth), called) for _ in range(400)]
