@@ -1227,6 +1227,11 @@ def test_patients_probabilities_sum_to_one():
     assert table[["p_A", "p_G", "p_E"]].to_numpy().sum() == pytest.approx(1, abs=1e-12)
 
 
+def test_a_subtype_that_is_no_class_is_left_out():
+    rows = pd.DataFrame({"patient_id": ["P", "Q"], "subtype": ["A", "E"], "p_A": [0.6, 0.5], "p_G": [0.4, 0.5]})
+    assert ev.patient_probabilities(rows, ["A", "G"])["patient_id"].tolist() == ["P"]
+
+
 def test_a_range_of_chance_is_the_middle_of_its_deals():
     truth, called = np.repeat([0, 1], 50), np.random.default_rng(0).integers(0, 2, 100)
     made = ev.chance_range(truth, np.eye(2)[called], n=400, seed=3)
