@@ -1271,3 +1271,10 @@ def test_boxes_lost_in_more_than_one_file_in_a_hundred_are_an_error(clean, files
     gone = clean["ledger"]["file"].unique()[:files]                     # of 195
     boxes = clean["boxes"][~clean["boxes"]["file"].isin(gone)]
     assert "boxes-lost" in found(clean | {"boxes": boxes}, severity)
+
+
+def test_there_are_as_many_groups_as_folds():
+    table = lab.make_labels(*cohort_of(dict.fromkeys(["P", "Q", "R"], "A"), volumes=2))      # six rows, three patients
+    assert sorted(lab.patient_folds(table, 3)[0]) == [0, 1, 2]
+    with pytest.raises(runs.InputError, match="4 folds for 3 patient groups"):
+        lab.patient_folds(table, 4)
