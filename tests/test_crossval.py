@@ -183,3 +183,60 @@ def test_an_unreachable_scheduler_is_one_line_within_seconds(run_dir, address):
                                            "--scheduler", address])
     assert done.exit_code == 2 and time.monotonic() - began < 20
     assert f"no dask scheduler answers at '{address}'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_folds_are_dealt_by_the_seed_of_the_run(run_dir):
+    def roles(tables):
+        return [table.sort_values("stack_id")["role"].tolist() for table in tables]
+
+    made = roles(runs.load_table(place / "04_check_labels" / "labels.parquet")
+                 for place in crossval.make_folds(run_dir, 3))
+    assert made == roles(crossval.fold_labels(made_up_labels(), 3, seed=3))       # that of the manifest
+    assert made != roles(crossval.fold_labels(made_up_labels(), 3, seed=0))
+
+
+def test_the_headline_holds_the_merged_numbers(run_dir):
+    rng = np.random.default_rng(0)
+    for place in crossval.make_folds(run_dir, 5):
+        answer(place, rng)
+    merged = crossval.merge_folds(run_dir, 5, n=60)
+    texts = {line["label"]: line["text"] for line in merged["headline"]}
+    value = merged["metrics"]["subtype/network/auc_macro"]["value"]
+    assert texts["Subtype, mean AUC over A, G"].startswith(f"{value:.2f} [")
+    found = merged["metrics"]["detection/network/cpm"]["value"]
+    assert texts["Mean sensitivity from 1/8 to 8 false positives per scan (CPM)"].startswith(f"{found:.2f} [")
+
+
+def test_a_network_that_names_no_subtype_in_one_fold_has_no_merged_subtype(run_dir):
+    rng, places = np.random.default_rng(0), crossval.make_folds(run_dir, 5)
+    for place in places:
+        answer(place, rng)
+    path = places[2] / "06_evaluate" / "answers.parquet"
+    table = runs.load_table(path)
+    runs.save_table(table[table["model"] != "network"], path)
+    merged = crossval.merge_folds(run_dir, 5, n=20)
+    assert "subtype/tabular/auc_macro" in merged["metrics"] and "subtype/network/auc_macro" not in merged["metrics"]
+    texts = {line["label"]: line["text"] for line in merged["headline"]}
+    withheld = "not estimable: the network has no subtype head in some fold (15 phantom test patients)"
+    assert texts["Subtype, mean AUC over A, G"] == withheld
+
+
+def test_the_locked_patients_of_the_run_take_no_part_in_its_folds(run_dir):
+    (run_dir / "locked.txt").write_text("P03\nP07\n")
+    path = run_dir / "04_check_labels" / runs.MANIFEST
+    manifest = runs.load_json(path)
+    manifest["inputs"]["locked_path"]["path"] = str(run_dir / "locked.txt")
+    runs.save_json(manifest, path)
+    for place in crossval.make_folds(run_dir, 3):
+        table = runs.load_table(place / "04_check_labels" / "labels.parquet")
+        assert set(table.loc[table["patient_id"].isin(["P03", "P07"]), "role"]) == {"unused"}
+
+
+def test_a_seed_reaches_the_intervals_of_the_merge(run_dir):
+    rng = np.random.default_rng(0)
+    for place in crossval.make_folds(run_dir, 5):
+        answer(place, rng)
+    first, other = (crossval.merge_folds(run_dir, 5, n=37, seed=seed)["metrics"] for seed in (0, 6))
+    for name in ("detection/network/cpm", "subtype/network/auc_macro"):
+        assert first[name]["value"] == other[name]["value"]
+        assert (first[name]["low"], first[name]["high"]) != (other[name]["low"], other[name]["high"])
