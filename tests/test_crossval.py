@@ -195,10 +195,16 @@ def test_folds_are_dealt_by_the_seed_of_the_run(run_dir):
     assert made != roles(crossval.fold_labels(made_up_labels(), 3, seed=0))
 
 
-def test_the_headline_holds_the_merged_numbers(run_dir):
-    rng = np.random.default_rng(0)
-    for place in crossval.make_folds(run_dir, 5):
+def answered(run_dir):
+    """Five folds in which chapter 6 has finished."""
+    places, rng = crossval.make_folds(run_dir, 5), np.random.default_rng(0)
+    for place in places:
         answer(place, rng)
+    return places
+
+
+def test_the_headline_holds_the_merged_numbers(run_dir):
+    answered(run_dir)
     merged = crossval.merge_folds(run_dir, 5, n=60)
     texts = {line["label"]: line["text"] for line in merged["headline"]}
     value = merged["metrics"]["subtype/network/auc_macro"]["value"]
@@ -208,10 +214,7 @@ def test_the_headline_holds_the_merged_numbers(run_dir):
 
 
 def test_a_network_that_names_no_subtype_in_one_fold_has_no_merged_subtype(run_dir):
-    rng, places = np.random.default_rng(0), crossval.make_folds(run_dir, 5)
-    for place in places:
-        answer(place, rng)
-    path = places[2] / "06_evaluate" / "answers.parquet"
+    path = answered(run_dir)[2] / "06_evaluate" / "answers.parquet"
     table = runs.load_table(path)
     runs.save_table(table[table["model"] != "network"], path)
     merged = crossval.merge_folds(run_dir, 5, n=20)
@@ -233,9 +236,7 @@ def test_the_locked_patients_of_the_run_take_no_part_in_its_folds(run_dir):
 
 
 def test_a_seed_reaches_the_intervals_of_the_merge(run_dir):
-    rng = np.random.default_rng(0)
-    for place in crossval.make_folds(run_dir, 5):
-        answer(place, rng)
+    answered(run_dir)
     first, other = (crossval.merge_folds(run_dir, 5, n=37, seed=seed)["metrics"] for seed in (0, 6))
     for name in ("detection/network/cpm", "subtype/network/auc_macro"):
         assert first[name]["value"] == other[name]["value"]

@@ -1276,3 +1276,48 @@ def test_the_verdict_hangs_on_the_worst_table():
 
     assert said(wide=(-0.3, -0.9, 0.3), sure=(-0.2, -0.3, -0.1)).startswith("worse than the table of sure:")
     assert said(wide=(0.4, -0.1, 0.9), near=(0.2, 0.1, 0.3)).startswith("not shown to beat the table of wide:")
+
+
+def test_words_of_the_scanner_are_those_of_the_first_stack_whatever_the_order():
+    words = {"stack_id": ["a1", "a2", "b1", "b2", "c1", "c2"], "patient_id": list("AABBCC"), "kernel": list("xyxyxy")}
+    cohort = pd.DataFrame(words)
+    assert list(ev.acquisition_features(cohort)) == ["kernel_X"]
+    pd.testing.assert_frame_equal(ev.acquisition_features(cohort[::-1]), ev.acquisition_features(cohort))
+
+
+def test_nobody_is_worse_than_a_constant_by_more_than_all_of_it():
+    ours, theirs = ev.Estimate(0.0, 0.0, 0.2, 12, True, None), ev.Estimate(0.5, 0.5, 0.5, 12, True, None)
+    wrong, constant = pd.DataFrame({"m": [0.0] * 20}), pd.DataFrame({"m": [0.5] * 20})
+    made = ev.paired_difference(wrong, constant, "m", ours, theirs)
+    assert (made.value, made.low) == (-0.5, -0.5) and made.high == pytest.approx(-0.5 + ev.perfect_margin(12), abs=1e-6)
+
+
+def test_calibration_agrees_with_scikit_learn_where_probabilities_repeat():
+    said = np.tile([0.2, 0.5, 0.8], 8)
+    probability, truth = np.stack([said, 1 - said], axis=1), np.arange(24) % 2
+    table = ev.calibration_table(truth, probability, [f"P{i:02}" for i in range(24)], bins=2, n=20)
+    observed, predicted = calibration_curve(np.eye(2)[truth].ravel(), probability.ravel(), n_bins=2,
+                                            strategy="quantile")
+    assert np.allclose(table["predicted"], predicted)
+    assert np.allclose([estimate.value for estimate in table["observed"]], observed, atol=1e-6)
+
+
+def test_the_gap_to_a_box_is_the_straight_way_to_its_nearest_corner():
+    box, other = [[2, 2, 2, 4, 4, 4]], [[6, 7, 0, 20, 20, 20], [0, 0, 0, 3, 3, 3], [0, 0, 0, 9, 9, 9]]
+    assert ev.box_gaps(box, other).tolist() == [[5, 0, 0]]               # 3 along x and 4 along y
+
+
+@pytest.mark.parametrize(("z", "place"), [(41, "left upper"), (40, "left middle"), (-40, "left middle"),
+                                          (-41, "left lower")])
+def test_what_is_near_the_centre_is_in_the_middle(z, place):
+    assert ev.place_in_chest([[1, 0, z - 5, 3, 2, z + 5]], np.zeros(3)) == [place]
+
+
+def test_a_seed_reaches_the_draws_of_balanced_accuracy():
+    truth = np.arange(24) % 2
+    p = np.stack([1 - (truth + np.arange(24) % 3) / 4, (truth + np.arange(24) % 3) / 4], axis=1)
+    names = [f"P{i:02}" for i in range(24)]
+    drawn = [ev.compare_subtypes({"network": p}, truth, ["A", "G"], names, 20, seed)[1]["network"]
+             for seed in (0, 0, 5)]
+    assert drawn[0].equals(drawn[1]) and drawn[0]["auc_macro"].tolist() != drawn[2]["auc_macro"].tolist()
+    assert drawn[0]["balanced_accuracy"].tolist() != drawn[2]["balanced_accuracy"].tolist()

@@ -1132,3 +1132,83 @@ def test_the_uid_of_findings_does_not_depend_on_how_they_are_written():
         return ex.Findings([[0, 1, 0, 1, 0, 1]], [0.5], "model", subtypes).uid("seg")
 
     assert uid({"A": 0.5, "G": 0.5}) == uid({"G": np.float32(0.5), "A": np.float64(0.5)}) != uid({"A": 1.0})
+
+
+@pytest.mark.parametrize("number", [255, 256])
+def test_a_mask_of_many_numbers_keeps_the_last(tmp_path, number):
+    drawn = np.zeros((6, 5, 4), np.uint16)
+    drawn[1, 2, 3] = number
+    found = ex.read_mask(ex.write_nifti(drawn, OBLIQUE, tmp_path / "x.nii"), toy_stack(OBLIQUE))
+    assert found[1, 2, 3] == number and found.dtype == (np.uint8 if number < 256 else np.uint16)
+
+
+def test_a_part_of_the_lesions_in_any_order_keeps_its_boxes():
+    part = lesions().iloc[[2, 1]]
+    back = ex.from_detection_list(ex.to_detection_list(part)).sort_values("x0_mm")
+    assert back[an.CORNERS_MM].to_numpy().tolist() == part[an.CORNERS_MM].to_numpy().tolist()
+    assert back["subtype"].tolist() == ["B", "G"]
+
+
+def test_instances_may_be_named_in_any_order():
+    found, document = ex.to_instances(voxel_lesions((2, 5, 1, 4, 0, 2), (6, 9, 6, 9, 3, 4)), (5, 10, 12))
+    turned = {"instances": dict(reversed(document["instances"].items()))}
+    pd.testing.assert_frame_equal(ex.from_instances(found, turned), ex.from_instances(found, document))
+
+
+@pytest.mark.parametrize(("unit", "mm"), [(0, 1), (1, 1000), (2, 1), (3, 0.001)])
+def test_metres_and_micrometres_become_millimetres(tmp_path, unit, mm):
+    affine = affine_of(np.diag([-1, 1, 1]), (0.5, 0.5, 2), (10, -20, 30)) @ np.diag([1 / mm, 1 / mm, 1 / mm, 1])
+    affine[:3, 3] = np.array([10, -20, 30]) / mm
+    _, place = ex.read_nifti(theirs(tmp_path, affine=affine, xyzt_units=unit))
+    np.testing.assert_allclose(np.linalg.norm(place[:3, :3], axis=0), [0.5, 0.5, 2], atol=NIFTI_MM)
+    np.testing.assert_allclose(place[:3, 3], [-10, 20, 30], atol=NIFTI_MM)
+
+
+def test_sources_follow_the_slices_whatever_the_order_of_the_rows(ct):
+    _, slices = ct
+    wanted = [header.SOPInstanceUID for header in ex.source_headers(slices)]
+    assert wanted == slices.sort_values("slice_index")["sop_uid"].tolist()
+    assert [header.SOPInstanceUID for header in ex.source_headers(slices[::-1])] == wanted
+
+
+def test_the_step_between_slices_is_told_for_frames_in_any_order(ct):
+    _, slices = ct
+    places = slices.sort_values("slice_index")["position_mm"].tolist()
+    step = abs(places[1][2] - places[0][2])
+    whole = slices.iloc[[0]].assign(frames=len(places), slice_thickness_mm=np.nan)
+    whole["frame_positions_mm"] = [[*places[1::2], *places[::2]]]
+    header, = ex.source_headers(whole)
+    measures = header.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert float(measures.SliceThickness) == pytest.approx(step, abs=1e-3)
+
+
+def test_what_was_not_built_is_not_exported(store, tmp_path):
+    folder, table = store
+    case = table.stack_id[table["mask_voxels"].fillna(0) > 0].iloc[0]
+    changed = table.assign(file=[str(folder / name) for name in table.file.fillna("")])
+    changed.loc[changed.stack_id == case, "status"] = "excluded"
+    runs.save_table(changed, tmp_path / "cohort.parquet")
+    counts = ex.export_nifti(tmp_path, tmp_path / "out")
+    assert sum(counts.values()) == (changed["status"] == "accepted").sum()
+    assert not list((tmp_path / "out").rglob(f"{case}*"))
+    with pytest.raises(runs.InputError, match=f"1 of 1 stacks have no volume, such as {case}"):
+        ex.export_nifti(tmp_path, tmp_path / "again", stack_ids=[case])
+
+
+def test_an_image_without_boxes_in_a_list_with_boxes_is_refused():
+    document = {"training": [ITEM], "validation": [ITEM, {"image": "b.nii.gz"}]}
+    with pytest.raises(runs.InputError, match="an entry lacks image, box or label"):
+        ex.from_detection_list(document, "cccwhd", "LPS")
+
+
+@pytest.mark.parametrize(("mode", "box"), [("cccwhd", [5, 5, 5, 10, 0, 10]), ("xyzxyz", [0, 5, 0, 10, 5, 10])])
+def test_a_box_without_extent_in_a_list_is_refused(mode, box):
+    with pytest.raises(runs.InputError, match=f"a box has no size in mode {mode}"):
+        ex.from_detection_list({"training": [{"image": "a", "box": [box], "label": [0]}]}, mode, "LPS")
+
+
+def test_the_step_between_coronal_slices_is_along_their_normal(ct):
+    slices = ct[1].sort_values("slice_index").head(5).assign(slice_thickness_mm=np.nan)
+    slices["orientation"] = [[1.0, 0, 0, 0, 0, -1]] * 5
+    slices["position_mm"] = [[0.0, 4.0 * k, 0] for k in range(5)]
+    assert {float(header.SliceThickness) for header in ex.source_headers(slices)} == {4.0}

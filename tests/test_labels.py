@@ -1218,7 +1218,7 @@ def test_shares_are_rounded_and_the_second_patient_tests(n, wanted):
     assert lab.role_counts(n, SHARES) == wanted
 
 
-def test_newcomers_go_where_most_is_missing():
+def test_newcomers_go_only_where_somebody_is_missing():
     train, validation, test = lab._still_short([0, 10, 0], 5, SHARES)   # validation holds more than its share
     assert train + test == 5 and validation == 0 and min(train, test) > 0
     assert lab._still_short([6, 2, 2], 10, SHARES) == [6, 2, 2]
@@ -1278,3 +1278,89 @@ def test_there_are_as_many_groups_as_folds():
     assert sorted(lab.patient_folds(table, 3)[0]) == [0, 1, 2]
     with pytest.raises(runs.InputError, match="4 folds for 3 patient groups"):
         lab.patient_folds(table, 4)
+
+
+def test_a_list_of_locked_patients_may_begin_with_the_mark_of_an_editor(tmp_path):
+    (tmp_path / "locked.txt").write_text("P1\nP2  # both\n", encoding="utf-8-sig")
+    assert lab.read_locked(tmp_path / "locked.txt") == ["P1", "P2"]
+
+
+def test_coarse_volumes_are_means_of_blocks():
+    cube = np.full((16, 16, 16), -1000.0)
+    cube[:2, :2, 2:4] = 200
+    volume = SimpleNamespace(ct_hu=cube, mask=np.zeros((16, 16, 16)), boxes_zyx=np.zeros((0, 6)))
+    coarse = np.reshape(lab.inspect_volume(volume)["coarse_hu"], (8, 8, 8))
+    assert coarse[0, 0, 1] == 200 and (coarse == -1000).sum() == 8**3 - 1
+
+
+def test_features_of_the_collection_by_hand(tmp_path, monkeypatch):
+    pd.DataFrame({"patient": "P", "path": ["P/one/1-05.dcm", "P/one/1-15.dcm"], "subtype": "A", "xmin": [100, 300],
+                  "ymin": [200, 200], "xmax": [140, 310], "ymax": [210, 300]}).to_csv(tmp_path / "ct_boxes.csv")
+    pd.DataFrame({"File Location": [r".\Lung-PET-CT-Dx\P\one", r".\Lung-PET-CT-Dx\P\two"],
+                  "Number of Images": [20, 7]}).to_csv(tmp_path / "metadata.csv")
+    with pytest.raises(runs.InputError, match="no clinical table in"):
+        lab.collection_features(tmp_path)
+    told = pd.DataFrame({"patient_id": ["P"], "sex": ["F"], "age_years": [60], "smoking": [1]})
+    monkeypatch.setattr(lab, "find_clinical", lambda folder: "x")
+    monkeypatch.setattr(lab, "read_clinical", lambda path: told)
+    row = lab.collection_features(tmp_path).loc["P"]
+    assert row[["lateral", "posterior", "superior"]].tolist() == pytest.approx([(136 + 49) / 2, -(51 + 6) / 2, 0.5])
+    assert np.exp(row["log_size"]) == pytest.approx(np.sqrt(10 * 100))         # the largest box
+    assert row[["subtype", "male", "age_years", "smoking"]].tolist() == ["A", 0, 60, 1]
+
+
+def test_a_class_of_just_as_many_patients_as_folds_is_kept():
+    frame = tabular()
+    frame.iloc[:5, 0] = "E"
+    assert set(lab.baseline_scores(frame)["classes"]) == {"ABEG"}
+
+
+def test_the_majority_is_right_in_one_class_only():
+    frame = tabular()
+    frame = frame[(frame["subtype"] != "B") & ((frame["subtype"] == "G") | (np.arange(90) % 2 == 0))]
+    row = lab.baseline_scores(frame).set_index("baseline").loc["majority"]     # 15 A and 30 G
+    assert row["accuracy"] == pytest.approx(2 / 3) and row["balanced_accuracy"] == 0.5
+
+
+def test_another_share_needs_another_number_of_patients():
+    need = lab.patients_needed(0.1, share=0.5)
+    assert lab.interval_width(need, 0.5) <= 0.1 < lab.interval_width(need - 1, 0.5)
+
+
+def test_a_volume_of_one_value_is_outside_the_range(clean):
+    cohort = clean["cohort"].copy()
+    cohort.loc[cohort["stack_id"] == clean["labels"].query("role == 'train'")["stack_id"].iloc[0],
+               ["hu_min", "hu_mean", "hu_max"]] = -800.0
+    assert "outside-hu-range" in found(clean | {"cohort": cohort})
+
+
+def test_features_are_medians_over_the_volumes_of_a_patient():
+    lesions = pd.DataFrame({"stack_id": list("abc"), "patient_id": "P", "subtype": "A", "boxes": 1, "x0_mm": 0.0,
+                            "x1_mm": [4.0, 6, 40], "y0_mm": 0.0, "y1_mm": 4.0, "z0_mm": 0.0, "z1_mm": 4.0})
+    cohort = pd.DataFrame({"stack_id": list("abc"), "affine": [np.eye(4).ravel()] * 3, "grid_size": 3})
+    row = lab.tabular_features(lesions, cohort).loc["P"]
+    assert row["lateral"] == 2 and np.exp(row["log_size"]) == pytest.approx(6)
+
+
+def test_the_interval_of_an_auc_holds_the_middle_of_its_draws():
+    rng = np.random.default_rng(4)
+    label, fold = np.repeat([0, 1], 20), np.arange(40) % 4
+    scores = np.stack([1 - (p := rng.uniform(0, 0.7, 40) + 0.3 * label), p], axis=1)
+    _, low, high = lab.bootstrap_auc(np.eye(2)[label], scores[None], fold[None], resamples=300, seed=7)
+    lots = np.random.default_rng(7)
+    drawn = np.concatenate([lots.choice(np.flatnonzero(label == c), (300, 20)) for c in (0, 1)], axis=1)
+    counts = np.stack([np.bincount(row, minlength=40) for row in drawn])
+    values = lab.fold_auc(np.eye(2)[label], scores, fold, counts)
+    assert (low, high) == pytest.approx(np.percentile(values, [2.5, 97.5]))
+
+
+def test_a_volume_that_is_not_used_takes_no_weight_from_the_others():
+    cohort, lesions = cohort_of({"P": "A"}, volumes=3)
+    cohort.loc[0, "reason"] = "could not be built"
+    assert sorted(lab.make_labels(cohort, lesions)["weight"]) == [0, 0.5, 0.5]
+
+
+def test_lots_that_tell_as_much_as_the_labels_count_against_them():
+    table = pd.DataFrame({"target": [0] * 5 + [1] * 5, "kernel": ["x"] * 5 + ["y"] * 5})
+    auc, p = lab.acquisition_test(table)
+    assert auc == 1 and 2 / 500 < p < 10 / 500             # 2 of 252 ways to deal five and five tell as much

@@ -804,3 +804,27 @@ def test_real_series(real_data, model, tmp_path):
 def test_a_batch_holds_stacks(batch_size):
     with pytest.raises(runs.InputError, match="batch_size is"):
         predict.predict_stacks([], None, {}, batch_size=batch_size)
+
+
+def test_a_box_on_the_edges_of_voxels_is_the_block_of_these_voxels():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        affine = np.eye(4)
+        affine[:3, :3], affine[:3, 3] = np.diag(rng.choice([0.7, 0.9, 1.1, 3.3], 3)), rng.uniform(-200, 200, 3)
+        first = rng.integers(0, 40, 3)
+        last = first + rng.integers(1, 20, 3)
+        corners = dicom.to_mm(affine, np.array([first, last]) - 0.5).ravel()
+        assert predict.to_pixels(corners, affine, (60, 60, 60)).tolist() == np.stack([first, last], 1).ravel().tolist()
+
+
+def test_a_picture_is_of_a_slice_in_the_middle_with_the_box_in_its_place(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "show_slice", lambda hu, ax, spacing, **ways: shown.append((hu, spacing, ways["boxes"])))
+    stack = dicom.Stack("toy", np.arange(9.0)[:, None, None] * np.ones((9, 20, 30)), np.diag([0.5, 0.8, 3.0, 1.0]),
+                        "CT", (), 0)
+    for k0, k1, middle in ((2, 5, 3), (8, 9, 8), (0, 1, 0)):
+        box = {"rank": 1, "score": 0.5, **dict(zip(predict.PIXELS, (4, 9, 5, 7, k0, k1), strict=True))}
+        predict.picture(stack, box, "toy")
+        for hu, spacing_yx_mm, boxes in shown[-2:]:
+            assert np.unique(hu).tolist() == [middle] and boxes == [[4, 5, 9, 7]]
+            assert spacing_yx_mm.tolist() == [0.8, 0.5]

@@ -537,7 +537,9 @@ def test_a_transplanted_patch_has_the_same_bits_with_one_and_two_blas_threads():
 def test_guests_are_of_the_same_subtype_and_from_the_training_patients():
     train = walled(toys(4))
     train.ct_hu[:] = np.where(train.ct_hu > 0, 40 + 10 * np.arange(4)[:, None, None, None], train.ct_hu)
+    before = training.examples_hash(train)
     got = training._with_guests(train, range(4), np.random.default_rng(0), share=1.0)
+    assert training.examples_hash(train) == before                              # guests move into copies
     assert [len(b) for b in got.boxes_zyx] == [2] * 4 and got.target.tolist() == train.target.tolist()
     for row in range(4):
         others = {40 + 10 * other for other in range(4) if train.target[other] != train.target[row]}
